@@ -1,0 +1,74 @@
+# Every target sets up all that it needs in .venv, once; a second run goes straight to work.
+
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+ARGS ?=
+
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+CSRC := $(shell find csrc -type f)
+CXX_FILES := $(filter %.h %.cpp %.cu %.cuh,$(CSRC))
+PY_FILES := setup.py $(wildcard nlpkernels tests bench examples)
+# What was built depends on these; when one changes, it is built again.
+SETTINGS := $(TORCH) $(FORCE_CUDA) $(TORCH_CUDA_ARCH_LIST)
+
+.PHONY: help demo test bench lint format build clean distclean FORCE
+.NOTPARALLEL:
+.DELETE_ON_ERROR:
+
+help:  ## list the targets
+	@sed -n 's/^\([a-z]*\):.*## \(.*\)/make \1\t\2/p' Makefile | expand -t 18
+	@echo
+	@echo 'ARGS="..." goes to the command; PYTHON=python3.12 picks the interpreter; for a torch without CUDA,'
+	@echo 'TORCH="torch==2.13.0 --index-url https://download.pytorch.org/whl/cpu"'
+
+demo: $(VENV)/.demo  ## train and time a sentiment model, torch.nn against nlpkernels
+	@$(BIN)/python examples/sentiment.py $(ARGS)
+
+test: $(VENV)/.test  ## run the tests
+	@$(BIN)/python -m pytest $(ARGS)
+
+bench: $(VENV)/.bench  ## time against torch.nn and others
+	@$(BIN)/python -m bench $(or $(ARGS),all)
+
+lint: $(VENV)/.lint  ## check style and types
+	$(BIN)/ruff check $(PY_FILES)
+	$(BIN)/ruff format --check $(PY_FILES)
+	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run -Werror $(CXX_FILES)
+
+format: $(VENV)/.lint  ## apply the style
+	$(BIN)/ruff check --fix $(PY_FILES)
+	$(BIN)/ruff format $(PY_FILES)
+	$(BIN)/clang-format -i $(CXX_FILES)
+
+build: $(VENV)/.torch  ## compile, and show what the compiler says
+	@$(BIN)/python setup.py build_ext --inplace
+
+clean:  ## delete what was built
+	@rm -rf build dist *.egg-info nlpkernels/*.so .*_cache $(VENV)/.demo $(VENV)/.test $(VENV)/.bench $(VENV)/.lint
+	@find nlpkernels tests bench examples -name __pycache__ -prune -exec rm -rf {} + 2>/dev/null || true
+
+distclean: clean  ## delete the environment too
+	@rm -rf $(VENV)
+
+# The package in place, with an extra. Only objects whose sources changed are compiled.
+$(VENV)/.demo $(VENV)/.test $(VENV)/.bench $(VENV)/.lint: $(VENV)/.%: $(VENV)/.torch pyproject.toml setup.py $(CSRC)
+	@echo 'Compiling nlpkernels (minutes, the first time) and installing what "make $*" needs'
+	@$(PIP) --no-build-isolation --editable '.[$*]'
+	@touch $@
+
+$(VENV)/.torch: FORCE | $(BIN)/pip
+	@echo '$(SETTINGS)' | cmp -s - $@ || { \
+	  echo 'Installing $(TORCH) (a large download, the first time)'; \
+	  $(PIP) $(TORCH) && $(PIP) ninja 'setuptools>=77' && echo '$(SETTINGS)' > $@; }
+
+$(BIN)/pip:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null || \
+	  { echo 'nlpkernels: $(PYTHON) is missing or too old: install python3, 3.10 or newer, or set PYTHON' >&2; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || \
+	  { echo 'nlpkernels: $(PYTHON) cannot make a venv: install python3-venv (Debian, Ubuntu)' >&2; exit 1; }
+	@$(PYTHON) setup.py check_toolchain
+	@echo 'Creating $(VENV)'
+	@$(PYTHON) -m venv --clear $(VENV)

@@ -1,0 +1,168 @@
+// Shapes, dtypes and devices of the ops' arguments, checked once, with the messages that users see. What passes here is
+// safe for a kernel to read: every size that a kernel takes for granted is derived in this file.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+#include <c10/util/Exception.h>
+#include <c10/util/irange.h>
+
+#include <optional>
+#include <string>
+#include <vector>
+
+namespace nlpkernels {
+
+using at::Tensor;
+using OptionalTensor = std::optional<Tensor>;
+
+inline void check_shape(const char* op, const char* name, const Tensor& tensor, at::IntArrayRef expected) {
+  TORCH_CHECK(tensor.sizes() == expected, op, ": expected ", name, " of shape ", expected, ", got ", tensor.sizes());
+}
+
+inline void check_like(const char* op, const char* name, const Tensor& tensor, const char* other_name,
+                       const Tensor& other) {
+  TORCH_CHECK(tensor.scalar_type() == other.scalar_type(), op, ": expected ", name, " of dtype ", other.scalar_type(),
+              " like ", other_name, ", got ", tensor.scalar_type());
+  TORCH_CHECK(tensor.device() == other.device(), op, ": expected ", name, " on ", other.device(), " like ", other_name,
+              ", got ", tensor.device());
+}
+
+// The arguments of recurrent and recurrent_backward that both share, checked and taken apart.
+struct RecurrentArguments {
+  // Sizes, by the letters of library.cpp.
+  int64_t steps = 0, batch = 0, rows = 0, inputs = 0, hidden = 0, features = 0, directions = 0;
+  bool has_bias = false, has_projection = false;
+
+  // Step t holds the first active[t] sequences of the batch, in rows [first_row[t], first_row[t] + active[t]).
+  std::vector<int64_t> active, first_row;
+
+  // Weights of direction d, in the order that they came in.
+  at::TensorList weights;
+  int64_t weights_per_direction = 0;
+
+  const Tensor& w_ih(int64_t d) const { return weights[d * weights_per_direction]; }
+  const Tensor& w_hh(int64_t d) const { return weights[d * weights_per_direction + 1]; }
+  const Tensor& b_ih(int64_t d) const { return weights[d * weights_per_direction + 2]; }
+  const Tensor& b_hh(int64_t d) const { return weights[d * weights_per_direction + 3]; }
+  const Tensor& w_hr(int64_t d) const { return weights[(d + 1) * weights_per_direction - 1]; }
+};
+
+inline RecurrentArguments check_recurrent(const Tensor& x, const OptionalTensor& batch_sizes, const Tensor& h0,
+                                          const OptionalTensor& c0, at::TensorList weights, int64_t gates, bool has_c) {
+  const char* op = "recurrent";
+  RecurrentArguments args;
+  TORCH_CHECK(at::isFloatingType(x.scalar_type()), op, ": expected x of a floating dtype, got ", x.scalar_type());
+  TORCH_CHECK(h0.dim() == 3 && (h0.size(0) == 1 || h0.size(0) == 2), op,
+              ": expected h0 of shape [1 or 2 directions, batch, features], got ", h0.sizes());
+  args.directions = h0.size(0);
+  args.batch = h0.size(1);
+  args.features = h0.size(2);
+  check_like(op, "h0", h0, "x", x);
+
+  if (batch_sizes) {
+    TORCH_CHECK(x.dim() == 2, op, ": expected packed x of shape [rows, features], got ", x.sizes());
+    TORCH_CHECK(batch_sizes->dim() == 1 && batch_sizes->scalar_type() == at::kLong && batch_sizes->is_cpu(), op,
+                ": expected batch_sizes to be a 1-D int64 tensor on the CPU, got ", batch_sizes->dim(), "-D ",
+                batch_sizes->scalar_type(), " on ", batch_sizes->device());
+    const Tensor sizes = batch_sizes->contiguous();
+    const int64_t* size = sizes.const_data_ptr<int64_t>();
+    args.active.assign(size, size + sizes.numel());
+  } else {
+    TORCH_CHECK(x.dim() == 3, op, ": expected x of shape [steps, batch, features], got ", x.sizes());
+    TORCH_CHECK(x.size(1) == args.batch, op, ": expected h0 for a batch of ", x.size(1), " as x has, got ", args.batch);
+    args.active.assign(x.size(0), args.batch);
+  }
+  args.steps = static_cast<int64_t>(args.active.size());
+  int64_t limit = args.batch;
+  for (const auto t : c10::irange(args.steps)) {
+    TORCH_CHECK(args.active[t] >= 0 && args.active[t] <= limit, op, ": expected batch_sizes[", t, "] between 0 and ",
+                limit, " (the size before it, or the batch of h0), got ", args.active[t]);
+    limit = args.active[t];
+    args.first_row.push_back(args.rows);
+    args.rows += limit;
+  }
+  TORCH_CHECK(!batch_sizes || args.rows == x.size(0), op, ": expected x of ", args.rows,
+              " rows, the sum of batch_sizes, got ", x.size(0));
+  args.inputs = x.size(-1);
+
+  args.weights = weights;
+  args.weights_per_direction = static_cast<int64_t>(weights.size()) / args.directions;
+  const int64_t per_direction = args.weights_per_direction;
+  TORCH_CHECK(per_direction >= 2 && per_direction <= 5 &&
+                  static_cast<int64_t>(weights.size()) == per_direction * args.directions,
+              op, ": expected 2 to 5 weights for each of ", args.directions, " directions, got ", weights.size());
+  args.has_bias = per_direction >= 4;
+  args.has_projection = per_direction % 2 == 1;
+  TORCH_CHECK(has_c || !args.has_projection, op, ": only an LSTM has a projection, got ", per_direction,
+              " weights for each direction");
+  TORCH_CHECK(weights[0].dim() == 2 && weights[0].size(0) % gates == 0, op, ": expected weight_ih of shape [", gates,
+              " * hidden, features], got ", weights[0].sizes());
+  args.hidden = weights[0].size(0) / gates;
+  TORCH_CHECK(args.has_projection || args.features == args.hidden, op, ": expected h0 of ", args.hidden,
+              " features, as weight_ih has hidden units, got ", args.features);
+  const int64_t gate_rows = gates * args.hidden;
+  for (const auto d : c10::irange(args.directions)) {
+    check_shape(op, "weight_ih", args.w_ih(d), {gate_rows, args.inputs});
+    check_shape(op, "weight_hh", args.w_hh(d), {gate_rows, args.features});
+    if (args.has_bias) {
+      check_shape(op, "bias_ih", args.b_ih(d), {gate_rows});
+      check_shape(op, "bias_hh", args.b_hh(d), {gate_rows});
+    }
+    if (args.has_projection) check_shape(op, "weight_hr", args.w_hr(d), {args.features, args.hidden});
+  }
+  for (const Tensor& weight : weights) check_like(op, "every weight", weight, "x", x);
+
+  TORCH_CHECK(c0.has_value() == has_c, op, ": c0 is for the LSTM, and the LSTM needs it; got ",
+              has_c ? "none" : "one for another cell");
+  if (c0) {
+    check_shape(op, "c0", *c0, {args.directions, args.batch, args.hidden});
+    check_like(op, "c0", *c0, "x", x);
+  }
+  return args;
+}
+
+// How a row's embeddings are pooled; see library.cpp.
+enum class Mode { sum, mean, max, lookup };
+
+inline Mode parse_mode(c10::string_view mode) {
+  if (mode == "sum") return Mode::sum;
+  if (mode == "mean") return Mode::mean;
+  if (mode == "max") return Mode::max;
+  if (mode == "lookup") return Mode::lookup;
+  TORCH_CHECK_VALUE(false, "embedding_bag: expected mode 'sum', 'mean', 'max' or 'lookup', got '", mode, "'");
+}
+
+inline void check_integer(const char* op, const char* name, const Tensor& tensor) {
+  TORCH_CHECK_TYPE(tensor.scalar_type() == at::kLong || tensor.scalar_type() == at::kInt, op, ": expected ", name,
+                   " of dtype int32 or int64, got ", tensor.scalar_type());
+}
+
+// What every embedding_bag op can check without reading the data.
+inline void check_embedding_bag(const char* op, const Tensor& like, const Tensor& indices, const OptionalTensor& offsets,
+                                const OptionalTensor& per_sample_weights, Mode mode, bool include_last_offset) {
+  TORCH_CHECK(at::isFloatingType(like.scalar_type()), op, ": expected weight of a floating dtype, got ",
+              like.scalar_type());
+  check_integer(op, "indices", indices);
+  TORCH_CHECK(indices.device() == like.device(), op, ": expected indices on ", like.device(), " like weight, got ",
+              indices.device());
+  if (offsets) {
+    check_integer(op, "offsets", *offsets);
+    TORCH_CHECK_VALUE(indices.dim() == 1, op, ": expected 1-D indices with offsets, got ", indices.sizes());
+    TORCH_CHECK_VALUE(offsets->dim() == 1, op, ": expected 1-D offsets, got ", offsets->sizes());
+    TORCH_CHECK_VALUE(!include_last_offset || offsets->size(0) >= 1, op,
+                      ": expected at least one offset with include_last_offset, got none");
+    TORCH_CHECK(offsets->device() == like.device(), op, ": expected offsets on ", like.device(), " like weight, got ",
+                offsets->device());
+  } else {
+    TORCH_CHECK_VALUE(indices.dim() == 2, op, ": expected 2-D indices without offsets, got ", indices.sizes());
+  }
+  TORCH_CHECK_VALUE(mode != Mode::lookup || (!offsets && indices.size(1) == 1), op,
+                    ": expected indices of shape [rows, 1] with mode 'lookup', got ", indices.sizes());
+  if (per_sample_weights) {
+    TORCH_CHECK_VALUE(mode == Mode::sum, op, ": per_sample_weights go with mode 'sum' only");
+    check_shape(op, "per_sample_weights", *per_sample_weights, indices.sizes());
+    check_like(op, "per_sample_weights", *per_sample_weights, "weight", like);
+  }
+}
+
+}  // namespace nlpkernels

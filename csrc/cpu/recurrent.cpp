@@ -1,0 +1,684 @@
+// The time loop of RNN, LSTM and GRU on the CPU, forward and backward. One call is one layer, all steps, both directions.
+//
+// Work is cut by direction and by sequences: a thread runs all steps of its own sequences, so that no step needs a
+// barrier. Weights are packed once a call (gemm.h) and shared.
+//
+// Forward, for the sequences of one thread:
+//   for a block of steps whose gates fit kGateBytes:
+//     gates = biases + x W_ih^T                     one product for all steps of the block
+//     for each step, for each panel of hidden units:
+//       gates += h_{t-1} W_hh^T                     the panel's gates only, which then lie in the first-level cache
+//       h_t, c_t = cell(gates)                      on them, while they are hot
+// Gates are stored [row][panel][slot][unit], so that a panel's slots are neighbours. States are kept in float scratch
+// (double for double) with rows padded to whole vectors; what is stored in the tensors' own dtype is never read back.
+//
+// Backward walks the steps the other way: dh_{t-1} = dgates W_hh. It stores dgates for all rows, [row][slot][unit], from
+// which the gradients of the weights and of x follow as large products.
+//
+// Letters are those of library.cpp.
+#include <ATen/Dispatch.h>
+#include <ATen/Parallel.h>
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/empty_like.h>
+#include <torch/library.h>
+
+#include <memory>
+#include <tuple>
+#include <type_traits>
+
+#include "../checks.h"
+#include "gemm.h"
+
+namespace nlpkernels {
+inline namespace CPU_CAPABILITY {
+namespace {
+
+// Gates of a block of steps; half of a small second-level cache.
+constexpr int64_t kGateBytes = 256 * 1024;
+// Sequences of one thread that are taken through the steps together: a panel's gates stay in the first-level cache.
+constexpr int64_t kMaxRows = 64;
+// Multiply-adds below which another thread costs more than it gives.
+constexpr int64_t kMinWork = 1 << 17;
+
+// Runs of gates of W_ih whose slots are neighbours too.
+struct GateRun {
+  int64_t gate, slot, count;
+};
+
+template <typename Cell>
+std::vector<GateRun> input_gate_runs() {
+  std::vector<GateRun> runs;
+  for (const auto gate : c10::irange<int64_t>(Cell::gates)) {
+    const int64_t slot = Cell::input_slot(gate);
+    if (!runs.empty() && runs.back().slot + runs.back().count == slot) {
+      ++runs.back().count;
+    } else {
+      runs.push_back({gate, slot, 1});
+    }
+  }
+  return runs;
+}
+
+template <typename T>
+const T* data(const OptionalTensor& tensor) {
+  return tensor ? tensor->const_data_ptr<T>() : nullptr;
+}
+
+OptionalTensor contiguous(const OptionalTensor& tensor) {
+  return tensor ? OptionalTensor(tensor->contiguous()) : std::nullopt;
+}
+
+// What forward and backward share: sizes, and where the rows of each tensor are. Direction 1 runs from the last step to
+// the first; "previous" is meant in the direction's own order.
+template <typename Cell, typename T>
+struct Layer : RecurrentArguments {
+  using scalar = acc_t<T>;
+
+  Layer(const RecurrentArguments& args, const Tensor& x, const Tensor& h0, const OptionalTensor& c0)
+      : RecurrentArguments(args),
+        x(x.stride(-1) == 1 || x.size(-1) <= 1 ? x : x.contiguous()),
+        h0(h0.contiguous()),
+        c0(contiguous(c0)),
+        x_(this->x.template const_data_ptr<T>()),
+        h0_(this->h0.template const_data_ptr<T>()),
+        c0_(data<T>(this->c0)),
+        is_packed_(x.dim() == 2) {
+    for (const Tensor& weight : args.weights) weight_storage.push_back(weight.contiguous());
+    weights = weight_storage;
+  }
+
+  Tensor x, h0;
+  OptionalTensor c0;
+  std::vector<Tensor> weight_storage;
+
+  int64_t gate_rows() const { return Cell::gates * hidden; }
+  int64_t slot_columns() const { return Cell::slots * hidden; }
+  int64_t step(int64_t direction, int64_t i) const { return direction == 0 ? i : steps - 1 - i; }
+
+  // Of the sequences [begin, end), how many are active at step t; they are the first ones.
+  int64_t active_of(int64_t t, int64_t begin, int64_t end) const {
+    return std::clamp<int64_t>(active[t] - begin, 0, end - begin);
+  }
+
+  const T* x_row(int64_t t, int64_t b) const {
+    return x_ + (is_packed_ ? (first_row[t] + b) * x.stride(0) : t * x.stride(0) + b * x.stride(1));
+  }
+  const T* h0_row(int64_t direction, int64_t b) const { return h0_ + (direction * batch + b) * features; }
+  const T* c0_row(int64_t direction, int64_t b) const { return c0_ + (direction * batch + b) * hidden; }
+
+  // The row of sequence b at the step before t, or -1 if t is the first one.
+  int64_t previous_row(int64_t direction, int64_t t, int64_t b) const {
+    const int64_t before = direction == 0 ? t - 1 : t + 1;
+    return before >= 0 && before < steps && b < active[before] ? first_row[before] + b : -1;
+  }
+
+  // Calls body(direction, begin, end) for all sequences, in as many pieces as threads can use.
+  template <typename Body>
+  void for_each_piece(const Body& body) const {
+    const int64_t work = rows * gate_rows() * (inputs + features);
+    const int64_t threads = std::clamp<int64_t>(work / kMinWork, 1, at::get_num_threads());
+    const int64_t wanted = std::max(ceil_div(threads, directions), ceil_div(batch, kMaxRows));
+    const int64_t size = std::max<int64_t>(1, ceil_div(batch, wanted));
+    const int64_t pieces = ceil_div(batch, size);
+    // Pieces of one direction are neighbours, so that two threads take a direction each.
+    at::parallel_for(0, directions * pieces, threads > 1 ? 1 : directions * pieces, [&](int64_t first, int64_t last) {
+      for (const auto i : c10::irange(first, last)) {
+        const int64_t begin = (i % pieces) * size;
+        body(i / pieces, begin, std::min(batch, begin + size));
+      }
+    });
+  }
+
+ private:
+  const T *x_, *h0_, *c0_;
+  bool is_packed_;
+};
+
+// Forward ------------------------------------------------------------------------------------------------------------
+
+template <typename Cell, typename T>
+class Forward {
+  using scalar = acc_t<T>;
+  static constexpr int64_t kVector = Vec<T>::size();
+  static constexpr int64_t kSlots = Cell::slots;
+  static constexpr int64_t kSaved = Cell::saved;
+  // Panels whose gates make up one group of strips.
+  static constexpr int64_t kPanelGroup = std::max(1, kMaxStrips / Cell::gates);
+
+ public:
+  Forward(const Layer<Cell, T>& layer, bool keep) : layer_(layer) {
+    const auto options = layer.x.options();
+    std::vector<int64_t> y_sizes = layer.x.sizes().vec();
+    y_sizes.back() = layer.directions * layer.features;
+    y = at::empty(y_sizes, options);
+    h_n = at::empty(layer.h0.sizes(), options);
+    c_n = Cell::has_c ? at::empty(layer.c0->sizes(), options) : at::empty({0}, options);
+    workspace = keep ? at::empty({layer.directions, layer.rows, kSaved, layer.hidden}, options) : at::empty({0}, options);
+    y_ = y.mutable_data_ptr<T>();
+    kept_ = workspace.numel() > 0 ? workspace.mutable_data_ptr<T>() : nullptr;
+    for (const auto d : c10::irange(layer.directions)) directions_.push_back(std::make_unique<Direction>(layer, d));
+  }
+
+  Tensor y, h_n, c_n, workspace;
+
+  void run() const {
+    layer_.for_each_piece([&](int64_t d, int64_t begin, int64_t end) { run_piece(d, begin, end); });
+  }
+
+ private:
+  // Packed weights, and the biases as the gates are stored: [panel][slot][unit].
+  struct Direction {
+    Direction(const Layer<Cell, T>& layer, int64_t d)
+        : w_ih(layer.inputs, layer.hidden, Cell::gates),
+          w_hh(layer.features, layer.hidden, Cell::gates),
+          w_hr(layer.has_projection ? layer.hidden : 0, layer.features),
+          bias(kSlots * w_ih.panels.padded()) {
+      w_ih.pack_transpose_of(layer.w_ih(d).template const_data_ptr<T>(), layer.inputs);
+      w_hh.pack_transpose_of(layer.w_hh(d).template const_data_ptr<T>(), layer.features);
+      if (layer.has_projection) w_hr.pack_transpose_of(layer.w_hr(d).template const_data_ptr<T>(), layer.hidden);
+      std::fill(bias.data(), bias.data() + kSlots * w_ih.panels.padded(), scalar(0));
+      if (layer.has_bias) {
+        for (const auto gate : c10::irange<int64_t>(Cell::gates)) {
+          add_bias(layer.b_ih(d), gate, Cell::input_slot(gate));
+          add_bias(layer.b_hh(d), gate, gate);
+        }
+      }
+    }
+
+    void add_bias(const Tensor& b, int64_t gate, int64_t slot) const {
+      const T* values = b.const_data_ptr<T>() + gate * w_ih.panels.columns;
+      for (const auto panel : c10::irange(w_ih.panels.count())) {
+        scalar* out = bias.data() + w_ih.panels.begin(panel) * kSlots + slot * w_ih.panels.width(panel);
+        for (const auto j : c10::irange(w_ih.panels.valid(panel))) {
+          out[j] += static_cast<scalar>(values[w_ih.panels.begin(panel) + j]);
+        }
+      }
+    }
+
+    PackedMatrix<scalar> w_ih, w_hh, w_hr;
+    Scratch<scalar> bias;
+  };
+
+  void run_piece(int64_t d, int64_t begin, int64_t end) const {
+    const Direction& direction = *directions_[d];
+    const int64_t batch = end - begin, hidden = layer_.hidden, features = layer_.features;
+    const int64_t padded = direction.w_ih.panels.padded(), gate_columns = kSlots * padded;
+    const int64_t block_rows =
+        std::min(std::max<int64_t>(batch, kGateBytes / (gate_columns * sizeof(scalar))), batch * layer_.steps);
+
+    const Scratch<scalar> gates(block_rows * gate_columns), packed_x(block_rows * layer_.inputs);
+    const Scratch<scalar> packed_h(batch * std::max(features, hidden));
+    const int64_t h_columns = Panels<scalar>{features}.padded();
+    const Scratch<scalar> h(batch * h_columns), c(batch * padded);
+    const Scratch<scalar> unprojected(layer_.has_projection ? batch * padded : 0);
+    std::vector<const T*> x_rows(block_rows);
+
+    for (const auto r : c10::irange(batch)) {
+      copy(h.data() + r * h_columns, layer_.h0_row(d, begin + r), features);
+      if (Cell::has_c) copy(c.data() + r * padded, layer_.c0_row(d, begin + r), hidden);
+    }
+
+    for (int64_t i = 0; i < layer_.steps;) {
+      int64_t stop = i, count = 0;
+      for (; stop < layer_.steps; ++stop) {
+        const int64_t t = layer_.step(d, stop), active = layer_.active_of(t, begin, end);
+        if (count + active > block_rows) break;
+        for (const auto r : c10::irange(active)) x_rows[count++] = layer_.x_row(t, begin + r);
+      }
+      for (const auto r : c10::irange(count)) {
+        std::copy(direction.bias.data(), direction.bias.data() + gate_columns, gates.data() + r * gate_columns);
+      }
+      const RowTiles tiles(count);
+      pack_tiles(packed_x.data(), tiles, layer_.inputs, [&](int64_t r) { return x_rows[r]; });
+      multiply_panels(tiles, packed_x.data(), direction.w_ih, 0, direction.w_ih.panels.count(), gates.data(),
+                      gate_columns, kSlots, Cell::input_slot);
+
+      scalar* step_gates = gates.data();
+      for (; i < stop; ++i) {
+        const int64_t t = layer_.step(d, i), active = layer_.active_of(t, begin, end);
+        if (active == 0) continue;
+        run_step(d, layer_.first_row[t] + begin, active, step_gates, packed_h.data(), h.data(), c.data(),
+                 unprojected.data());
+        step_gates += active * gate_columns;
+      }
+    }
+
+    for (const auto r : c10::irange(batch)) {
+      const int64_t row = d * layer_.batch + begin + r;
+      copy(h_n.mutable_data_ptr<T>() + row * features, h.data() + r * h_columns, features);
+      if (Cell::has_c) copy(c_n.mutable_data_ptr<T>() + row * hidden, c.data() + r * padded, hidden);
+    }
+  }
+
+  // One step of the first `active` sequences of a piece, whose data is in the rows from first_row on.
+  void run_step(int64_t d, int64_t first_row, int64_t active, scalar* gates, scalar* packed_h, scalar* h, scalar* c,
+                scalar* unprojected) const {
+    const Direction& direction = *directions_[d];
+    const auto& panels = direction.w_hh.panels;
+    const int64_t features = layer_.features, padded = panels.padded(), gate_columns = kSlots * padded;
+    const int64_t h_columns = Panels<scalar>{features}.padded();
+    const RowTiles tiles(active);
+    pack_tiles(packed_h, tiles, features, [&](int64_t r) { return h + r * h_columns; });
+    for (int64_t panel = 0; panel < panels.count(); panel += kPanelGroup) {
+      const int64_t stop = std::min(panel + kPanelGroup, panels.count());
+      multiply_panels(tiles, packed_h, direction.w_hh, panel, stop, gates, gate_columns, kSlots,
+                      [](int64_t gate) { return gate; });
+      for (int64_t p = panel; p < stop; ++p) {
+        const int64_t column = panels.begin(p);
+        for (const auto r : c10::irange(active)) {
+          const scalar* a = gates + r * gate_columns + column * kSlots;
+          activate(d, first_row + r, column, panels.valid(p), panels.width(p), a, h + r * h_columns, c + r * padded,
+                   layer_.has_projection ? unprojected + r * padded : nullptr);
+        }
+      }
+    }
+    if (layer_.has_projection) {
+      pack_tiles(packed_h, tiles, layer_.hidden, [&](int64_t r) { return unprojected + r * padded; });
+      std::fill(h, h + active * h_columns, scalar(0));
+      multiply(tiles, packed_h, direction.w_hr, h, h_columns);
+      for (const auto r : c10::irange(active)) copy(y_row(d, first_row + r), h + r * h_columns, features);
+    }
+  }
+
+  // The cell, on one row of one panel.
+  void activate(int64_t d, int64_t row, int64_t column, int64_t valid, int64_t width, const scalar* gates, scalar* h,
+                scalar* c, scalar* unprojected) const {
+    T* kept = kept_ == nullptr ? nullptr : kept_ + (d * layer_.rows + row) * kSaved * layer_.hidden;
+    T* out = y_row(d, row);
+    for_each_vector<T>(valid, [&](int64_t j, int64_t n) {
+      Vec<T> a[kSlots], saved[std::max<int64_t>(1, kSaved)], c_t(0);
+#pragma GCC unroll 4
+      for (int64_t slot = 0; slot < kSlots; ++slot) a[slot] = load_vector(gates + slot * width + j);
+      Vec<T> h_t(0);
+      if constexpr (Cell::has_c) {
+        c_t = load_vector(c + column + j);
+      } else {
+        h_t = load_vector(h + column + j);
+      }
+      h_t = Cell::forward(a, h_t, c_t, saved);
+      if constexpr (Cell::has_c) store_vector(c + column + j, c_t);
+      if (unprojected != nullptr) {
+        store_vector(unprojected + column + j, h_t);
+      } else {
+        store_vector(h + column + j, h_t);
+        store_vector(out + column + j, h_t, n);
+      }
+      if (kept != nullptr) {
+#pragma GCC unroll 5
+        for (int64_t s = 0; s < kSaved; ++s) store_vector(kept + s * layer_.hidden + column + j, saved[s], n);
+      }
+    });
+  }
+
+  T* y_row(int64_t d, int64_t row) const {
+    return y_ + (row * layer_.directions + d) * layer_.features;
+  }
+
+  template <typename To, typename From>
+  static void copy(To* to, const From* from, int64_t count) {
+    for (const auto i : c10::irange(count)) to[i] = static_cast<To>(from[i]);
+  }
+
+  const Layer<Cell, T>& layer_;
+  std::vector<std::unique_ptr<Direction>> directions_;
+  T* y_;
+  T* kept_;  // the workspace, or nullptr
+};
+
+// Backward -----------------------------------------------------------------------------------------------------------
+
+template <typename Cell, typename T>
+class Backward {
+  using scalar = acc_t<T>;
+  static constexpr int64_t kSlots = Cell::slots;
+  static constexpr int64_t kSaved = Cell::saved;
+
+ public:
+  Backward(const Layer<Cell, T>& layer, const OptionalTensor& dy, const OptionalTensor& dh_n,
+           const OptionalTensor& dc_n, const Tensor& y, const Tensor& workspace, bool need_dx, bool need_dweights)
+      : layer_(layer),
+        dy_(contiguous(dy)),
+        dh_n_(contiguous(dh_n)),
+        dc_n_(contiguous(dc_n)),
+        y_tensor_(y.contiguous()),
+        workspace_tensor_(workspace.contiguous()),
+        y_(y_tensor_.template const_data_ptr<T>()),
+        workspace_(workspace_tensor_.template const_data_ptr<T>()),
+        need_dweights_(need_dweights),
+        dgates_(layer.directions * layer.rows * layer.slot_columns() + kTilePadding),
+        dprojected_(layer.has_projection ? layer.directions * layer.rows * layer.features + kTilePadding : 0) {
+    const auto options = layer.x.options();
+    dx = need_dx ? at::empty(layer.x.sizes(), options) : at::empty({0}, options);
+    dh0 = at::empty(layer.h0.sizes(), options);
+    dc0 = Cell::has_c ? at::empty(layer.c0->sizes(), options) : at::empty({0}, options);
+    for (const Tensor& weight : layer.weights) {
+      dweights.push_back(need_dweights ? at::empty(weight.sizes(), options) : at::empty({0}, options));
+    }
+    for (const auto d : c10::irange(layer.directions)) directions_.push_back(std::make_unique<Direction>(layer, d));
+  }
+
+  Tensor dx, dh0, dc0;
+  std::vector<Tensor> dweights;
+
+  void run() {
+    layer_.for_each_piece([&](int64_t d, int64_t begin, int64_t end) { run_piece(d, begin, end); });
+    if (need_dweights_) run_weights();
+    if (dx.dim() > 1) run_inputs();
+  }
+
+ private:
+  struct Direction {
+    Direction(const Layer<Cell, T>& layer, int64_t d)
+        : w_hh(layer.gate_rows(), layer.features), w_hr(layer.has_projection ? layer.features : 0, layer.hidden) {
+      w_hh.pack(layer.w_hh(d).template const_data_ptr<T>(), layer.features);
+      if (layer.has_projection) w_hr.pack(layer.w_hr(d).template const_data_ptr<T>(), layer.hidden);
+    }
+    PackedMatrix<scalar> w_hh, w_hr;
+  };
+
+  scalar* dgates_row(int64_t d, int64_t row) const {
+    return dgates_.data() + (d * layer_.rows + row) * layer_.slot_columns();
+  }
+
+  const T* workspace_row(int64_t d, int64_t row) const {
+    return workspace_ + (d * layer_.rows + row) * kSaved * layer_.hidden;
+  }
+
+  const T* y_row(int64_t d, int64_t row) const {
+    return y_ + (row * layer_.directions + d) * layer_.features;
+  }
+
+  // h_{t-1} of sequence b, in the tensors' dtype
+  const T* previous_h(int64_t d, int64_t t, int64_t b) const {
+    const int64_t row = layer_.previous_row(d, t, b);
+    return row >= 0 ? y_row(d, row) : layer_.h0_row(d, b);
+  }
+
+  // All steps of the sequences [begin, end) of one direction: dgates of all their rows, and dh0, dc0.
+  void run_piece(int64_t d, int64_t begin, int64_t end) const {
+    const Direction& direction = *directions_[d];
+    const int64_t batch = end - begin, hidden = layer_.hidden, features = layer_.features;
+    const int64_t h_columns = Panels<scalar>{features}.padded(), c_columns = Panels<scalar>{hidden}.padded();
+    const Scratch<scalar> dh(batch * h_columns), dc(batch * c_columns);
+    const Scratch<scalar> packed(batch * std::max(layer_.gate_rows(), features));
+    const Scratch<scalar> unprojected(layer_.has_projection ? batch * c_columns : 0);
+
+    for (const auto r : c10::irange(batch)) {
+      const int64_t row = d * layer_.batch + begin + r;
+      read_or_zero(dh.data() + r * h_columns, data<T>(dh_n_), row, features);
+      if (Cell::has_c) read_or_zero(dc.data() + r * c_columns, data<T>(dc_n_), row, hidden);
+    }
+
+    for (int64_t i = layer_.steps - 1; i >= 0; --i) {
+      const int64_t t = layer_.step(d, i), active = layer_.active_of(t, begin, end);
+      if (active == 0) continue;
+      const int64_t first_row = layer_.first_row[t] + begin;
+      const RowTiles tiles(active);
+      if (dy_) {
+        for (const auto r : c10::irange(active)) {
+          const T* dy = data<T>(dy_) + ((first_row + r) * layer_.directions + d) * features;
+          scalar* out = dh.data() + r * h_columns;
+          for (const auto j : c10::irange(features)) out[j] += static_cast<scalar>(dy[j]);
+        }
+      }
+      if (layer_.has_projection) {
+        for (const auto r : c10::irange(active)) {
+          const scalar* row = dh.data() + r * h_columns;
+          std::copy(row, row + features, dprojected_.data() + (d * layer_.rows + first_row + r) * features);
+        }
+        pack_tiles(packed.data(), tiles, features, [&](int64_t r) { return dh.data() + r * h_columns; });
+        std::fill(unprojected.data(), unprojected.data() + active * c_columns, scalar(0));
+        multiply(tiles, packed.data(), direction.w_hr, unprojected.data(), c_columns);
+        std::fill(dh.data(), dh.data() + active * h_columns, scalar(0));
+      }
+      for (const auto r : c10::irange(active)) {
+        scalar* projected = layer_.has_projection ? unprojected.data() + r * c_columns : nullptr;
+        differentiate(d, t, begin + r, dh.data() + r * h_columns, projected, dc.data() + r * c_columns);
+      }
+      pack_tiles(packed.data(), tiles, layer_.gate_rows(), [&](int64_t r) { return dgates_row(d, first_row + r); });
+      multiply(tiles, packed.data(), direction.w_hh, dh.data(), h_columns);
+    }
+
+    for (const auto r : c10::irange(batch)) {
+      const int64_t row = d * layer_.batch + begin + r;
+      write(dh0.mutable_data_ptr<T>() + row * features, dh.data() + r * h_columns, features);
+      if (Cell::has_c) write(dc0.mutable_data_ptr<T>() + row * hidden, dc.data() + r * c_columns, hidden);
+    }
+  }
+
+  // The cell's gradient on one row: dgates; dh becomes the part of dh_{t-1} that passes W_hh by; dc becomes dc_{t-1}.
+  // With a projection, what came through W_hr stands in `projected`, and dh is zero already.
+  void differentiate(int64_t d, int64_t t, int64_t b, scalar* dh, const scalar* projected, scalar* dc) const {
+    const int64_t row = layer_.first_row[t] + b, hidden = layer_.hidden;
+    const int64_t previous = layer_.previous_row(d, t, b);
+    const T* saved_row = workspace_row(d, row);
+    const T* h_row = y_row(d, row);
+    const T* h_previous = previous_h(d, t, b);
+    const T* c_previous = nullptr;
+    if constexpr (Cell::has_c) {
+      c_previous = previous >= 0 ? workspace_row(d, previous) + Cell::saved_c * hidden
+                                 : layer_.c0_row(d, b);
+    }
+    scalar* out = dgates_row(d, row);
+    for_each_vector<T>(hidden, [&](int64_t j, int64_t n) {
+      Vec<T> saved[std::max<int64_t>(1, kSaved)], da[kSlots], h(0), h_prev(0), c_prev(0), dc_t(0);
+#pragma GCC unroll 5
+      for (int64_t s = 0; s < kSaved; ++s) saved[s] = load_vector(saved_row + s * hidden + j, n);
+      if constexpr (Cell::has_c) {
+        c_prev = load_vector(c_previous + j, n);
+        dc_t = load_vector(dc + j);
+      } else {
+        h = load_vector(h_row + j, n);
+        h_prev = load_vector(h_previous + j, n);
+      }
+      const Vec<T> direct =
+          Cell::backward(saved, h, h_prev, c_prev, load_vector((projected != nullptr ? projected : dh) + j), dc_t, da);
+      if constexpr (Cell::has_c) store_vector(dc + j, dc_t);
+      if (projected == nullptr) store_vector(dh + j, direct);
+#pragma GCC unroll 4
+      for (int64_t slot = 0; slot < kSlots; ++slot) store_vector(out + slot * hidden + j, da[slot], n);
+    });
+  }
+
+  // dW_ih = dgates^T x, dW_hh = dgates^T h_{t-1}, dW_hr = dh^T (o tanh c), and the biases' column sums.
+  void run_weights() {
+    const int64_t rows = layer_.rows, hidden = layer_.hidden, features = layer_.features, inputs = layer_.inputs;
+    std::vector<const T*> x_rows(rows);
+    std::vector<std::vector<const T*>> h_rows(layer_.directions, std::vector<const T*>(rows));
+    for (const auto t : c10::irange(layer_.steps)) {
+      for (const auto b : c10::irange(layer_.active[t])) {
+        x_rows[layer_.first_row[t] + b] = layer_.x_row(t, b);
+        for (const auto d : c10::irange(layer_.directions)) {
+          h_rows[d][layer_.first_row[t] + b] = previous_h(d, t, b);
+        }
+      }
+    }
+    std::vector<TransposedProduct<scalar, T>> products;
+    const auto dweight = [&](int64_t d, int64_t i) {
+      return dweights[d * layer_.weights_per_direction + i].template mutable_data_ptr<T>();
+    };
+    for (const auto d : c10::irange(layer_.directions)) {
+      for (const GateRun& run : input_gate_runs<Cell>()) {
+        products.push_back({run.count * hidden, inputs, rows, dgates_row(d, 0) + run.slot * hidden,
+                            layer_.slot_columns(), x_rows.data(), dweight(d, 0) + run.gate * hidden * inputs, inputs});
+      }
+      products.push_back({layer_.gate_rows(), features, rows, dgates_row(d, 0), layer_.slot_columns(),
+                          h_rows[d].data(), dweight(d, 1), features});
+    }
+    run_products(products);
+    if (layer_.has_bias) {
+      for (const auto d : c10::irange(layer_.directions)) run_biases(d, dweight(d, 2), dweight(d, 3));
+    }
+    if (layer_.has_projection) run_projection_weights();
+  }
+
+  void run_biases(int64_t d, T* db_ih, T* db_hh) const {
+    const int64_t columns = layer_.slot_columns(), hidden = layer_.hidden;
+    const Scratch<scalar> sums(columns);
+    at::parallel_for(0, columns, std::max<int64_t>(64, kMinWork / std::max<int64_t>(1, layer_.rows)),
+                     [&](int64_t begin, int64_t end) {
+                       std::fill(sums.data() + begin, sums.data() + end, scalar(0));
+                       for (const auto row : c10::irange(layer_.rows)) {
+                         const scalar* da = dgates_row(d, row);
+                         for (const auto j : c10::irange(begin, end)) sums.data()[j] += da[j];
+                       }
+                     });
+    for (const auto gate : c10::irange<int64_t>(Cell::gates)) {
+      write(db_ih + gate * hidden, sums.data() + Cell::input_slot(gate) * hidden, hidden);
+      write(db_hh + gate * hidden, sums.data() + gate * hidden, hidden);
+    }
+  }
+
+  void run_projection_weights() {
+    if constexpr (Cell::has_c) {
+      const int64_t rows = layer_.rows, hidden = layer_.hidden, features = layer_.features;
+      const Scratch<scalar> outputs(layer_.directions * rows * hidden);
+      at::parallel_for(0, layer_.directions * rows, 64, [&](int64_t begin, int64_t end) {
+        for (const auto i : c10::irange(begin, end)) {
+          const T* kept = workspace_row(i / rows, i % rows);
+          for_each_vector<T>(hidden, [&](int64_t j, int64_t n) {
+            Vec<T> saved[kSaved];
+#pragma GCC unroll 5
+            for (int64_t s = 0; s < kSaved; ++s) saved[s] = load_vector(kept + s * hidden + j, n);
+            store_vector(outputs.data() + i * hidden + j, Cell::output(saved), n);
+          });
+        }
+      });
+      // The product's own dtype is the scratch's; the tensor's follows.
+      std::vector<const scalar*> output_rows(layer_.directions * rows);
+      for (const auto i : c10::irange(layer_.directions * rows)) output_rows[i] = outputs.data() + i * hidden;
+      const Scratch<scalar> sums(layer_.directions * features * hidden);
+      std::vector<TransposedProduct<scalar, scalar>> products;
+      for (const auto d : c10::irange(layer_.directions)) {
+        products.push_back({features, hidden, rows, dprojected_.data() + d * rows * features, features,
+                            output_rows.data() + d * rows, sums.data() + d * features * hidden, hidden});
+      }
+      run_products(products);
+      for (const auto d : c10::irange(layer_.directions)) {
+        const Tensor& dw_hr = dweights[(d + 1) * layer_.weights_per_direction - 1];
+        write(dw_hr.template mutable_data_ptr<T>(), sums.data() + d * features * hidden, features * hidden);
+      }
+    }
+  }
+
+  // dx = dgates W_ih, over both directions
+  void run_inputs() const {
+    const int64_t rows = layer_.rows, hidden = layer_.hidden, inputs = layer_.inputs;
+    struct Term {
+      int64_t direction, slot;
+      std::unique_ptr<PackedMatrix<scalar>> w;
+    };
+    std::vector<Term> terms;
+    int64_t largest = 0;
+    for (const auto d : c10::irange(layer_.directions)) {
+      for (const GateRun& run : input_gate_runs<Cell>()) {
+        terms.push_back({d, run.slot, std::make_unique<PackedMatrix<scalar>>(run.count * hidden, inputs)});
+        terms.back().w->pack(layer_.w_ih(d).template const_data_ptr<T>() + run.gate * hidden * inputs, inputs);
+        largest = std::max(largest, run.count * hidden);
+      }
+    }
+    const int64_t columns = Panels<scalar>{inputs}.padded();
+    const int64_t block = std::clamp<int64_t>(ceil_div(rows, at::get_num_threads()), 1, 96);
+    T* out = dx.mutable_data_ptr<T>();
+    at::parallel_for(0, ceil_div(rows, block), 1, [&](int64_t begin, int64_t end) {
+      const Scratch<scalar> packed(block * largest), sum(block * columns);
+      for (const auto i : c10::irange(begin, end)) {
+        const int64_t first = i * block, count = std::min(block, rows - first);
+        const RowTiles tiles(count);
+        std::fill(sum.data(), sum.data() + count * columns, scalar(0));
+        for (const Term& term : terms) {
+          pack_tiles(packed.data(), tiles, term.w->k,
+                     [&](int64_t r) { return dgates_row(term.direction, first + r) + term.slot * hidden; });
+          multiply(tiles, packed.data(), *term.w, sum.data(), columns);
+        }
+        for (const auto r : c10::irange(count)) write(out + (first + r) * inputs, sum.data() + r * columns, inputs);
+      }
+    });
+  }
+
+  static void read_or_zero(scalar* to, const T* from, int64_t row, int64_t count) {
+    for (const auto i : c10::irange(count)) {
+      to[i] = from != nullptr ? static_cast<scalar>(from[row * count + i]) : scalar(0);
+    }
+  }
+
+  static void write(T* to, const scalar* from, int64_t count) {
+    for (const auto i : c10::irange(count)) to[i] = static_cast<T>(from[i]);
+  }
+
+  const Layer<Cell, T>& layer_;
+  const OptionalTensor dy_, dh_n_, dc_n_;
+  const Tensor y_tensor_, workspace_tensor_;
+  const T *y_, *workspace_;
+  const bool need_dweights_;
+  std::vector<std::unique_ptr<Direction>> directions_;
+  const Scratch<scalar> dgates_, dprojected_;
+};
+
+// The ops ------------------------------------------------------------------------------------------------------------
+
+template <typename Body>
+void dispatch_cell(c10::string_view cell, const Body& body) {
+  if (cell == "rnn_tanh") return body(RnnTanh());
+  if (cell == "rnn_relu") return body(RnnRelu());
+  if (cell == "lstm") return body(Lstm());
+  if (cell == "gru") return body(Gru());
+  TORCH_CHECK_VALUE(false, "recurrent: expected cell 'rnn_tanh', 'rnn_relu', 'lstm' or 'gru', got '", cell, "'");
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> recurrent(const Tensor& x, const OptionalTensor& batch_sizes,
+                                                     const Tensor& h0, const OptionalTensor& c0,
+                                                     at::TensorList weights, c10::string_view cell, bool keep) {
+  std::tuple<Tensor, Tensor, Tensor, Tensor> result;
+  dispatch_cell(cell, [&](auto cell_type) {
+    using Cell = decltype(cell_type);
+    const RecurrentArguments args = check_recurrent(x, batch_sizes, h0, c0, weights, Cell::gates, Cell::has_c);
+    AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, x.scalar_type(), "recurrent", [&] {
+      const Layer<Cell, scalar_t> layer(args, x, h0, c0);
+      const Forward<Cell, scalar_t> forward(layer, keep);
+      forward.run();
+      result = {forward.y, forward.h_n, forward.c_n, forward.workspace};
+    });
+  });
+  return result;
+}
+
+std::tuple<Tensor, Tensor, Tensor, std::vector<Tensor>> recurrent_backward(
+    const OptionalTensor& dy, const OptionalTensor& dh_n, const OptionalTensor& dc_n, const Tensor& x,
+    const OptionalTensor& batch_sizes, const Tensor& h0, const OptionalTensor& c0, at::TensorList weights,
+    c10::string_view cell, const Tensor& y, const Tensor& workspace, bool need_dx, bool need_dweights) {
+  std::tuple<Tensor, Tensor, Tensor, std::vector<Tensor>> result;
+  dispatch_cell(cell, [&](auto cell_type) {
+    using Cell = decltype(cell_type);
+    const char* op = "recurrent_backward";
+    const RecurrentArguments args = check_recurrent(x, batch_sizes, h0, c0, weights, Cell::gates, Cell::has_c);
+    std::vector<int64_t> y_sizes = x.sizes().vec();
+    y_sizes.back() = args.directions * args.features;
+    const auto check = [&](const char* name, const Tensor& tensor, at::IntArrayRef sizes) {
+      check_shape(op, name, tensor, sizes);
+      check_like(op, name, tensor, "x", x);
+    };
+    check("y", y, y_sizes);
+    check("workspace", workspace, {args.directions, args.rows, Cell::saved, args.hidden});
+    if (dy) check("dy", *dy, y_sizes);
+    if (dh_n) check("dh_n", *dh_n, h0.sizes());
+    if (dc_n && Cell::has_c) check("dc_n", *dc_n, c0->sizes());
+    AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, x.scalar_type(), "recurrent_backward", [&] {
+      const Layer<Cell, scalar_t> layer(args, x, h0, c0);
+      Backward<Cell, scalar_t> backward(layer, dy, dh_n, dc_n, y, workspace, need_dx, need_dweights);
+      backward.run();
+      result = {backward.dx, backward.dh0, backward.dc0, backward.dweights};
+    });
+  });
+  return result;
+}
+
+}  // namespace
+}  // namespace CPU_CAPABILITY
+}  // namespace nlpkernels
+
+TORCH_LIBRARY_IMPL(nlpkernels, CPU, m) {
+  m.impl("recurrent", TORCH_FN(nlpkernels::recurrent));
+  m.impl("recurrent_backward", TORCH_FN(nlpkernels::recurrent_backward));
+}

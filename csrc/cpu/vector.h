@@ -1,0 +1,74 @@
+// at::vec::Vectorized with what the kernels need beside it: the elementary functions of cells.h, and loads and stores
+// that convert. Arithmetic is in float for bfloat16 and float16, and in the tensor's own type otherwise (acc_t).
+//
+// Everything below csrc/cpu is compiled once per instruction set, with CPU_CAPABILITY naming it; the inline namespace
+// keeps the copies apart.
+#pragma once
+
+#include <ATen/cpu/vec/vec.h>
+
+#include <cstdint>
+#include <type_traits>
+
+#include "../cells.h"
+
+namespace nlpkernels {
+
+template <typename T>
+struct Math<at::vec::Vectorized<T>> {
+  using V = at::vec::Vectorized<T>;
+  static NLPKERNELS_INLINE V tanh(const V& x) { return x.tanh(); }
+  static NLPKERNELS_INLINE V sigmoid(const V& x) { return V(1) / (V(1) + x.neg().exp()); }
+  static NLPKERNELS_INLINE V relu(const V& x) { return at::vec::maximum(x, V(0)); }
+  static NLPKERNELS_INLINE V where_positive(const V& x, const V& y) { return V::blendv(V(0), y, x > V(0)); }
+};
+
+inline namespace CPU_CAPABILITY {
+
+using at::vec::Vectorized;
+
+template <typename T>
+using acc_t = std::conditional_t<std::is_same_v<T, double>, double, float>;
+
+template <typename T>
+using Vec = Vectorized<acc_t<T>>;
+
+// The first n values from p; the rest is unspecified.
+template <typename T>
+NLPKERNELS_INLINE Vec<T> load_vector(const T* p, int64_t n = Vec<T>::size()) {
+  if constexpr (std::is_same_v<T, acc_t<T>>) {
+    return n == Vec<T>::size() ? Vec<T>::loadu(p) : Vec<T>::loadu(p, n);
+  } else {
+    alignas(64) acc_t<T> buffer[Vec<T>::size()] = {};
+    for (int64_t i = 0; i < n; ++i) buffer[i] = static_cast<acc_t<T>>(p[i]);
+    return Vec<T>::loadu(buffer);
+  }
+}
+
+// The first n values of v to p.
+template <typename T>
+NLPKERNELS_INLINE void store_vector(T* p, const Vec<T>& v, int64_t n = Vec<T>::size()) {
+  if constexpr (std::is_same_v<T, acc_t<T>>) {
+    if (n == Vec<T>::size()) {
+      v.store(p);
+    } else {
+      v.store(p, static_cast<int>(n));
+    }
+  } else {
+    alignas(64) acc_t<T> buffer[Vec<T>::size()];
+    v.store(buffer);
+    for (int64_t i = 0; i < n; ++i) p[i] = static_cast<T>(buffer[i]);
+  }
+}
+
+// Calls body(i, n) for the vectors of [0, count): n is a vector's size, but for the last what is left.
+template <typename T, typename Body>
+NLPKERNELS_INLINE void for_each_vector(int64_t count, const Body& body) {
+  constexpr int64_t size = Vec<T>::size();
+  int64_t i = 0;
+  for (; i + size <= count; i += size) body(i, size);
+  if (i < count) body(i, count - i);
+}
+
+}  // namespace CPU_CAPABILITY
+}  // namespace nlpkernels

@@ -1,0 +1,84 @@
+// The schemas of every op, in the only TORCH_LIBRARY block, and the pybind11 module with the facts of the build.
+//
+// An op is functional: it changes no argument, and no two of its outputs share memory. Kernels are registered by
+// csrc/cpu and csrc/cuda, behaviour (fake kernels, autograd, autocast, vmap) by nlpkernels/_ops.py.
+//
+// Letters in shapes: T steps, B sequences, N = rows of data (T * B, or the sum of batch_sizes for packed data),
+// I input features, H hidden units, P features of h (proj_size if there is one, else H), D directions (1 or 2),
+// G gates (RNN 1, LSTM 4, GRU 3), S saved values a unit (RNN 0, LSTM 5, GRU 4); V rows and E columns of a table.
+#include <pybind11/pybind11.h>
+#include <torch/library.h>
+#include <torch/version.h>
+
+#include <string>
+
+TORCH_LIBRARY(nlpkernels, m) {
+  // One layer of an RNN, all steps, both directions.
+  //   x            [T, B, I], or packed data [N, I] with batch_sizes [T] (int64, on the CPU, non-increasing)
+  //   h0, c0       [D, B, P], [D, B, H] (c0 for the LSTM only)
+  //   weights      for each direction W_ih [G H, I], W_hh [G H, P], then b_ih, b_hh [G H] or neither, then W_hr [P, H]
+  //                for an LSTM with a projection
+  //   cell         "rnn_tanh", "rnn_relu", "lstm" or "gru"
+  //   keep         whether backward will follow and needs the workspace
+  // Returns
+  //   y            [T, B, D P] or [N, D P]
+  //   h_n, c_n     [D, B, P], [D, B, H] (c_n is empty, [0], but for the LSTM)
+  //   workspace    [D, N, S, H], the values that cells.h saves; empty, [0], unless keep
+  m.def(
+      "recurrent(Tensor x, Tensor? batch_sizes, Tensor h0, Tensor? c0, Tensor[] weights, str cell, bool keep)"
+      " -> (Tensor y, Tensor h_n, Tensor c_n, Tensor workspace)");
+
+  // Its gradients. dy, dh_n, dc_n: shaped like the outputs, None stands for zeros. Returns dx, dh0, dc0 and one
+  // gradient per weight, shaped like the inputs; dc0 is empty but for the LSTM, dx and the weights' are empty unless
+  // needed.
+  m.def(
+      "recurrent_backward(Tensor? dy, Tensor? dh_n, Tensor? dc_n, Tensor x, Tensor? batch_sizes, Tensor h0, Tensor? c0,"
+      " Tensor[] weights, str cell, Tensor y, Tensor workspace, bool need_dx, bool need_dweights)"
+      " -> (Tensor dx, Tensor dh0, Tensor dc0, Tensor[] dweights)");
+
+  // Rows of a table, pooled by bag.
+  //   weight       [V, E]
+  //   indices      [B, L] with offsets None: B bags of L; or [N] with offsets
+  //   offsets      [B] where each bag starts; [B + 1] with include_last_offset: the last one is where the last bag ends
+  //   per_sample_weights   like indices, or None: a factor for each row (mode "sum")
+  //   mode         "sum", "mean" or "max"; "lookup" is "sum" in which padding_idx keeps its row from being trained but
+  //                not from being read, which is what Embedding means by it; indices are [N, 1]
+  //   padding_idx  rows with this index are not in any bag; -1 for none
+  //   scale_grad_by_freq, sparse   of backward, here for autograd to find: divide a row's gradient by the row's number
+  //                of uses; return the weight's gradient as a sparse tensor
+  // Returns
+  //   out          [B, E]; an empty bag gives zeros
+  //   aux          what backward needs: for "mean" the rows pooled in each bag, int64 [B]; for "max" the position in
+  //                the flattened indices that won, int64 [B, E], -1 in an empty bag; else empty, [0]
+  m.def(
+      "embedding_bag(Tensor weight, Tensor indices, Tensor? offsets, Tensor? per_sample_weights, str mode,"
+      " int padding_idx, bool include_last_offset, bool scale_grad_by_freq, bool sparse) -> (Tensor out, Tensor aux)");
+
+  // Gradient of weight, dense [V, E].
+  m.def(
+      "embedding_bag_backward(Tensor grad, SymInt num_embeddings, Tensor indices, Tensor? offsets,"
+      " Tensor? per_sample_weights, Tensor aux, str mode, int padding_idx, bool include_last_offset,"
+      " bool scale_grad_by_freq) -> Tensor");
+
+  // The same as the rows that were touched, sorted and each once: rows int64 [R], values [R, E].
+  m.def(
+      "embedding_bag_sparse_backward(Tensor grad, SymInt num_embeddings, Tensor indices, Tensor? offsets,"
+      " Tensor? per_sample_weights, Tensor aux, str mode, int padding_idx, bool include_last_offset,"
+      " bool scale_grad_by_freq) -> (Tensor rows, Tensor values)");
+
+  // Gradient of per_sample_weights (mode "sum"), shaped like indices.
+  m.def(
+      "embedding_bag_per_sample_backward(Tensor grad, Tensor weight, Tensor indices, Tensor? offsets,"
+      " int padding_idx, bool include_last_offset) -> Tensor");
+}
+
+#ifndef NLPKERNELS_CUDA_ARCHS
+#define NLPKERNELS_CUDA_ARCHS ""
+#endif
+
+PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
+  m.doc() = "Registers the schemas of nlpkernels' ops; build facts.";
+  m.attr("compiler") = std::string(__VERSION__);
+  m.attr("torch_version") = std::string(TORCH_VERSION);
+  m.attr("cuda_archs") = std::string(NLPKERNELS_CUDA_ARCHS);
+}

@@ -1,0 +1,3 @@
+compiler: str
+torch_version: str
+cuda_archs: str

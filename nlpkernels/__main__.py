@@ -1,0 +1,46 @@
+"""`python -m nlpkernels`: what was built and what was picked, to be pasted into a bug report."""
+
+from __future__ import annotations
+
+import platform
+import sys
+from importlib.metadata import PackageNotFoundError, version
+
+import torch
+
+from nlpkernels import _ops
+
+
+def _own_version() -> str:
+    try:
+        return version("nlpkernels")
+    except PackageNotFoundError:
+        return "not installed, run from its source"
+
+
+def main() -> None:
+    """Print it."""
+    built = [name for name in _ops.INSTRUCTION_SETS if _ops._library(f"_cpu_{name}")]
+    if _ops.CUDA_ARCHS:
+        cuda = f"kernels for {_ops.CUDA_ARCHS}"
+    else:
+        cuda = "no kernels were built; CUDA tensors are served by ATen ops"
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "none visible"
+    facts = {
+        "nlpkernels": _own_version(),
+        "torch": f"{torch.__version__} (built with {_ops.BUILT_WITH_TORCH})",
+        "python": sys.version.split()[0],
+        "platform": platform.platform(),
+        "compiler": _ops.COMPILER,
+        "CPU kernels": f"{_ops.INSTRUCTION_SET}: {_ops.INSTRUCTION_SET_REASON} (built: {', '.join(built)})",
+        "threads": str(torch.get_num_threads()),
+        "CUDA": cuda,
+        "GPU": gpu,
+    }
+    width = max(map(len, facts))
+    for name, fact in facts.items():
+        print(f"{name:<{width}}  {fact}")
+
+
+if __name__ == "__main__":
+    main()

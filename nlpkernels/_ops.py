@@ -1,0 +1,461 @@
+"""Loads the compiled libraries and gives the ops their behaviour: fake kernels, derivatives, vmap, autocast.
+
+csrc holds schemas (`library.cpp` says what each argument is) and kernels. Here stands what is better said in Python:
+
+- A device without kernels of its own runs `reference.py`.
+- Derivatives come in two forms made from the same functions. Compiled code calls the op, whose formula is registered with
+  the dispatcher. Eager code calls an `autograd.Function`, because only that knows forward mode and torch.func; where no
+  derivative is wanted it calls the op as well.
+- First derivatives are ops. Their own derivatives, and forward mode, come from differentiating `reference.py`.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from importlib.machinery import EXTENSION_SUFFIXES
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nlpkernels import _C, reference  # _C registers the schemas
+
+# --- Libraries -------------------------------------------------------------------------------------------------------
+
+INSTRUCTION_SETS = ("default", "avx2", "avx512")  # each needs those before it
+
+
+def _library(name: str) -> Path | None:
+    folder = Path(__file__).parent
+    return next((path for suffix in EXTENSION_SUFFIXES if (path := folder / f"{name}{suffix}").exists()), None)
+
+
+def _pick_instruction_set() -> tuple[str, str]:
+    """The instruction set whose library is loaded, and why."""
+    capability = torch.backends.cpu.get_cpu_capability()
+    best = capability.lower() if capability.lower() in INSTRUCTION_SETS else "default"
+    built = [name for name in INSTRUCTION_SETS if _library(f"_cpu_{name}")]
+    usable = [name for name in built if INSTRUCTION_SETS.index(name) <= INSTRUCTION_SETS.index(best)]
+    forced = os.environ.get("NLPKERNELS_CPU")
+    if forced:
+        if forced not in usable:
+            raise ImportError(
+                f"NLPKERNELS_CPU is {forced!r}, expected one of {', '.join(usable)}: "
+                f"built are {', '.join(built)}, and torch finds {capability} on this machine"
+            )
+        return forced, f"NLPKERNELS_CPU={forced}"
+    if not usable:
+        raise ImportError("nlpkernels has no compiled library for this machine: build it with pip install .")
+    return usable[-1], f"torch finds {capability} on this machine"
+
+
+INSTRUCTION_SET, INSTRUCTION_SET_REASON = _pick_instruction_set()
+torch.ops.load_library(_library(f"_cpu_{INSTRUCTION_SET}"))
+if cuda_library := _library("_cuda"):
+    torch.ops.load_library(cuda_library)
+CUDA_ARCHS: str = _C.cuda_archs
+COMPILER: str = _C.compiler
+BUILT_WITH_TORCH: str = _C.torch_version
+
+_ops = torch.ops.nlpkernels
+
+for _name in (
+    "recurrent",
+    "recurrent_backward",
+    "embedding_bag",
+    "embedding_bag_backward",
+    "embedding_bag_sparse_backward",
+    "embedding_bag_per_sample_backward",
+):
+    torch.library.impl(f"nlpkernels::{_name}", "CompositeExplicitAutograd")(getattr(reference, _name))
+
+# --- Fake kernels: shapes and dtypes without data --------------------------------------------------------------------
+
+
+@torch.library.register_fake("nlpkernels::recurrent")
+def _(
+    x: Tensor, batch_sizes: Tensor | None, h0: Tensor, c0: Tensor | None, weights: list[Tensor], cell: str, keep: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    facts = reference.CELLS[cell]
+    directions, _, features = h0.shape
+    rows = x.shape[0] * x.shape[1] if x.dim() == 3 else x.shape[0]
+    workspace = (directions, rows, facts.saved, weights[0].shape[0] // facts.gates) if keep else (0,)
+    return (
+        x.new_empty(*x.shape[:-1], directions * features),
+        x.new_empty(h0.shape),
+        x.new_empty(c0.shape if c0 is not None else (0,)),
+        x.new_empty(workspace),
+    )
+
+
+@torch.library.register_fake("nlpkernels::recurrent_backward")
+def _(
+    dy: Tensor | None,
+    dh_n: Tensor | None,
+    dc_n: Tensor | None,
+    x: Tensor,
+    batch_sizes: Tensor | None,
+    h0: Tensor,
+    c0: Tensor | None,
+    weights: list[Tensor],
+    cell: str,
+    y: Tensor,
+    workspace: Tensor,
+    need_dx: bool,
+    need_dweights: bool,
+) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
+    return (
+        x.new_empty(x.shape if need_dx else (0,)),
+        x.new_empty(h0.shape),
+        x.new_empty(c0.shape if c0 is not None else (0,)),
+        [x.new_empty(weight.shape if need_dweights else (0,)) for weight in weights],
+    )
+
+
+def _number_of_bags(indices: Tensor, offsets: Tensor | None, include_last_offset: bool) -> int:
+    return indices.shape[0] if offsets is None else offsets.shape[0] - int(include_last_offset)
+
+
+@torch.library.register_fake("nlpkernels::embedding_bag")
+def _(
+    weight: Tensor,
+    indices: Tensor,
+    offsets: Tensor | None,
+    per_sample_weights: Tensor | None,
+    mode: str,
+    padding_idx: int,
+    include_last_offset: bool,
+    scale_grad_by_freq: bool,
+    sparse: bool,
+) -> tuple[Tensor, Tensor]:
+    shape = (_number_of_bags(indices, offsets, include_last_offset), weight.shape[1])
+    aux = {"mean": shape[:1], "max": shape}.get(mode, (0,))
+    return weight.new_empty(shape), weight.new_empty(aux, dtype=torch.long)
+
+
+@torch.library.register_fake("nlpkernels::embedding_bag_backward")
+def _(grad: Tensor, num_embeddings: int, *others: Any) -> Tensor:
+    return grad.new_empty(num_embeddings, grad.shape[1])
+
+
+@torch.library.register_fake("nlpkernels::embedding_bag_sparse_backward")
+def _(grad: Tensor, num_embeddings: int, *others: Any) -> tuple[Tensor, Tensor]:
+    rows = torch.library.get_ctx().new_dynamic_size()
+    return grad.new_empty(rows, dtype=torch.long), grad.new_empty(rows, grad.shape[1])
+
+
+@torch.library.register_fake("nlpkernels::embedding_bag_per_sample_backward")
+def _(grad: Tensor, weight: Tensor, indices: Tensor, *others: Any) -> Tensor:
+    return weight.new_empty(indices.shape)
+
+
+# --- Derivatives -----------------------------------------------------------------------------------------------------
+
+
+def _is_differentiable(value: object) -> bool:
+    return isinstance(value, Tensor) and value.is_floating_point()
+
+
+def _as_function_of(
+    function: Callable[..., Any], args: Sequence[Any], wanted: Sequence[bool]
+) -> tuple[Callable[..., tuple[Tensor, ...]], list[Tensor]]:
+    """`function`, a function of flat `args` with flat outputs, as one of only those arguments that are wanted."""
+    positions = [i for i, want in enumerate(wanted) if want]
+
+    def of_wanted(*values: Tensor) -> tuple[Tensor, ...]:
+        flat = list(args)
+        for position, value in zip(positions, values, strict=True):
+            flat[position] = value
+        # An integer output has no derivative; zeros keep its place.
+        return tuple(o if _is_differentiable(o) else torch.zeros(()) for o in function(*flat))
+
+    return of_wanted, [args[position] for position in positions]
+
+
+def _pull_back(
+    function: Callable[..., Any], args: Sequence[Any], wanted: Sequence[bool], cotangents: Sequence[Tensor | None]
+) -> list[Tensor | None]:
+    """Gradients of `function` for the wanted of its flat `args`, given those of its outputs."""
+    of_wanted, values = _as_function_of(function, args, wanted)
+    outputs, pull = torch.func.vjp(of_wanted, *values)
+    given = tuple(torch.zeros_like(o) if g is None else g for o, g in zip(outputs, cotangents, strict=True))
+    gradients = iter(pull(given))
+    return [next(gradients) if want else None for want in wanted]
+
+
+def _push_forward(
+    function: Callable[..., Any], args: Sequence[Any], tangents: Sequence[Tensor | None]
+) -> tuple[Tensor, ...]:
+    """Tangents of `function`'s outputs, by reverse mode alone: the gradient of v -> J^T v is J."""
+    of_wanted, values = _as_function_of(function, args, [tangent is not None for tangent in tangents])
+    outputs, pull = torch.func.vjp(of_wanted, *values)
+    _, push = torch.func.vjp(lambda *v: pull(v), *map(torch.zeros_like, outputs))
+    return tuple(push(tuple(tangent for tangent in tangents if tangent is not None)))
+
+
+class _Flat:
+    """Arguments or results of an op with its one list, if any, spliced in, which is how autograd.Function wants them."""
+
+    def __init__(self, types: Sequence[Any]) -> None:
+        self.length = len(types)
+        self.list_at = next((i for i, kind in enumerate(types) if str(kind) == "List[Tensor]"), None)
+
+    def flatten(self, values: Sequence[Any]) -> tuple[Any, ...]:
+        if self.list_at is None:
+            return tuple(values)
+        return (*values[: self.list_at], *values[self.list_at], *values[self.list_at + 1 :])
+
+    def unflatten(self, flat: Sequence[Any]) -> tuple[Any, ...]:
+        if self.list_at is None:
+            return tuple(flat)
+        end = len(flat) - (self.length - self.list_at - 1)
+        return (*flat[: self.list_at], list(flat[self.list_at : end]), *flat[end:])
+
+
+def _differentiable(
+    name: str,
+    save: Callable[..., None],
+    backward: Callable[..., Any],
+    constant_outputs: Callable[[tuple[Any, ...]], tuple[int, ...]] = lambda inputs: (),
+) -> Callable[..., Any]:
+    """Registers the derivatives of an op and returns it as a function that has them in eager mode too.
+
+    `save(ctx, inputs, output)` and `backward(ctx, *gradients)` are written for the op's own signature; gradients of outputs
+    that were not used are None. `constant_outputs(inputs)` are the outputs without a derivative. Forward mode and vmap (one
+    call per example) need nothing more.
+    """
+    op = getattr(_ops, name).default
+    inputs_of = _Flat([argument.type for argument in op._schema.arguments])
+    outputs_of = _Flat([result.type for result in op._schema.returns])
+    has_one_output = outputs_of.length == 1
+
+    def call_flat(function: Callable[..., Any], flat: Sequence[Any]) -> Any:
+        result = function(*inputs_of.unflatten(flat))
+        return result if has_one_output else outputs_of.flatten(result)
+
+    def call_reference(*flat: Any) -> Any:
+        result = call_flat(getattr(reference, name), flat)
+        return (result,) if has_one_output else result
+
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        outputs = (output,) if has_one_output else output
+        ctx.set_materialize_grads(False)
+        ctx.constant_outputs = constant_outputs(inputs)
+        ctx.mark_non_differentiable(*(outputs[i] for i in ctx.constant_outputs))
+        save(ctx, inputs, output)
+
+    class Function(torch.autograd.Function):
+        @staticmethod
+        def forward(*flat: Any) -> Any:
+            return call_flat(op, flat)
+
+        @staticmethod
+        def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+            setup_context(ctx, inputs_of.unflatten(inputs), output if has_one_output else outputs_of.unflatten(output))
+            if torch.autograd.forward_ad._current_level >= 0:
+                ctx.save_for_forward(*(value for value in inputs if isinstance(value, Tensor)))
+                ctx.inputs = [None if isinstance(value, Tensor) else (value,) for value in inputs]
+
+        @staticmethod
+        def backward(ctx: Any, *gradients: Any) -> Any:
+            flat_needs = ctx.needs_input_grad
+            ctx.needs_input_grad = inputs_of.unflatten(flat_needs)
+            try:
+                return inputs_of.flatten(backward(ctx, *outputs_of.unflatten(gradients)))
+            finally:
+                ctx.needs_input_grad = flat_needs
+
+        @staticmethod
+        def jvp(ctx: Any, *tangents: Any) -> Any:
+            tensors = iter(ctx.saved_tensors)
+            inputs = [next(tensors) if value is None else value[0] for value in ctx.inputs]
+            pushed = _push_forward(call_reference, inputs, tangents)
+            return pushed[0] if has_one_output else tuple(
+                None if i in ctx.constant_outputs else tangent for i, tangent in enumerate(pushed)
+            )
+
+        @staticmethod
+        def vmap(info: Any, in_dims: tuple[Any, ...], *flat: Any) -> Any:
+            examples = [
+                Function.apply(
+                    *(
+                        value.select(dim, i) if dim is not None and isinstance(value, Tensor) else value
+                        for value, dim in zip(flat, in_dims, strict=True)
+                    )
+                )
+                for i in range(info.batch_size)
+            ]
+            if has_one_output:
+                return torch.stack(examples), 0
+            return tuple(map(torch.stack, zip(*examples, strict=True))), (0,) * len(examples[0])
+
+    def vmap_op(info: Any, in_dims: tuple[Any, ...], *args: Any) -> Any:
+        result, out_dims = Function.vmap(info, inputs_of.flatten(in_dims), *inputs_of.flatten(args))
+        return (result, out_dims) if has_one_output else (outputs_of.unflatten(result), outputs_of.unflatten(out_dims))
+
+    torch.library.register_autograd(op, backward, setup_context=setup_context)
+    torch.library.register_vmap(op, vmap_op)
+
+    def call(*args: Any) -> Any:
+        if torch.compiler.is_compiling():
+            return op(*args)
+        flat = inputs_of.flatten(args)
+        if _wants_derivative(flat):
+            result = Function.apply(*flat)
+            return result if has_one_output else outputs_of.unflatten(result)
+        return op(*args)
+
+    return call
+
+
+def _wants_derivative(args: Sequence[Any]) -> bool:
+    if torch.autograd.forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active():
+        return True
+    return torch.is_grad_enabled() and any(isinstance(value, Tensor) and value.requires_grad for value in args)
+
+
+def _differentiable_by_reference(name: str) -> Callable[..., Any]:
+    """An op whose derivative is that of its namesake in `reference.py`: the first derivatives themselves."""
+    op = getattr(_ops, name).default
+    inputs_of = _Flat([argument.type for argument in op._schema.arguments])
+    outputs_of = _Flat([result.type for result in op._schema.returns])
+
+    def call_reference(*flat: Any) -> Any:
+        result = getattr(reference, name)(*inputs_of.unflatten(flat))
+        return (result,) if outputs_of.length == 1 else outputs_of.flatten(result)
+
+    def save(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        flat = inputs_of.flatten(inputs)
+        ctx.save_for_backward(*(value for value in flat if isinstance(value, Tensor)))
+        ctx.constants = [None if isinstance(value, Tensor) else (value,) for value in flat]
+
+    def backward(ctx: Any, *gradients: Any) -> Any:
+        tensors = iter(ctx.saved_tensors)
+        inputs = [next(tensors) if value is None else value[0] for value in ctx.constants]
+        needs = [need and _is_differentiable(v) for need, v in zip(inputs_of.flatten(ctx.needs_input_grad), inputs, strict=True)]
+        results = inputs_of.unflatten(_pull_back(call_reference, inputs, needs, outputs_of.flatten(gradients)))
+        return results if len(results) > 1 else results[0]
+
+    return _differentiable(name, save, backward)
+
+
+_recurrent_backward = _differentiable_by_reference("recurrent_backward")
+_embedding_bag_backward = _differentiable_by_reference("embedding_bag_backward")
+_embedding_bag_per_sample_backward = _differentiable_by_reference("embedding_bag_per_sample_backward")
+
+
+def _save_recurrent(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    x, batch_sizes, h0, c0, weights, ctx.cell, _ = inputs
+    y, _, _, workspace = output
+    ctx.save_for_backward(x, batch_sizes, h0, c0, y, workspace, *weights)
+
+
+def _backward_recurrent(
+    ctx: Any, dy: Tensor | None, dh_n: Tensor | None, dc_n: Tensor | None, _: Tensor | None
+) -> tuple[Any, ...]:
+    x, batch_sizes, h0, c0, y, workspace, *weights = ctx.saved_tensors
+    need_dx, need_dweights = ctx.needs_input_grad[0], any(ctx.needs_input_grad[4])
+    if workspace.dim() == 1:  # forward was told that nothing need be kept
+        y, *_, workspace = _ops.recurrent(x.detach(), batch_sizes, h0.detach(), _detach(c0), [w.detach() for w in weights], ctx.cell, True)
+    dx, dh0, dc0, dweights = _recurrent_backward(
+        dy, dh_n, dc_n if c0 is not None else None, x, batch_sizes, h0, c0, weights, ctx.cell, y.detach(), workspace,
+        need_dx, need_dweights,
+    )  # fmt: skip
+    return (
+        dx if need_dx else None,
+        None,
+        dh0,
+        dc0 if c0 is not None else None,
+        list(dweights) if need_dweights else [None] * len(weights),
+        None,
+        None,
+    )
+
+
+def _detach(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else tensor.detach()
+
+
+def _save_embedding_bag(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    weight, indices, offsets, per_sample_weights, *ctx.settings = inputs
+    ctx.num_embeddings = weight.shape[0]
+    # The table itself only where it is needed, so that it may be changed in place (max_norm) before backward.
+    needs_weight = per_sample_weights is not None and per_sample_weights.requires_grad
+    ctx.save_for_backward(weight if needs_weight else None, indices, offsets, per_sample_weights, output[1])
+
+
+def _backward_embedding_bag(ctx: Any, grad: Tensor | None, _: Tensor | None) -> tuple[Any, ...]:
+    if grad is None:
+        return (None,) * 9
+    weight, indices, offsets, per_sample_weights, aux = ctx.saved_tensors
+    mode, padding_idx, include_last_offset, scale_grad_by_freq, sparse = ctx.settings
+    dweight = dfactors = None
+    if ctx.needs_input_grad[0]:
+        arguments = (
+            grad, ctx.num_embeddings, indices, offsets, per_sample_weights, aux, mode, padding_idx,
+            include_last_offset, scale_grad_by_freq,
+        )  # fmt: skip
+        if sparse:
+            rows, values = _embedding_bag_sparse_backward(*arguments)
+            size = (ctx.num_embeddings, grad.shape[1])
+            dweight = torch.sparse_coo_tensor(rows.unsqueeze(0), values, size, is_coalesced=True, check_invariants=False)
+        else:
+            dweight = _embedding_bag_backward(*arguments)
+    if ctx.needs_input_grad[3]:
+        dfactors = _embedding_bag_per_sample_backward(grad, weight, indices, offsets, padding_idx, include_last_offset)
+    return dweight, None, None, dfactors, None, None, None, None, None
+
+
+def _save_nothing(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    pass
+
+
+def _refuse_backward(ctx: Any, *gradients: Any) -> Any:
+    raise NotImplementedError("a sparse gradient of an embedding cannot be differentiated again: use sparse=False")
+
+
+_embedding_bag_sparse_backward = _differentiable(
+    "embedding_bag_sparse_backward", _save_nothing, _refuse_backward, lambda inputs: (0,)
+)
+_recurrent = _differentiable(
+    "recurrent", _save_recurrent, _backward_recurrent, lambda inputs: (2, 3) if inputs[3] is None else (3,)
+)
+_embedding_bag = _differentiable("embedding_bag", _save_embedding_bag, _backward_embedding_bag, lambda inputs: (1,))
+
+# --- What the rest of the package calls ------------------------------------------------------------------------------
+
+
+def recurrent(
+    x: Tensor, batch_sizes: Tensor | None, h0: Tensor, c0: Tensor | None, weights: list[Tensor], cell: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    """One layer: y, h_n and c_n of `reference.recurrent`, with derivatives. Under autocast all is cast, as torch does."""
+    device = x.device.type
+    if torch.is_autocast_enabled(device):
+        dtype = torch.get_autocast_dtype(device)
+        x, h0, c0 = x.to(dtype), h0.to(dtype), None if c0 is None else c0.to(dtype)
+        weights = [weight.to(dtype) for weight in weights]
+    keep = torch.is_grad_enabled() and any(
+        tensor is not None and tensor.requires_grad for tensor in (x, h0, c0, *weights)
+    )
+    y, h_n, c_n, _ = _recurrent(x, batch_sizes, h0, c0, weights, cell, keep)
+    return y, h_n, c_n
+
+
+def embedding_bag(
+    weight: Tensor,
+    indices: Tensor,
+    offsets: Tensor | None,
+    per_sample_weights: Tensor | None,
+    mode: str,
+    padding_idx: int,
+    include_last_offset: bool,
+    scale_grad_by_freq: bool,
+    sparse: bool,
+) -> Tensor:
+    """Pooled rows of a table: the first output of `reference.embedding_bag`, with derivatives."""
+    result: Tensor = _embedding_bag(
+        weight, indices, offsets, per_sample_weights, mode, padding_idx, include_last_offset, scale_grad_by_freq, sparse
+    )[0]
+    return result

@@ -1,0 +1,89 @@
+"""Swap the layers of an existing model for ours and back, in place.
+
+A swap changes a module's class and nothing else: the module, its parameters, buffers, hooks and attributes stay the same
+objects, so optimizers, tied weights and references from elsewhere keep working.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from torch import nn
+
+from nlpkernels.embedding import Embedding, EmbeddingBag
+from nlpkernels.recurrent import GRU, LSTM, RNN, GRUCell, LSTMCell, RNNCell
+
+__all__ = ["Swaps", "convert", "revert"]
+
+_PAIRS: list[tuple[type[nn.Module], type[nn.Module]]] = [
+    (nn.RNN, RNN),
+    (nn.LSTM, LSTM),
+    (nn.GRU, GRU),
+    (nn.RNNCell, RNNCell),
+    (nn.LSTMCell, LSTMCell),
+    (nn.GRUCell, GRUCell),
+    (nn.Embedding, Embedding),
+    (nn.EmbeddingBag, EmbeddingBag),
+]
+
+
+@dataclass
+class Swaps:
+    """What `convert` or `revert` did: `str()` of it is a list to read."""
+
+    swapped: dict[str, str] = field(default_factory=dict)
+    """Names of the modules that were swapped, with their new class."""
+    left: dict[str, str] = field(default_factory=dict)
+    """Subclasses of a layer, which may do things of their own and were left alone, with their class."""
+
+    def __str__(self) -> str:
+        lines = [f"{name or '(the model)'}: now {new}" for name, new in self.swapped.items()]
+        lines += [f"{name or '(the model)'}: left alone, a subclass: {old}" for name, old in self.left.items()]
+        return "\n".join(lines) or "no layer to swap"
+
+
+def _qualified_name(cls: type) -> str:
+    return f"{cls.__module__}.{cls.__qualname__}"
+
+
+def _swap(
+    model: nn.Module,
+    classes: dict[type[nn.Module], type[nn.Module]],
+    predicate: Callable[[str, nn.Module], bool] | None,
+) -> Swaps:
+    done = Swaps()
+    for name, module in model.named_modules():
+        new = classes.get(type(module))
+        if new is None:
+            if isinstance(module, tuple(classes)) and type(module) not in classes.values():
+                done.left[name] = _qualified_name(type(module))
+        elif predicate is None or predicate(name, module):
+            module.__class__ = new
+            done.swapped[name] = _qualified_name(new)
+    return done
+
+
+def convert(model: nn.Module, predicate: Callable[[str, nn.Module], bool] | None = None) -> Swaps:
+    """Swap torch.nn's recurrent and embedding layers in `model` for nlpkernels', in place.
+
+    Args:
+        model: any module, also a layer itself.
+        predicate: called with a layer's name and the layer; it is left as it is where this returns False.
+
+    Returns:
+        What was swapped, and which subclasses of torch.nn's layers were left alone.
+
+    Example:
+        >>> from torch import nn
+        >>> import nlpkernels
+        >>> model = nn.Sequential(nn.EmbeddingBag(100, 8), nn.Linear(8, 2))
+        >>> print(nlpkernels.convert(model))
+        0: now nlpkernels.embedding.EmbeddingBag
+    """
+    return _swap(model, dict(_PAIRS), predicate)
+
+
+def revert(model: nn.Module, predicate: Callable[[str, nn.Module], bool] | None = None) -> Swaps:
+    """Swap nlpkernels' layers in `model` for torch.nn's, in place: the inverse of `convert`, with the same arguments."""
+    return _swap(model, {ours: theirs for theirs, ours in _PAIRS}, predicate)

@@ -1,0 +1,325 @@
+"""The layers as functions, with the signatures of `torch.lstm` and its kin and of `torch.nn.functional`.
+
+Shapes: T steps, B sequences, I input features, H hidden units, P features of h (proj_size if there is one, else H),
+D directions (2 if bidirectional, else 1), L layers, N rows of packed data; V rows and E columns of a table.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from nlpkernels import _ops
+
+__all__ = ["embedding", "embedding_bag", "gru", "lstm", "rnn_relu", "rnn_tanh"]
+
+
+def _layers(
+    cell: str,
+    input: Tensor,
+    h0: Tensor,
+    c0: Tensor | None,
+    params: Sequence[Tensor],
+    has_biases: bool,
+    num_layers: int,
+    dropout: float,
+    train: bool,
+    bidirectional: bool,
+    batch_first: bool,
+    batch_sizes: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    directions = 2 if bidirectional else 1
+    per_layer = len(params) // num_layers
+    allowed = (2, 3) if not has_biases else (4, 5)
+    if len(params) != per_layer * num_layers or per_layer // directions not in allowed or per_layer % directions:
+        raise ValueError(
+            f"{cell}: expected {allowed[0]} or, with a projection, {allowed[1]} parameters for each of {num_layers} layers "
+            f"and {directions} directions with has_biases={has_biases}, got {len(params)} in all"
+        )
+    for name, state in (("hx", h0), ("cx", c0)):
+        if state is not None and (state.dim() != 3 or state.shape[0] != num_layers * directions):
+            raise ValueError(
+                f"{cell}: expected {name} of shape [{num_layers * directions}, batch, features], "
+                f"got {list(state.shape)}"
+            )
+    transposed = batch_first and batch_sizes is None
+    x = input.transpose(0, 1) if transposed else input
+    h_ns, c_ns = [], []
+    for layer in range(num_layers):
+        if layer > 0 and train and dropout > 0:
+            x = torch.dropout(x, dropout, True)
+        own = slice(layer * directions, (layer + 1) * directions)
+        weights = list(params[layer * per_layer : (layer + 1) * per_layer])
+        x, h_n, c_n = _ops.recurrent(x, batch_sizes, h0[own], None if c0 is None else c0[own], weights, cell)
+        h_ns.append(h_n)
+        c_ns.append(c_n)
+    y = x.transpose(0, 1) if transposed else x
+    if num_layers == 1:
+        return y, h_ns[0], c_ns[0]
+    return y, torch.cat(h_ns), torch.cat(c_ns) if c0 is not None else c_ns[0]
+
+
+def lstm(
+    input: Tensor,
+    hx: tuple[Tensor, Tensor],
+    params: Sequence[Tensor],
+    has_biases: bool,
+    num_layers: int,
+    dropout: float,
+    train: bool,
+    bidirectional: bool,
+    batch_first: bool = False,
+    *,
+    batch_sizes: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Run the layers of an LSTM over a sequence: `torch.lstm`.
+
+    The equations are those of `torch.nn.LSTM` (Hochreiter & Schmidhuber 1997 with the forget gate of Gers et al. 2000, no
+    peepholes; projection as in Sak et al. 2014).
+
+    Args:
+        input: [T, B, I], [B, T, I] if batch_first, or packed data [N, I] with batch_sizes.
+        hx: (h_0, c_0), [L D, B, P] and [L D, B, H].
+        params: for each layer and direction weight_ih [4 H, I or D P], weight_hh [4 H, P], then bias_ih, bias_hh [4 H]
+            if has_biases, then weight_hr [P, H] if there is a projection.
+        has_biases: whether params hold biases.
+        num_layers: L.
+        dropout: probability with which an output of all but the last layer is zeroed, if train.
+        train: whether to apply dropout.
+        bidirectional: whether there are two directions; their outputs are concatenated.
+        batch_first: whether input and output have the batch in front.
+        batch_sizes: of a PackedSequence, int64 [T] on the CPU.
+
+    Returns:
+        output [T, B, D P] (or as the input is laid out), h_n and c_n like hx, all in input's dtype: float32, float64,
+        or bfloat16 and float16, for which arithmetic and states inside the loop are float32.
+
+    Raises:
+        ValueError: the number of params or a state's shape does not fit.
+        RuntimeError: a weight's shape, dtype or device does not fit.
+    """
+    return _layers(
+        "lstm", input, hx[0], hx[1], params, has_biases, num_layers, dropout, train, bidirectional, batch_first,
+        batch_sizes,
+    )  # fmt: skip
+
+
+def gru(
+    input: Tensor,
+    hx: Tensor,
+    params: Sequence[Tensor],
+    has_biases: bool,
+    num_layers: int,
+    dropout: float,
+    train: bool,
+    bidirectional: bool,
+    batch_first: bool = False,
+    *,
+    batch_sizes: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Run the layers of a GRU over a sequence: `torch.gru`.
+
+    The equations are those of `torch.nn.GRU` (Cho et al. 2014, with the reset gate applied after the matrix product).
+    Arguments as for `lstm`, with hx a tensor [L D, B, H] and weights of 3 H rows; returns output and h_n.
+    """
+    return _layers(
+        "gru", input, hx, None, params, has_biases, num_layers, dropout, train, bidirectional, batch_first, batch_sizes
+    )[:2]
+
+
+def rnn_tanh(
+    input: Tensor,
+    hx: Tensor,
+    params: Sequence[Tensor],
+    has_biases: bool,
+    num_layers: int,
+    dropout: float,
+    train: bool,
+    bidirectional: bool,
+    batch_first: bool = False,
+    *,
+    batch_sizes: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Run the layers of an Elman RNN (Elman 1990) with tanh over a sequence: `torch.rnn_tanh`.
+
+    Arguments as for `lstm`, with hx a tensor [L D, B, H] and weights of H rows; returns output and h_n.
+    """
+    return _layers(
+        "rnn_tanh", input, hx, None, params, has_biases, num_layers, dropout, train, bidirectional, batch_first,
+        batch_sizes,
+    )[:2]  # fmt: skip
+
+
+def rnn_relu(
+    input: Tensor,
+    hx: Tensor,
+    params: Sequence[Tensor],
+    has_biases: bool,
+    num_layers: int,
+    dropout: float,
+    train: bool,
+    bidirectional: bool,
+    batch_first: bool = False,
+    *,
+    batch_sizes: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Run the layers of an Elman RNN with max(x, 0) in the place of tanh: `torch.rnn_relu`; see `rnn_tanh`."""
+    return _layers(
+        "rnn_relu", input, hx, None, params, has_biases, num_layers, dropout, train, bidirectional, batch_first,
+        batch_sizes,
+    )[:2]  # fmt: skip
+
+
+def _renormalise(weight: Tensor, ids: Tensor, max_norm: float, norm_type: float) -> None:
+    """Scale the rows in use down to max_norm, in place, having checked that there are such rows."""
+    rows = weight.shape[0]
+    if ids.numel() > 0 and (int(ids.min()) < 0 or int(ids.max()) >= rows):
+        wrong = int(ids[(ids < 0) | (ids >= rows)][0])
+        raise IndexError(f"embedding: an index is {wrong}, expected a row from 0 to {rows - 1} of a table of {rows}")
+    with torch.no_grad():
+        torch.embedding_renorm_(weight.detach(), ids.contiguous(), max_norm, norm_type)
+
+
+def _check_ids(function: str, input: Tensor) -> None:
+    if input.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"{function}: expected input (the indices) of dtype int32 or int64, got {input.dtype}")
+
+
+def _check_table(function: str, weight: Tensor) -> None:
+    if weight.dim() != 2:
+        raise ValueError(f"{function}: weight has to be a 2D Tensor, but got Tensor of dimension {weight.dim()}")
+
+
+def _wrap_padding(function: str, padding_idx: int | None, rows: int) -> int:
+    """padding_idx as a row, negative ones counted from the end; -1 for None."""
+    if padding_idx is None:
+        return -1
+    if not -rows <= padding_idx < rows:
+        raise AssertionError(
+            f"{function}: padding_idx must be within num_embeddings: expected {-rows} to {rows - 1}, got {padding_idx}"
+        )
+    return padding_idx % rows
+
+
+def embedding(
+    input: Tensor,
+    weight: Tensor,
+    padding_idx: int | None = None,
+    max_norm: float | None = None,
+    norm_type: float = 2.0,
+    scale_grad_by_freq: bool = False,
+    sparse: bool = False,
+) -> Tensor:
+    """Look rows of a table up: `torch.nn.functional.embedding`.
+
+    Args:
+        input: indices, int32 or int64, any shape.
+        weight: the table, [V, E].
+        padding_idx: a row that gets no gradient; negative counts from the end.
+        max_norm: rows in use with a larger norm are scaled down to it first, in place.
+        norm_type: p of that p-norm.
+        scale_grad_by_freq: divide a row's gradient by the number of its uses.
+        sparse: return weight's gradient as a coalesced sparse tensor.
+
+    Returns:
+        Rows, [*input.shape, E].
+
+    Raises:
+        IndexError: an index is not a row of weight; it is named.
+        TypeError: input is not int32 or int64.
+        ValueError: weight is not 2-D.
+    """
+    _check_table("embedding", weight)
+    _check_ids("embedding", input)
+    padding = _wrap_padding("embedding", padding_idx, weight.shape[0])
+    if max_norm is not None:
+        _renormalise(weight, input, max_norm, norm_type)
+    rows = _ops.embedding_bag(
+        weight, input.reshape(-1, 1), None, None, "lookup", padding, False, scale_grad_by_freq, sparse
+    )
+    return rows.reshape(*input.shape, weight.shape[1])
+
+
+def embedding_bag(
+    input: Tensor,
+    weight: Tensor,
+    offsets: Tensor | None = None,
+    max_norm: float | None = None,
+    norm_type: float = 2,
+    scale_grad_by_freq: bool = False,
+    mode: str = "mean",
+    sparse: bool = False,
+    per_sample_weights: Tensor | None = None,
+    include_last_offset: bool = False,
+    padding_idx: int | None = None,
+) -> Tensor:
+    """Pool rows of a table bag by bag, never storing the rows: `torch.nn.functional.embedding_bag`.
+
+    Args:
+        input: indices, int32 or int64: [B, L], a bag per row; or [N], with offsets.
+        weight: the table, [V, E].
+        offsets: where each bag of a 1-D input begins, [B], starting with 0 and never decreasing; with include_last_offset
+            [B + 1], the last one being where the last bag ends.
+        max_norm: rows in use with a larger norm are scaled down to it first, in place.
+        norm_type: p of that p-norm.
+        scale_grad_by_freq: divide a row's gradient by the number of its uses (not for "max").
+        mode: "mean", "sum" or "max".
+        sparse: return weight's gradient as a coalesced sparse tensor (not for "max").
+        per_sample_weights: a factor for each index, shaped like input (for "sum").
+        include_last_offset: see offsets.
+        padding_idx: indices that are in no bag, and do not count in a mean; negative counts from the end.
+
+    Returns:
+        [B, E]; zeros for an empty bag.
+
+    Raises:
+        IndexError: an index is not a row of weight; it is named with its position.
+        TypeError: input or offsets are not int32 or int64.
+        ValueError: a shape, an offset or mode does not fit.
+        NotImplementedError: per_sample_weights with a mode other than "sum".
+    """
+    if per_sample_weights is not None and input.size() != per_sample_weights.size():
+        raise ValueError(
+            f"embedding_bag: If per_sample_weights ({per_sample_weights.shape}) is not None, "
+            f"then it must have the same shape as the input ({input.shape})"
+        )
+    _check_table("embedding_bag", weight)
+    _check_ids("embedding_bag", input)
+    if mode not in ("sum", "mean", "max"):
+        raise ValueError(f"mode has to be one of sum, mean or max, got {mode!r}")
+    if mode == "max" and scale_grad_by_freq:
+        raise ValueError("max mode does not support scaling the gradient by the frequency")
+    if mode == "max" and sparse:
+        raise ValueError("max mode does not support sparse weights")
+    if per_sample_weights is not None and mode != "sum":
+        raise NotImplementedError(
+            f"embedding_bag: per_sample_weights is only supported for mode='sum' (got mode={mode!r})"
+        )
+    if input.is_nested:  # jagged: its own offsets are those of the bags, the last one included
+        if per_sample_weights is not None and not per_sample_weights.is_nested:
+            raise ValueError("If input is nested, then per_sample_weights must be nested if specified")
+        offsets, include_last_offset = input.offsets(), True  # type: ignore[attr-defined]
+        input = input.values()
+        per_sample_weights = None if per_sample_weights is None else per_sample_weights.values()
+    elif input.dim() == 2:
+        if offsets is not None:
+            raise ValueError(
+                "if input is 2D, then offsets has to be None, as input is treated is a mini-batch of fixed length "
+                f"sequences. However, found offsets of type {type(offsets)}"
+            )
+        include_last_offset = False
+    elif input.dim() == 1:
+        if offsets is None:
+            raise ValueError("offsets has to be a 1D Tensor but got None")
+        if offsets.dim() != 1:
+            raise ValueError(f"offsets has to be a 1D Tensor, got {offsets.dim()}D")
+    else:
+        raise ValueError(f"input has to be 1D or 2D Tensor, but got Tensor of dimension {input.dim()}")
+    padding = _wrap_padding("embedding_bag", padding_idx, weight.shape[0])
+    if max_norm is not None:
+        _renormalise(weight, input.reshape(-1), max_norm, norm_type)
+    return _ops.embedding_bag(
+        weight, input, offsets, per_sample_weights, mode, padding, include_last_offset, scale_grad_by_freq, sparse
+    )

@@ -1,0 +1,423 @@
+"""RNN, LSTM, GRU and their cells as modules, with the parameters of torch.nn and the time loop in our kernels.
+
+The layers derive from `torch.nn.RNNBase`, not from `torch.nn.LSTM` and its kin, on which torch.compile gives up.
+Parameters are read from the module's attributes at each call, so whatever replaces an attribute (weight_norm, parametrize,
+functional_call) is seen.
+
+Shapes: T steps, B sequences, I = input_size, H = hidden_size, P = proj_size if there is one, else H, D directions, L layers.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.modules.rnn import RNNBase, RNNCellBase
+from torch.nn.utils.rnn import PackedSequence
+
+from nlpkernels import _ops, functional
+
+__all__ = ["GRU", "LSTM", "RNN", "GRUCell", "LSTMCell", "RNNCell"]
+
+
+class _Layers(RNNBase):
+    """What RNN, LSTM and GRU share: checks, states, and input in all its forms."""
+
+    def flatten_parameters(self) -> None:
+        """Do nothing: the kernels need no flat copy of the parameters."""
+
+    def _run(
+        self, input: Tensor | PackedSequence, states: tuple[Tensor, ...] | None
+    ) -> tuple[Tensor | PackedSequence, tuple[Tensor, ...]]:
+        """Output and final states; `states` are (h_0,), or (h_0, c_0) for the LSTM, or None for zeros."""
+        weights = [getattr(self, name) for name in self._flat_weights_names]
+        packed = input if isinstance(input, PackedSequence) else None
+        x = input if isinstance(input, Tensor) else input.data
+        name, batch_dim = type(self).__name__, 0 if self.batch_first else 1
+        is_batched = True
+        if packed is None:
+            if x.dim() not in (2, 3):
+                raise ValueError(f"{name}: Expected input to be 2D or 3D, got {x.dim()}D instead")
+            is_batched = x.dim() == 3
+            if states is not None and any(state.dim() != x.dim() for state in states):
+                raise RuntimeError(
+                    f"For {'' if is_batched else 'un'}batched {x.dim()}-D input, hx should also be {x.dim()}-D "
+                    f"but got {', '.join(f'{state.dim()}-D' for state in states)}"
+                )
+            if not is_batched:
+                x = x.unsqueeze(batch_dim)
+                states = None if states is None else tuple(state.unsqueeze(1) for state in states)
+        self._check_x(x, weights[0], packed is not None)
+        batch_sizes = None if packed is None else packed.batch_sizes
+        states = self._checked_states(x, batch_sizes, states)
+        if packed is not None and packed.sorted_indices is not None:
+            states = tuple(state.index_select(1, packed.sorted_indices) for state in states)
+
+        run = getattr(functional, self.mode.lower())
+        output, *final = run(
+            x,
+            states if self.mode == "LSTM" else states[0],
+            weights,
+            self.bias,
+            self.num_layers,
+            self.dropout,
+            self.training,
+            self.bidirectional,
+            self.batch_first,
+            batch_sizes=batch_sizes,
+        )
+
+        if packed is not None:
+            if packed.unsorted_indices is not None:
+                final = [state.index_select(1, packed.unsorted_indices) for state in final]
+            return PackedSequence(output, batch_sizes, packed.sorted_indices, packed.unsorted_indices), tuple(final)
+        if not is_batched:
+            return output.squeeze(batch_dim), tuple(state.squeeze(1) for state in final)
+        return output, tuple(final)
+
+    def _check_x(self, x: Tensor, weight: Tensor, is_packed: bool) -> None:
+        if x.dtype != weight.dtype and not torch.is_autocast_enabled(x.device.type):
+            raise ValueError(
+                f"RNN input dtype ({x.dtype}) does not match weight dtype ({weight.dtype}). "
+                f"Convert input: input.to({weight.dtype}), or convert model: model.to({x.dtype})"
+            )
+        if is_packed and x.dim() != 2:
+            raise RuntimeError(f"input must have 2 dimensions, got {x.dim()}")
+        if x.size(-1) != self.input_size:
+            raise RuntimeError(
+                f"input.size(-1) must be equal to input_size. Expected {self.input_size}, got {x.size(-1)}"
+            )
+
+    def _checked_states(
+        self, x: Tensor, batch_sizes: Tensor | None, states: tuple[Tensor, ...] | None
+    ) -> tuple[Tensor, ...]:
+        if batch_sizes is None:
+            batch = x.size(0) if self.batch_first else x.size(1)
+        else:
+            batch = int(batch_sizes[0])
+        rows = self.num_layers * (2 if self.bidirectional else 1)
+        expected = [(rows, batch, self.proj_size or self.hidden_size)]
+        if self.mode == "LSTM":
+            expected.append((rows, batch, self.hidden_size))
+        if states is None:
+            return tuple(x.new_zeros(size) for size in expected)
+        for i, (state, size) in enumerate(zip(states, expected, strict=True)):
+            if state.shape != size:
+                name = f"hidden[{i}]" if self.mode == "LSTM" else "hidden"
+                raise RuntimeError(f"Expected {name} size {size}, got {list(state.shape)}")
+        return states
+
+
+class _OneState(_Layers):
+    """RNN and GRU, whose only state is h."""
+
+    def forward(
+        self, input: Tensor | PackedSequence, hx: Tensor | None = None
+    ) -> tuple[Tensor | PackedSequence, Tensor]:
+        """Run all layers; see the class."""
+        output, (h_n,) = self._run(input, None if hx is None else (hx,))
+        return output, h_n
+
+
+class RNN(_OneState):
+    r"""Elman RNN of one or more layers (Elman 1990): `torch.nn.RNN`, with the same arguments and parameters.
+
+    .. math:: h_t = \tanh(W_{ih} x_t + b_{ih} + W_{hh} h_{t-1} + b_{hh}), or max(x, 0) for tanh.
+
+    Args:
+        input_size: I.
+        hidden_size: H.
+        num_layers: L.
+        nonlinearity: "tanh" or "relu".
+        bias: whether there are biases.
+        batch_first: whether input and output are [B, T, ...] rather than [T, B, ...].
+        dropout: probability of dropout on the outputs of all but the last layer, in training.
+        bidirectional: whether a second direction runs from the end to the beginning.
+        device: of the parameters.
+        dtype: of the parameters: float32, float64, bfloat16 or float16 (with float32 arithmetic).
+
+    Shape:
+        input [T, B, I], [T, I] for one sequence, or a PackedSequence; hx [L D, B, H] or [L D, H], zeros if None.
+        Returns output [T, B, D H] (or like input) and h_n like hx.
+
+    Raises:
+        ValueError: input has a wrong number of dimensions or a dtype other than the parameters'.
+        RuntimeError: a size does not fit.
+
+    Example:
+        >>> import torch
+        >>> from nlpkernels import RNN
+        >>> output, h_n = RNN(10, 20, num_layers=2)(torch.randn(5, 3, 10))
+        >>> output.shape, h_n.shape
+        (torch.Size([5, 3, 20]), torch.Size([2, 3, 20]))
+    """
+
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        num_layers: int = 1,
+        nonlinearity: str = "tanh",
+        bias: bool = True,
+        batch_first: bool = False,
+        dropout: float = 0.0,
+        bidirectional: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        if nonlinearity not in ("tanh", "relu"):
+            raise ValueError(f"Unknown nonlinearity '{nonlinearity}'. Select from 'tanh' or 'relu'.")
+        self.nonlinearity = nonlinearity
+        super().__init__(
+            f"RNN_{nonlinearity.upper()}",
+            input_size,
+            hidden_size,
+            num_layers,
+            bias,
+            batch_first,
+            dropout,
+            bidirectional,
+            device=device,
+            dtype=dtype,
+        )
+
+
+class GRU(_OneState):
+    r"""Gated recurrent unit of one or more layers (Cho et al. 2014): `torch.nn.GRU`, same arguments and parameters.
+
+    .. math::
+        r_t = \sigma(W_{ir} x_t + b_{ir} + W_{hr} h_{t-1} + b_{hr}) \\
+        z_t = \sigma(W_{iz} x_t + b_{iz} + W_{hz} h_{t-1} + b_{hz}) \\
+        n_t = \tanh(W_{in} x_t + b_{in} + r_t (W_{hn} h_{t-1} + b_{hn})) \\
+        h_t = (1 - z_t) n_t + z_t h_{t-1}
+
+    Arguments (but for nonlinearity), shapes and errors are those of `RNN`.
+
+    Example:
+        >>> import torch
+        >>> from nlpkernels import GRU
+        >>> output, h_n = GRU(10, 20, bidirectional=True)(torch.randn(5, 3, 10))
+        >>> output.shape, h_n.shape
+        (torch.Size([5, 3, 40]), torch.Size([2, 3, 20]))
+    """
+
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        num_layers: int = 1,
+        bias: bool = True,
+        batch_first: bool = False,
+        dropout: float = 0.0,
+        bidirectional: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(
+            "GRU", input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional, device=device, dtype=dtype
+        )
+
+
+class LSTM(_Layers):
+    r"""Long short-term memory of one or more layers: `torch.nn.LSTM`, with the same arguments and parameters.
+
+    .. math::
+        i_t = \sigma(W_{ii} x_t + b_{ii} + W_{hi} h_{t-1} + b_{hi}) \\
+        f_t = \sigma(W_{if} x_t + b_{if} + W_{hf} h_{t-1} + b_{hf}) \\
+        g_t = \tanh(W_{ig} x_t + b_{ig} + W_{hg} h_{t-1} + b_{hg}) \\
+        o_t = \sigma(W_{io} x_t + b_{io} + W_{ho} h_{t-1} + b_{ho}) \\
+        c_t = f_t c_{t-1} + i_t g_t \\
+        h_t = o_t \tanh(c_t), \quad \text{then } h_t = W_{hr} h_t \text{ if there is a projection}
+
+    (Hochreiter & Schmidhuber 1997, Gers et al. 2000; projection: Sak et al. 2014.)
+
+    Args:
+        input_size: I.
+        hidden_size: H.
+        num_layers: L.
+        bias: whether there are biases.
+        batch_first: whether input and output are [B, T, ...] rather than [T, B, ...].
+        dropout: probability of dropout on the outputs of all but the last layer, in training.
+        bidirectional: whether a second direction runs from the end to the beginning.
+        proj_size: P, if larger than 0; smaller than H.
+        device: of the parameters.
+        dtype: of the parameters: float32, float64, bfloat16 or float16 (with float32 arithmetic and c).
+
+    Shape:
+        input [T, B, I], [T, I] for one sequence, or a PackedSequence; hx = (h_0 [L D, B, P], c_0 [L D, B, H]) or without
+        the B, zeros if None. Returns output [T, B, D P] (or like input) and (h_n, c_n) like hx.
+
+    Raises:
+        ValueError: input has a wrong number of dimensions or a dtype other than the parameters'.
+        RuntimeError: a size does not fit.
+
+    Example:
+        >>> import torch
+        >>> from nlpkernels import LSTM
+        >>> output, (h_n, c_n) = LSTM(10, 20, num_layers=2)(torch.randn(5, 3, 10))
+        >>> output.shape, h_n.shape, c_n.shape
+        (torch.Size([5, 3, 20]), torch.Size([2, 3, 20]), torch.Size([2, 3, 20]))
+    """
+
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        num_layers: int = 1,
+        bias: bool = True,
+        batch_first: bool = False,
+        dropout: float = 0.0,
+        bidirectional: bool = False,
+        proj_size: int = 0,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(
+            "LSTM", input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional, proj_size, device, dtype
+        )
+
+    def forward(
+        self, input: Tensor | PackedSequence, hx: tuple[Tensor, Tensor] | None = None
+    ) -> tuple[Tensor | PackedSequence, tuple[Tensor, Tensor]]:
+        """Run all layers; see the class."""
+        output, (h_n, c_n) = self._run(input, None if hx is None else tuple(hx))
+        return output, (h_n, c_n)
+
+
+class _Cell(RNNCellBase):
+    """What the cells share. A cell is a layer of one step."""
+
+    def _step(self, cell: str, input: Tensor, states: tuple[Tensor, ...] | None) -> tuple[Tensor, ...]:
+        """New states, (h,) or (h, c); `states` are of the same form, or None for zeros."""
+        name = type(self).__name__
+        if input.dim() not in (1, 2):
+            raise ValueError(f"{name}: Expected input to be 1D or 2D, got {input.dim()}D instead")
+        for i, state in enumerate(states or ()):
+            if state.dim() not in (1, 2):
+                what = f"hx[{i}]" if cell == "lstm" else "hidden"
+                raise ValueError(f"{name}: Expected {what} to be 1D or 2D, got {state.dim()}D instead")
+        is_batched = input.dim() == 2
+        x = input if is_batched else input.unsqueeze(0)
+        if x.size(1) != self.input_size:
+            raise RuntimeError(f"input has inconsistent input_size: got {x.size(1)}, expected {self.input_size}")
+        if states is None:
+            zeros = x.new_zeros(x.size(0), self.hidden_size)
+            states = (zeros, zeros) if cell == "lstm" else (zeros,)
+        elif not is_batched:
+            states = tuple(state.unsqueeze(0) for state in states)
+        for i, state in enumerate(states):
+            if state.shape != (x.size(0), self.hidden_size):
+                raise RuntimeError(
+                    f"hidden{i} has inconsistent shape: got {list(state.shape)}, "
+                    f"expected {[x.size(0), self.hidden_size]}"
+                )
+        weights = [self.weight_ih, self.weight_hh]
+        if self.bias_ih is not None and self.bias_hh is not None:
+            weights += [self.bias_ih, self.bias_hh]
+        h0, *c0 = (state.unsqueeze(0) for state in states)
+        _, *final = _ops.recurrent(x.unsqueeze(0), None, h0, c0[0] if c0 else None, weights, cell)
+        final = [state.squeeze(0) for state in final[: len(states)]]
+        return tuple(final if is_batched else (state.squeeze(0) for state in final))
+
+
+class RNNCell(_Cell):
+    r"""One step of an Elman RNN: `torch.nn.RNNCell`, with the same arguments and parameters.
+
+    Shape: input [B, I] or [I]; hx [B, H] or [H], zeros if None. Returns h' like hx. Equation and dtypes: see `RNN`.
+
+    Raises:
+        ValueError: input or hx has a wrong number of dimensions.
+        RuntimeError: a size does not fit, or nonlinearity is neither "tanh" nor "relu".
+
+    Example:
+        >>> import torch
+        >>> from nlpkernels import RNNCell
+        >>> RNNCell(10, 20)(torch.randn(3, 10)).shape
+        torch.Size([3, 20])
+    """
+
+    __constants__ = ["input_size", "hidden_size", "bias", "nonlinearity"]  # noqa: RUF012 -- as torch.nn declares it
+
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        bias: bool = True,
+        nonlinearity: str = "tanh",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(input_size, hidden_size, bias, num_chunks=1, device=device, dtype=dtype)
+        self.nonlinearity = nonlinearity
+
+    def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor:
+        """Take one step; see the class."""
+        if self.nonlinearity not in ("tanh", "relu"):
+            raise RuntimeError(f"Unknown nonlinearity: {self.nonlinearity}")
+        return self._step(f"rnn_{self.nonlinearity}", input, None if hx is None else (hx,))[0]
+
+
+class GRUCell(_Cell):
+    """One step of a GRU: `torch.nn.GRUCell`, with the same arguments and parameters.
+
+    Shape: input [B, I] or [I]; hx [B, H] or [H], zeros if None. Returns h' like hx. Equations and dtypes: see `GRU`.
+
+    Raises:
+        ValueError: input or hx has a wrong number of dimensions.
+        RuntimeError: a size does not fit.
+
+    Example:
+        >>> import torch
+        >>> from nlpkernels import GRUCell
+        >>> GRUCell(10, 20)(torch.randn(3, 10)).shape
+        torch.Size([3, 20])
+    """
+
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        bias: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(input_size, hidden_size, bias, num_chunks=3, device=device, dtype=dtype)
+
+    def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor:
+        """Take one step; see the class."""
+        return self._step("gru", input, None if hx is None else (hx,))[0]
+
+
+class LSTMCell(_Cell):
+    """One step of an LSTM: `torch.nn.LSTMCell`, with the same arguments and parameters.
+
+    Shape: input [B, I] or [I]; hx = (h [B, H] or [H], c alike), zeros if None. Returns (h', c') like hx. Equations and
+    dtypes: see `LSTM`.
+
+    Raises:
+        ValueError: input or hx has a wrong number of dimensions.
+        RuntimeError: a size does not fit.
+
+    Example:
+        >>> import torch
+        >>> from nlpkernels import LSTMCell
+        >>> h, c = LSTMCell(10, 20)(torch.randn(3, 10))
+        >>> h.shape, c.shape
+        (torch.Size([3, 20]), torch.Size([3, 20]))
+    """
+
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        bias: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(input_size, hidden_size, bias, num_chunks=4, device=device, dtype=dtype)
+
+    def forward(self, input: Tensor, hx: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, Tensor]:
+        """Take one step; see the class."""
+        h, c = self._step("lstm", input, None if hx is None else tuple(hx))
+        return h, c

@@ -1,0 +1,298 @@
+"""The equations in plain torch, differentiable to any order and on any device.
+
+They are the tests' oracle, the source of second derivatives, what a device without kernels of its own runs, and the
+place to read what the kernels compute. Each function stands for the op of its name (`csrc/library.cpp` says what the
+arguments are) and returns the same outputs. The gate equations are those of `torch.nn.RNN`, `torch.nn.LSTM` and
+`torch.nn.GRU`; `cell_step` is the only place in Python where they stand.
+
+Letters in shapes: T steps, B sequences, N rows of data, I input features, H hidden units, P features of h, D directions,
+G gates, S saved values per unit; V rows and E columns of a table.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Cell(NamedTuple):
+    """Constants of a cell: gates in its weights, values per hidden unit in the workspace, whether it has a state c."""
+
+    gates: int
+    saved: int
+    has_c: bool
+
+
+CELLS = {
+    "rnn_tanh": Cell(gates=1, saved=0, has_c=False),
+    "rnn_relu": Cell(gates=1, saved=0, has_c=False),
+    "lstm": Cell(gates=4, saved=5, has_c=True),
+    "gru": Cell(gates=3, saved=4, has_c=False),
+}
+
+
+def cell_step(cell: str, from_x: Tensor, from_h: Tensor, h: Tensor, c: Tensor) -> tuple[Tensor, Tensor, list[Tensor]]:
+    """One step of a cell.
+
+    Args:
+        cell: a key of `CELLS`.
+        from_x: W_ih x_t + b_ih, [B, G H].
+        from_h: W_hh h_{t-1} + b_hh, [B, G H].
+        h: h_{t-1}, [B, P].
+        c: c_{t-1}, [B, H], of the LSTM; passed through for the others.
+
+    Returns:
+        h_t (before a projection), c_t, and the values that backward needs, each [B, H].
+    """
+    if cell == "rnn_tanh":
+        return torch.tanh(from_x + from_h), c, []
+    if cell == "rnn_relu":
+        return torch.relu(from_x + from_h), c, []
+    if cell == "lstm":
+        a_i, a_f, a_g, a_o = (from_x + from_h).chunk(4, dim=-1)
+        i, f, g, o = torch.sigmoid(a_i), torch.sigmoid(a_f), torch.tanh(a_g), torch.sigmoid(a_o)
+        c = f * c + i * g
+        return o * torch.tanh(c), c, [i, f, g, o, c]
+    if cell == "gru":
+        x_r, x_z, x_n = from_x.chunk(3, dim=-1)
+        h_r, h_z, h_n = from_h.chunk(3, dim=-1)
+        r, z = torch.sigmoid(x_r + h_r), torch.sigmoid(x_z + h_z)
+        n = torch.tanh(x_n + r * h_n)
+        return n + z * (h - n), c, [r, z, n, h_n]
+    raise ValueError(f"recurrent: expected cell {', '.join(map(repr, CELLS))}, got {cell!r}")
+
+
+def _arithmetic_dtype(dtype: torch.dtype) -> torch.dtype:
+    return torch.float32 if dtype in (torch.bfloat16, torch.float16) else dtype
+
+
+def recurrent(
+    x: Tensor,
+    batch_sizes: Tensor | None,
+    h0: Tensor,
+    c0: Tensor | None,
+    weights: list[Tensor],
+    cell: str,
+    keep: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """One layer: y [T, B, D P], h_n [D, B, P], c_n [D, B, H] (LSTM, else [0]), workspace [D, N, S, H] (or [0])."""
+    facts, dtype = CELLS[cell], x.dtype
+    directions, batch, _ = h0.shape
+    per_direction = len(weights) // directions
+    sizes = [batch] * x.shape[0] if batch_sizes is None else [int(size) for size in batch_sizes.tolist()]
+    # Data in [N, I]; the rows of step t are first[t] up to first[t] + sizes[t].
+    first = [sum(sizes[:t]) for t in range(len(sizes))] if batch_sizes is not None else [batch * t for t in range(len(sizes))]
+    wide = _arithmetic_dtype(dtype)
+    rows = x.reshape(-1, x.shape[-1]).to(wide)
+
+    ys, h_ns, c_ns, kept = [], [], [], []
+    for d in range(directions):
+        w_ih, w_hh, *rest = (weight.to(wide) for weight in weights[d * per_direction : (d + 1) * per_direction])
+        w_hr = rest.pop() if per_direction % 2 else None
+        b_ih, b_hh = rest or (None, None)
+        hidden = w_ih.shape[0] // facts.gates
+        from_x = torch.nn.functional.linear(rows, w_ih, b_ih)
+        h = h0[d].to(wide)
+        c = c0[d].to(wide) if c0 is not None else h
+        outputs: list[Tensor] = [h[:0]] * len(sizes)
+        saved_rows: list[Tensor] = [h.new_empty(0, facts.saved, hidden)] * len(sizes)
+        for t in range(len(sizes)) if d == 0 else reversed(range(len(sizes))):
+            size = sizes[t]
+            h_step, c_step = h[:size], c[:size]
+            from_h = torch.nn.functional.linear(h_step, w_hh, b_hh)
+            h_step, c_step, saved = cell_step(cell, from_x[first[t] : first[t] + size], from_h, h_step, c_step)
+            if w_hr is not None:
+                h_step = torch.nn.functional.linear(h_step, w_hr)
+            outputs[t] = h_step
+            if keep and saved:
+                saved_rows[t] = torch.stack(saved, dim=1)
+            h = torch.cat([h_step, h[size:]]) if size < batch else h_step
+            c = torch.cat([c_step, c[size:]]) if size < batch else c_step
+        ys.append(torch.cat([h[:0], *outputs]))
+        kept.append(torch.cat([h.new_empty(0, facts.saved, hidden), *saved_rows]) if facts.saved else
+                    h.new_empty(rows.shape[0], 0, hidden))
+        h_ns.append(h)
+        c_ns.append(c)
+    y = torch.cat(ys, dim=-1).to(dtype)
+    return (
+        y.reshape(*x.shape[:-1], y.shape[-1]),
+        torch.stack(h_ns).to(dtype),
+        torch.stack(c_ns).to(dtype) if facts.has_c else x.new_empty(0),
+        torch.stack(kept).to(dtype) if keep else x.new_empty(0),
+    )
+
+
+def recurrent_backward(
+    dy: Tensor | None,
+    dh_n: Tensor | None,
+    dc_n: Tensor | None,
+    x: Tensor,
+    batch_sizes: Tensor | None,
+    h0: Tensor,
+    c0: Tensor | None,
+    weights: list[Tensor],
+    cell: str,
+    y: Tensor,
+    workspace: Tensor,
+    need_dx: bool,
+    need_dweights: bool,
+) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
+    """Gradients of `recurrent`; y and workspace, being functions of the other arguments, are computed anew."""
+    has_c = CELLS[cell].has_c
+
+    def outputs(x: Tensor, h0: Tensor, c0: Tensor | None, weights: list[Tensor]) -> tuple[Tensor, ...]:
+        y, h_n, c_n, _ = recurrent(x, batch_sizes, h0, c0, weights, cell, False)
+        return (y, h_n, c_n) if has_c else (y, h_n)
+
+    primals = (x, h0, c0, weights) if has_c else (x, h0, weights)
+    call = outputs if has_c else lambda x, h0, weights: outputs(x, h0, None, weights)
+    values, pull = torch.func.vjp(call, *primals)
+    given = (dy, dh_n, dc_n) if has_c else (dy, dh_n)
+    gradients = pull(tuple(g if g is not None else torch.zeros_like(v) for g, v in zip(given, values, strict=True)))
+    dx, dh0, *dc0, dweights = gradients
+    empty = x.new_empty(0)
+    return (
+        dx if need_dx else empty,
+        dh0,
+        dc0[0] if has_c else x.new_empty(0),
+        list(dweights) if need_dweights else [x.new_empty(0) for _ in weights],
+    )
+
+
+class _Bags(NamedTuple):
+    """Uses of rows by bag: row, bag and position of each index that counts, and the number of bags."""
+
+    row: Tensor
+    bag: Tensor
+    position: Tensor
+    count: int
+
+
+def _bags(indices: Tensor, offsets: Tensor | None, rows: int, padding_idx: int, include_last_offset: bool) -> _Bags:
+    flat = indices.reshape(-1).long()
+    wrong = (flat < 0) | (flat >= rows)
+    if wrong.any():  # on CUDA this waits for the device, and saves it from an assertion that would end the process
+        position = int(wrong.nonzero()[0])
+        raise IndexError(
+            f"embedding_bag: flattened indices[{position}] is {int(flat[position])}, "
+            f"expected a row from 0 to {rows - 1} of a table of {rows}"
+        )
+    position = torch.arange(flat.shape[0], device=flat.device)
+    if offsets is None:
+        count, length = indices.shape
+        bag = position // max(length, 1)
+    else:
+        starts = offsets.long()
+        count = starts.shape[0] - int(include_last_offset)
+        ends = starts if include_last_offset else torch.cat([starts, starts.new_tensor([flat.shape[0]])])
+        if count and (int(starts[0]) != 0 or bool((ends.diff() < 0).any()) or int(ends[-1]) > flat.shape[0]):
+            raise ValueError(
+                f"embedding_bag: expected offsets that start at 0, never decrease and end within {flat.shape[0]} "
+                f"indices, got {offsets.tolist()}"
+            )
+        bag = torch.bucketize(position, starts[:count], right=True) - 1
+        inside = position < (ends[-1] if count else 0)
+        flat, bag, position = flat[inside], bag[inside], position[inside]
+    counts = flat != padding_idx
+    return _Bags(flat[counts], bag[counts], position[counts], count)
+
+
+def embedding_bag(
+    weight: Tensor,
+    indices: Tensor,
+    offsets: Tensor | None,
+    per_sample_weights: Tensor | None,
+    mode: str,
+    padding_idx: int,
+    include_last_offset: bool,
+    scale_grad_by_freq: bool,
+    sparse: bool,
+) -> tuple[Tensor, Tensor]:
+    """Pooled rows [B, E], and what backward needs: rows per bag for "mean", winning positions [B, E] for "max"."""
+    bags = _bags(indices, offsets, weight.shape[0], -1 if mode == "lookup" else padding_idx, include_last_offset)
+    values = weight[bags.row].to(_arithmetic_dtype(weight.dtype))  # [uses, E]
+    if per_sample_weights is not None:
+        values = values * per_sample_weights.reshape(-1)[bags.position].to(values.dtype).unsqueeze(-1)
+    shape = (bags.count, weight.shape[1])
+    if mode == "max":
+        place = bags.bag.unsqueeze(-1).expand_as(values)
+        best = values.new_full(shape, -torch.inf).scatter_reduce(0, place, values.detach(), "amax")
+        # The first use that reaches the maximum wins, as in torch.
+        last = indices.numel()
+        candidates = torch.where(values.detach() == best[bags.bag], bags.position.unsqueeze(-1), last)
+        winner = bags.row.new_full(shape, last).scatter_reduce(0, place, candidates, "amin")
+        filled = winner < last
+        row = indices.reshape(-1).long()[winner.clamp(max=max(last - 1, 0))] if last else winner
+        out = torch.where(filled, weight.gather(0, row.clamp(max=weight.shape[0] - 1)), 0) if last else values.new_zeros(shape)
+        return out.to(weight.dtype), torch.where(filled, winner, -1)
+    out = values.new_zeros(shape).index_add(0, bags.bag, values)
+    aux = bags.row.new_empty(0)
+    if mode == "mean":
+        aux = torch.bincount(bags.bag, minlength=bags.count)
+        out = out / aux.clamp(min=1).unsqueeze(-1)
+    return out.to(weight.dtype), aux
+
+
+def embedding_bag_backward(
+    grad: Tensor,
+    num_embeddings: int,
+    indices: Tensor,
+    offsets: Tensor | None,
+    per_sample_weights: Tensor | None,
+    aux: Tensor,
+    mode: str,
+    padding_idx: int,
+    include_last_offset: bool,
+    scale_grad_by_freq: bool,
+) -> Tensor:
+    """Dense gradient of weight, [V, E]."""
+    bags = _bags(indices, offsets, num_embeddings, padding_idx, include_last_offset)
+    terms = grad.to(_arithmetic_dtype(grad.dtype))[bags.bag]  # [uses, E]
+    if mode == "mean":
+        terms = terms / aux[bags.bag].unsqueeze(-1)
+    if mode == "max":
+        terms = terms * (aux[bags.bag] == bags.position.unsqueeze(-1))
+    if per_sample_weights is not None:
+        terms = terms * per_sample_weights.reshape(-1)[bags.position].to(terms.dtype).unsqueeze(-1)
+    if scale_grad_by_freq:
+        terms = terms / torch.bincount(bags.row, minlength=num_embeddings)[bags.row].unsqueeze(-1)
+    return terms.new_zeros(num_embeddings, grad.shape[1]).index_add(0, bags.row, terms).to(grad.dtype)
+
+
+def embedding_bag_sparse_backward(
+    grad: Tensor,
+    num_embeddings: int,
+    indices: Tensor,
+    offsets: Tensor | None,
+    per_sample_weights: Tensor | None,
+    aux: Tensor,
+    mode: str,
+    padding_idx: int,
+    include_last_offset: bool,
+    scale_grad_by_freq: bool,
+) -> tuple[Tensor, Tensor]:
+    """The same as sorted rows [R] and their values [R, E]."""
+    bags = _bags(indices, offsets, num_embeddings, padding_idx, include_last_offset)
+    rows = bags.row.unique()
+    dense = embedding_bag_backward(
+        grad, num_embeddings, indices, offsets, per_sample_weights, aux, mode, padding_idx, include_last_offset,
+        scale_grad_by_freq,
+    )  # fmt: skip
+    return rows, dense[rows]
+
+
+def embedding_bag_per_sample_backward(
+    grad: Tensor,
+    weight: Tensor,
+    indices: Tensor,
+    offsets: Tensor | None,
+    padding_idx: int,
+    include_last_offset: bool,
+) -> Tensor:
+    """Gradient of per_sample_weights, shaped like indices."""
+    bags = _bags(indices, offsets, weight.shape[0], padding_idx, include_last_offset)
+    wide = _arithmetic_dtype(weight.dtype)
+    terms = (grad.to(wide)[bags.bag] * weight.to(wide)[bags.row]).sum(-1)
+    return terms.new_zeros(indices.numel()).index_add(0, bags.position, terms).reshape(indices.shape).to(weight.dtype)

@@ -1,0 +1,172 @@
+"""Build of the compiled libraries. All metadata is in pyproject.toml.
+
+csrc/library.cpp becomes `nlpkernels._C` (schemas and build facts). csrc/cpu is compiled once per instruction set, into
+`nlpkernels._cpu_default`, `_cpu_avx2` and `_cpu_avx512`, of which one is loaded at import. csrc/cuda becomes
+`nlpkernels._cuda` where CUDA is built (`cuda_wanted`).
+"""
+
+from __future__ import annotations
+
+import copy
+import os
+import platform
+import shlex
+import shutil
+import sys
+import sysconfig
+from pathlib import Path
+
+# ninja may be installed beside a Python whose environment is not activated.
+os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
+
+INSTRUCTION_SETS = {"default": []}
+if platform.machine().lower() in ("x86_64", "amd64"):
+    INSTRUCTION_SETS["avx2"] = ["-mavx2", "-mfma", "-mf16c"]
+    INSTRUCTION_SETS["avx512"] = ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma", "-mf16c"]
+    INSTRUCTION_SETS["avx512"] += ["-Wno-maybe-uninitialized"]  # GCC warns of its own AVX-512 header
+
+OPTIMISE = ["-O3", "-g0", "-fvisibility=hidden"]
+WARNINGS = ["-Wall", "-Wextra", "-Wno-unused-parameter", "-Wno-unknown-pragmas"]  # the last two are torch's headers'
+OPENMP = ["-fopenmp"] if sys.platform == "linux" else []  # without it at::parallel_for runs serially
+DEFAULT_CUDA_ARCHS = "8.0;9.0+PTX"  # for a machine that has a toolkit but no GPU
+
+
+def check_toolchain() -> None:
+    """Stop with one line if something outside of pip's reach is missing."""
+    compiler = shlex.split(os.environ.get("CXX", "c++"))[0]
+    if not shutil.which(compiler):
+        sys.exit(
+            f"nlpkernels: no C++ compiler ({compiler} not found): "
+            "install g++ (Debian, Ubuntu) or gcc-c++ (Fedora), or set CXX"
+        )
+    if not Path(sysconfig.get_path("include"), "Python.h").exists():
+        sys.exit(
+            f"nlpkernels: no Python.h for {sys.executable}: "
+            "install python3-dev (Debian, Ubuntu) or python3-devel (Fedora)"
+        )
+
+
+check_toolchain()
+if sys.argv[1:] == ["check_toolchain"]:  # the Makefile asks, before it downloads anything
+    sys.exit()
+
+HOW_TO_INSTALL = "pip install 'torch>=2.11' ninja 'setuptools>=77' && pip install --no-build-isolation ."
+try:
+    import setuptools
+    import torch
+except ImportError:
+    sys.exit(
+        f"nlpkernels: building needs the torch that it will run with, which build isolation hides: {HOW_TO_INSTALL}"
+    )
+for module, oldest in ((setuptools, (77, 0)), (torch, (2, 11))):
+    if tuple(map(int, module.__version__.split(".")[:2])) < oldest:
+        sys.exit(f"nlpkernels: {module.__name__} {module.__version__} is too old: {HOW_TO_INSTALL}")
+
+from torch.utils.cpp_extension import CUDA_HOME, BuildExtension, CppExtension, CUDAExtension  # noqa: E402
+
+
+def cuda_wanted() -> tuple[bool, str]:
+    """Whether to build the CUDA kernels, and why: FORCE_CUDA=1 or 0 decides, else whether a GPU is visible."""
+    force = os.environ.get("FORCE_CUDA")
+    if force == "0":
+        return False, "FORCE_CUDA=0"
+    missing = None
+    if torch.version.cuda is None:
+        missing = f"torch {torch.__version__} is not a CUDA build"
+    elif CUDA_HOME is None:
+        missing = "no CUDA toolkit was found (CUDA_HOME names one)"
+    if missing and force == "1":
+        sys.exit(f"nlpkernels: FORCE_CUDA=1, but {missing}")
+    if missing:
+        return False, missing
+    if force == "1":
+        return True, "FORCE_CUDA=1"
+    if not torch.cuda.is_available():
+        return False, "no GPU is visible; FORCE_CUDA=1 builds without one"
+    return True, f"found {torch.cuda.get_device_name()}"
+
+
+def cuda_archs() -> str:
+    """Architectures to compile for, in the form of TORCH_CUDA_ARCH_LIST."""
+    if given := os.environ.get("TORCH_CUDA_ARCH_LIST"):
+        return given
+    if not torch.cuda.is_available():
+        return DEFAULT_CUDA_ARCHS
+    capabilities = {torch.cuda.get_device_capability(gpu) for gpu in range(torch.cuda.device_count())}
+    return ";".join(f"{major}.{minor}" for major, minor in sorted(capabilities)) + "+PTX"
+
+
+def sources(pattern: str) -> list[str]:
+    """Files of csrc, in an order that does not depend on the file system."""
+    return sorted(str(path) for path in Path("csrc").glob(pattern))
+
+
+def extensions() -> list[CppExtension]:
+    """One extension per library."""
+    headers = sources("**/*.h") + sources("**/*.cuh")
+    flags = OPTIMISE + WARNINGS + OPENMP
+    cpu = [
+        CppExtension(
+            f"nlpkernels._cpu_{name}",
+            sources("cpu/*.cpp"),
+            depends=headers,
+            extra_compile_args=[
+                *flags,
+                f"-DCPU_CAPABILITY={name.upper()}",
+                f"-DCPU_CAPABILITY_{name.upper()}",
+                *instructions,
+            ],
+            extra_link_args=OPENMP,
+        )
+        for name, instructions in INSTRUCTION_SETS.items()
+    ]
+
+    cuda, archs = [], ""
+    wanted, why = cuda_wanted()
+    cuda_sources = sources("cuda/*.cu")
+    if wanted and cuda_sources:
+        archs = os.environ["TORCH_CUDA_ARCH_LIST"] = cuda_archs()  # BuildExtension reads it
+        host_flags = ["-Xcompiler", ",".join(["-fvisibility=hidden", *WARNINGS])]
+        cuda.append(
+            CUDAExtension(
+                "nlpkernels._cuda",
+                cuda_sources,
+                depends=headers,
+                extra_compile_args={"cxx": flags, "nvcc": ["-O3", *host_flags]},
+            )
+        )
+    decision = f"kernels for {archs}" if archs else "no kernels"
+    print(f"nlpkernels: CUDA: {decision} ({why if cuda_sources else 'no sources'})", file=sys.stderr)
+
+    library = CppExtension(
+        "nlpkernels._C",
+        ["csrc/library.cpp"],
+        depends=headers,
+        define_macros=[("NLPKERNELS_CUDA_ARCHS", f'"{archs}"')],
+        extra_compile_args=flags,
+    )
+    return [library, *cpu, *cuda]
+
+
+class BuildLibraries(BuildExtension):
+    """BuildExtension with a folder of objects for each extension, several of which are built side by side."""
+
+    def finalize_options(self) -> None:
+        """Give each extension, of two sources or so, two of the processor's cores."""
+        super().finalize_options()
+        side_by_side = int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1) // 2
+        if self.use_ninja and side_by_side > 1:  # without ninja, BuildExtension changes the compiler as it goes
+            self.parallel = side_by_side
+
+    def build_extension(self, ext: CppExtension) -> None:
+        """Build one library.
+
+        By default all extensions share one folder, in which a source compiled for one instruction set would pass for
+        the same source compiled for another; and an editable install takes a temporary one, so that nothing is reused.
+        """
+        command = copy.copy(self)  # the others are being built with theirs
+        command.build_temp = str(Path("build", sys.implementation.cache_tag, ext.name))
+        super(BuildLibraries, command).build_extension(ext)
+
+
+setuptools.setup(ext_modules=extensions(), cmdclass={"build_ext": BuildLibraries})
