@@ -10,8 +10,8 @@
 // Loop order: panel -> block of k -> tiles of rows, so that a block of a panel (kPanelBytes) stays in the first-level
 // cache while all rows pass over it.
 //
-// Same bits: an element of c adds its products in the order k = 0, 1, ..., in one accumulator, whatever the tile that it
-// is in, the blocking of k, the number of rows or the number of threads.
+// Same bits: an element of c adds its products in the order k = 0, 1, ..., kChain of them at a time, whatever the tile
+// that it is in, the number of rows or the number of threads.
 #pragma once
 
 #include <ATen/Parallel.h>
@@ -39,6 +39,9 @@ constexpr int kTileRows = 4, kTileVecs = 1;
 #endif
 constexpr int kMaxStrips = 4;
 constexpr int64_t kPanelBytes = 16 * 1024;
+// Products that are added up in one accumulator before it is added to c: the error of a sum of K products grows with
+// sqrt(kChain + K / kChain) rather than sqrt(K). Blocks of k are multiples of it.
+constexpr int64_t kChain = 64;
 // Values that a thread packs at least.
 constexpr int64_t kPackGrain = 1 << 15;
 
@@ -48,11 +51,14 @@ constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 template <typename scalar>
 class Scratch {
  public:
-  explicit Scratch(int64_t count) : storage_(at::empty({count}, c10::CppTypeToScalarType<scalar>::value)) {}
-  scalar* data() const { return storage_.template mutable_data_ptr<scalar>(); }
+  explicit Scratch(int64_t count)
+      : storage_(at::empty({count}, c10::CppTypeToScalarType<scalar>::value)),
+        data_(storage_.template mutable_data_ptr<scalar>()) {}
+  scalar* data() const { return data_; }
 
  private:
   Tensor storage_;
+  scalar* data_;
 };
 
 // The columns of a matrix, or the units of a layer, cut into panels; the last is only as wide as the vectors it needs.
@@ -121,6 +127,19 @@ class PackedMatrix {
     });
   }
 
+  // From row(k)[0 .. columns): b = those rows, one gate. Runs on the calling thread.
+  template <typename Row>
+  void pack_rows(const Row& row) const {
+    for (const auto i : c10::irange(k)) {
+      const auto* src = row(i);
+      for (const auto panel : c10::irange(panels.count())) {
+        const int64_t width = panels.width(panel);
+        pack_copied(strip(panel, 0) + i * width, width, panels.valid(panel), 1,
+                    [&](int64_t) { return src + panels.begin(panel); });
+      }
+    }
+  }
+
   // From w [K, columns] with rows ld apart: b = w, one gate.
   template <typename T>
   void pack(const T* w, int64_t ld) const {
@@ -183,17 +202,20 @@ void pack_tiles(scalar* dst, const RowTiles& tiles, int64_t k, const Row& row) {
 }
 
 // The same for a matrix that is given by its rows along k: dst[i][m] = row(i)[m]. Copies whole vectors: what is too much
-// is overwritten by the next row, so the order of the rows matters, and a row(i) must be readable for a vector.
+// is overwritten by the next row, so a row(i) must be readable for a vector more.
 template <typename scalar, typename Row>
 void pack_tiles_copied(scalar* dst, const RowTiles& tiles, int64_t k, const Row& row) {
   constexpr int64_t vector = Vectorized<scalar>::size();
-  for (const auto tile : c10::irange(tiles.count)) {
-    const int64_t height = tiles.height(tile), first = tiles.begin(tile);
-    scalar* out = dst + first * k;
-    for (const auto i : c10::irange(k)) {
-      const scalar* src = row(i) + first;
-      for (int64_t m = 0; m < height; m += vector) Vectorized<scalar>::loadu(src + m).store(out + m);
-      out += height;
+  for (const auto i : c10::irange(k)) {
+    const scalar* src = row(i);
+    for (const auto tile : c10::irange(tiles.count)) {
+      const int64_t height = tiles.height(tile), first = tiles.begin(tile);
+      scalar* out = dst + first * k + i * height;
+      if (i == k - 1) {
+        std::copy_n(src + first, height, out);
+      } else {
+        for (int64_t m = 0; m < height; m += vector) Vectorized<scalar>::loadu(src + first + m).store(out + m);
+      }
     }
   }
 }
@@ -202,39 +224,45 @@ void pack_tiles_copied(scalar* dst, const RowTiles& tiles, int64_t k, const Row&
 template <typename scalar, int M, int N, int S>
 void multiply_tile(int64_t k, const scalar* a, const scalar* const* b, scalar* const* c, int64_t ldc) {
   using V = Vectorized<scalar>;
-  V sum[S][M][N];
   const scalar* strip[S];
 #pragma GCC unroll 4
-  for (int s = 0; s < S; ++s) {
-    strip[s] = b[s];
-#pragma GCC unroll 16
-    for (int m = 0; m < M; ++m) {
-#pragma GCC unroll 2
-      for (int n = 0; n < N; ++n) sum[s][m][n] = V::loadu(c[s] + m * ldc + n * V::size());
-    }
-  }
-  for (int64_t i = 0; i < k; ++i) {
+  for (int s = 0; s < S; ++s) strip[s] = b[s];
+  for (; k > 0; k -= kChain) {
+    V sum[S][M][N];
 #pragma GCC unroll 4
     for (int s = 0; s < S; ++s) {
-      V column[N];
-#pragma GCC unroll 2
-      for (int n = 0; n < N; ++n) column[n] = V::loadu(strip[s] + n * V::size());
 #pragma GCC unroll 16
       for (int m = 0; m < M; ++m) {
-        const V value(a[m]);
 #pragma GCC unroll 2
-        for (int n = 0; n < N; ++n) sum[s][m][n] = at::vec::fmadd(value, column[n], sum[s][m][n]);
+        for (int n = 0; n < N; ++n) sum[s][m][n] = V(0);
       }
-      strip[s] += N * V::size();
     }
-    a += M;
-  }
+    for (int64_t i = std::min(k, kChain); i > 0; --i) {
 #pragma GCC unroll 4
-  for (int s = 0; s < S; ++s) {
-#pragma GCC unroll 16
-    for (int m = 0; m < M; ++m) {
+      for (int s = 0; s < S; ++s) {
+        V column[N];
 #pragma GCC unroll 2
-      for (int n = 0; n < N; ++n) sum[s][m][n].store(c[s] + m * ldc + n * V::size());
+        for (int n = 0; n < N; ++n) column[n] = V::loadu(strip[s] + n * V::size());
+#pragma GCC unroll 16
+        for (int m = 0; m < M; ++m) {
+          const V value(a[m]);
+#pragma GCC unroll 2
+          for (int n = 0; n < N; ++n) sum[s][m][n] = at::vec::fmadd(value, column[n], sum[s][m][n]);
+        }
+        strip[s] += N * V::size();
+      }
+      a += M;
+    }
+#pragma GCC unroll 4
+    for (int s = 0; s < S; ++s) {
+#pragma GCC unroll 16
+      for (int m = 0; m < M; ++m) {
+#pragma GCC unroll 2
+        for (int n = 0; n < N; ++n) {
+          scalar* to = c[s] + m * ldc + n * V::size();
+          (V::loadu(to) + sum[s][m][n]).store(to);
+        }
+      }
     }
   }
 }
@@ -254,6 +282,7 @@ void multiply_strips(const RowTiles& tiles, int64_t k, const scalar* a, const sc
                      int64_t ldc) {
   constexpr int64_t width = N * Vectorized<scalar>::size();
   constexpr int64_t block = kPanelBytes / (width * sizeof(scalar));
+  static_assert(block % kChain == 0);
   const auto kernel = [](int64_t rows) {
     return tile_kernel<scalar, N, S>(rows, std::make_integer_sequence<int, kTileRows / S>());
   };
@@ -360,20 +389,21 @@ struct TransposedProduct {
   int64_t ldo;
 };
 
-// Runs the products side by side. A task is a block of one product's output, which no other task writes; it walks
-// through k in blocks that keep both packed operands and its output in the second-level cache.
+// Runs the products side by side. A task is a block of one product's output, which no other task writes. It walks
+// through k in blocks: one of b is packed once, one of a in parts that stay in the second-level cache with it.
 template <typename scalar, typename T>
 void run_products(const std::vector<TransposedProduct<scalar, T>>& products) {
-  constexpr int64_t block_k = 128, block_n = 256;
+  constexpr int64_t block_k = 2 * kChain, block_n = 256, part_m = 16 * kTileRows, max_block_m = 8 * part_m;
   struct Task {
     const TransposedProduct<scalar, T>* product;
     int64_t m, m_count, n, n_count;
   };
   int64_t total = 0;
   for (const auto& product : products) total += product.m * product.n;
-  // At least four tasks a thread where that leaves blocks of a sensible size.
-  const int64_t share = ceil_div(total, 4 * at::get_num_threads());
-  const int64_t block_m = std::clamp<int64_t>(ceil_div(share / block_n, kTileRows), 4, 192 / kTileRows) * kTileRows;
+  // At least four tasks a thread, where that leaves blocks of a sensible size.
+  const int64_t share = ceil_div(total, 4 * at::get_num_threads() * block_n);
+  const int64_t block_m =
+      at::get_num_threads() == 1 ? max_block_m : std::clamp<int64_t>(ceil_div(share, part_m) * part_m, part_m, max_block_m);
   std::vector<Task> tasks;
   for (const auto& product : products) {
     for (int64_t n = 0; n < product.n; n += block_n) {
@@ -383,21 +413,20 @@ void run_products(const std::vector<TransposedProduct<scalar, T>>& products) {
     }
   }
   at::parallel_for(0, static_cast<int64_t>(tasks.size()), 1, [&](int64_t begin, int64_t end) {
-    const Scratch<scalar> a(block_m * block_k + kTilePadding), c(block_m * Panels<scalar>{block_n}.padded());
+    const Scratch<scalar> a(part_m * block_k + kTilePadding), c(block_m * Panels<scalar>{block_n}.padded());
     for (const auto i : c10::irange(begin, end)) {
       const Task& task = tasks[i];
       const auto& product = *task.product;
-      const RowTiles tiles(task.m_count);
-      const Panels<scalar> panels{task.n_count};
-      const int64_t ldc = panels.padded();
+      const int64_t ldc = Panels<scalar>{task.n_count}.padded();
       std::fill(c.data(), c.data() + task.m_count * ldc, scalar(0));
       const auto multiply_block = [&](const PackedMatrix<scalar>& b, int64_t k) {
-        for (const auto panel : c10::irange(panels.count())) {
-          pack_copied(b.strip(panel, 0), panels.width(panel), panels.valid(panel), b.k,
-                      [&](int64_t r) { return product.b[k + r] + task.n + panels.begin(panel); });
+        b.pack_rows([&](int64_t r) { return product.b[k + r] + task.n; });
+        for (int64_t m = 0; m < task.m_count; m += part_m) {
+          const RowTiles tiles(std::min(part_m, task.m_count - m));
+          pack_tiles_copied(a.data(), tiles, b.k,
+                            [&](int64_t r) { return product.a + (k + r) * product.lda + task.m + m; });
+          multiply(tiles, a.data(), b, c.data() + m * ldc, ldc);
         }
-        pack_tiles_copied(a.data(), tiles, b.k, [&](int64_t r) { return product.a + (k + r) * product.lda + task.m; });
-        multiply(tiles, a.data(), b, c.data(), ldc);
       };
       const PackedMatrix<scalar> block(block_k, task.n_count), rest(product.k % block_k, task.n_count);
       int64_t k = 0;

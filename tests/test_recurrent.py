@@ -1,0 +1,479 @@
+"""RNN, LSTM, GRU and their cells against torch.nn and against float64."""
+
+from __future__ import annotations
+
+import copy
+import io
+import itertools
+import os
+import pickle
+import subprocess
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from tolerances import assert_as_exact
+from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
+
+import nlpkernels
+from nlpkernels import _ops
+
+# name, arguments of the constructor
+LAYERS: dict[str, tuple[str, dict[str, Any]]] = {
+    "rnn_tanh": ("RNN", {}),
+    "rnn_relu": ("RNN", {"nonlinearity": "relu"}),
+    "lstm": ("LSTM", {}),
+    "lstm_projected": ("LSTM", {"proj_size": 3}),
+    "gru": ("GRU", {}),
+}
+CELLS = {"rnn_tanh": ("RNNCell", {}), "rnn_relu": ("RNNCell", {"nonlinearity": "relu"}), "lstm": ("LSTMCell", {}), "gru": ("GRUCell", {})}  # fmt: skip
+# T, B, I, H: around the sizes of tiles, panels and vectors, and across them
+SHAPES = [(1, 1, 1, 4), (3, 2, 5, 7), (5, 13, 16, 16), (7, 3, 33, 17), (4, 67, 40, 50), (9, 1, 130, 70)]
+DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
+
+
+def pair(kind: str, *sizes: int, **options: Any) -> tuple[nn.Module, nn.Module]:
+    """The same layer, with the same parameters, of torch.nn and of ours."""
+    name, own = LAYERS[kind]
+    theirs = getattr(nn, name)(*sizes, **own, **options)
+    ours = getattr(nlpkernels, name)(*sizes, **own, **options)
+    ours.load_state_dict(theirs.state_dict())
+    return theirs, ours
+
+
+def tensors(result: Any) -> list[Tensor]:
+    """All tensors of a layer's result, in order."""
+    if isinstance(result, Tensor):
+        return [result]
+    if isinstance(result, PackedSequence):
+        return [result.data]
+    return [tensor for part in result for tensor in tensors(part)]
+
+
+def states_for(layer: nn.Module, batch: tuple[int, ...], dtype: torch.dtype, device: str) -> Any:
+    """Random initial states: a tensor, or for the LSTM two."""
+    rows = layer.num_layers * (2 if layer.bidirectional else 1)
+    h = torch.randn(rows, *batch, layer.proj_size or layer.hidden_size, dtype=dtype, device=device)
+    return (h, torch.randn(rows, *batch, layer.hidden_size, dtype=dtype, device=device)) if layer.mode == "LSTM" else h
+
+
+def outputs_and_gradients(layer: nn.Module, x: Tensor, hx: Any, weigh: Callable[[Tensor], Tensor]) -> list[Tensor]:
+    """Results of the layer, then the gradients of x, hx and all parameters, in one list."""
+    x = x.detach().clone().requires_grad_()
+    hx = None if hx is None else [state.detach().clone().requires_grad_() for state in tensors(hx)]
+    states = hx if hx is None or layer.mode == "LSTM" else hx[0]
+    results = tensors(layer(x, states))
+    inputs = [x, *(hx or []), *layer.parameters()]
+    return results + list(torch.autograd.grad(sum(weigh(result).sum() for result in results), inputs))
+
+
+def compare(theirs: nn.Module, ours: nn.Module, x: Tensor, hx: Any, dtype: torch.dtype) -> None:
+    """Outputs, states and all gradients in `dtype`, against torch.nn and float64."""
+    exact_layer = copy.deepcopy(theirs).double()
+    for parameter, rounded in zip(exact_layer.parameters(), theirs.to(dtype).parameters(), strict=True):
+        parameter.data.copy_(rounded)
+    ours.to(dtype)
+    x = x.to(dtype)
+    hx = None if hx is None else [state.to(dtype) for state in tensors(hx)]
+    weights: list[Tensor] = []
+
+    def weigh(result: Tensor) -> Tensor:
+        # The same random cotangents for all three, made in the first call.
+        key = next(turn)
+        if key == len(weights):
+            weights.append(torch.randn(result.shape, dtype=dtype, device=result.device))
+        return result * weights[key].to(result.dtype)
+
+    runs = []
+    for layer, convert in ((theirs, Tensor.clone), (ours, Tensor.clone), (exact_layer, Tensor.double)):
+        turn = itertools.count()
+        states = None if hx is None else [convert(state) for state in hx]
+        states = states if states is None or layer.mode == "LSTM" else states[0]
+        runs.append(outputs_and_gradients(layer, convert(x), states, weigh))
+    results, exact = runs[1], runs[2]
+    names = [f"result {i}" for i in range(len(results))]
+    assert_as_exact(results, runs[0], exact, names)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("bidirectional", [False, True], ids=["forward", "both"])
+@pytest.mark.parametrize("kind", LAYERS)
+def test_matches_torch(kind: str, bidirectional: bool, shape: tuple[int, ...], dtype: torch.dtype, device: str) -> None:
+    steps, batch, inputs, hidden = shape
+    bias = hidden != 7
+    theirs, ours = pair(kind, inputs, hidden, bidirectional=bidirectional, bias=bias, device=device)
+    x = torch.randn(steps, batch, inputs, device=device)
+    compare(theirs, ours, x, states_for(theirs, (batch,), torch.float32, device), dtype)
+
+
+@pytest.mark.parametrize("kind", LAYERS)
+@pytest.mark.parametrize("size", [(20, 96, 24, 33), (3, 5, 300, 264)], ids=str)
+def test_matches_torch_on_larger_sizes(kind: str, size: tuple[int, ...], device: str) -> None:
+    """Several pieces of the batch, several blocks of steps, several blocks of k."""
+    steps, batch, inputs, hidden = size
+    theirs, ours = pair(kind, inputs, hidden, 2, bidirectional=True, device=device)
+    compare(theirs, ours, torch.randn(steps, batch, inputs, device=device), None, torch.float32)
+
+
+@pytest.mark.parametrize("kind", LAYERS)
+@pytest.mark.parametrize("layout", ["batch_first", "unbatched", "strided", "expanded", "no_batch_first_view"])
+def test_layouts_of_the_input(kind: str, layout: str, device: str) -> None:
+    theirs, ours = pair(kind, 6, 5, 2, batch_first=layout == "batch_first", bidirectional=True, device=device)
+    batch: tuple[int, ...] = (3,)
+    x = torch.randn(4, 3, 6, device=device)
+    if layout == "batch_first":
+        x = torch.randn(3, 4, 6, device=device)
+    elif layout == "unbatched":
+        x, batch = x[:, 0], ()
+    elif layout == "strided":
+        x = torch.randn(8, 3, 12, device=device)[::2, :, ::2]
+    elif layout == "expanded":
+        x = torch.randn(1, 3, 6, device=device).expand(4, 3, 6)
+    elif layout == "no_batch_first_view":
+        x = torch.randn(3, 4, 6, device=device).transpose(0, 1)
+    hx = states_for(theirs, batch, torch.float32, device)
+    for states in (None, hx):
+        for got, expected in zip(tensors(ours(x, states)), tensors(theirs(x, states)), strict=True):
+            torch.testing.assert_close(got, expected)
+    compare(theirs, ours, x, hx, torch.float32)
+
+
+@pytest.mark.parametrize("enforce_sorted", [True, False], ids=["sorted", "unsorted"])
+@pytest.mark.parametrize("kind", LAYERS)
+def test_packed_sequences(kind: str, enforce_sorted: bool, device: str) -> None:
+    theirs, ours = pair(kind, 6, 5, 2, bidirectional=True, device=device)
+    lengths = [7, 5, 5, 2, 1] if enforce_sorted else [2, 7, 1, 5, 5]
+    x = torch.randn(7, 5, 6, device=device, requires_grad=True)
+    hx = states_for(theirs, (5,), torch.float32, device)
+    results = []
+    for layer in (theirs, ours):
+        packed = pack_padded_sequence(x, torch.tensor(lengths), enforce_sorted=enforce_sorted)
+        output = layer(packed, hx)
+        assert torch.equal(output[0].batch_sizes, packed.batch_sizes)
+        loss = sum(tensor.sin().sum() for tensor in tensors(output))
+        results.append(tensors(output) + list(torch.autograd.grad(loss, [x, *layer.parameters()])))
+    for expected, got in zip(*results, strict=True):
+        torch.testing.assert_close(got, expected)
+
+
+@pytest.mark.parametrize("kind", LAYERS)
+def test_dropout_draws_torchs_masks(kind: str, device: str) -> None:
+    theirs, ours = pair(kind, 6, 5, 3, dropout=0.4, device=device)
+    x = torch.randn(4, 3, 6, device=device)
+    torch.manual_seed(3)
+    expected = theirs(x)[0]
+    torch.manual_seed(3)
+    torch.testing.assert_close(ours(x)[0], expected)
+    torch.testing.assert_close(ours.eval()(x)[0], theirs.eval()(x)[0])
+    assert not torch.equal(ours(x)[0], expected)
+
+
+@pytest.mark.parametrize("kind", LAYERS)
+def test_gradcheck(kind: str, device: str) -> None:
+    """First derivatives by both modes, and second ones, of outputs and states in everything."""
+    name, own = LAYERS[kind]
+    layer = getattr(nlpkernels, name)(2, 4, bidirectional=True, dtype=torch.float64, device=device, **own)
+    names = [name for name, _ in layer.named_parameters()]
+    x = torch.randn(3, 2, 2, dtype=torch.float64, device=device, requires_grad=True)
+    hx = [state.requires_grad_() for state in tensors(states_for(layer, (2,), torch.float64, device))]
+
+    def run(x: Tensor, *rest: Tensor) -> tuple[Tensor, ...]:
+        states = rest[: len(hx)]
+        parameters = dict(zip(names, rest[len(hx) :], strict=True))
+        return tuple(tensors(torch.func.functional_call(layer, parameters, (x, states if len(states) > 1 else states[0]))))
+
+    inputs = (x, *hx, *layer.parameters())
+    assert torch.autograd.gradcheck(run, inputs, check_forward_ad=True, fast_mode=True)
+    assert torch.autograd.gradgradcheck(run, inputs, fast_mode=True)
+
+
+@pytest.mark.parametrize("kind", LAYERS)
+def test_gradients_of_packed_sequences_can_be_differentiated(kind: str, device: str) -> None:
+    name, own = LAYERS[kind]
+    layer = getattr(nlpkernels, name)(2, 4, bidirectional=True, dtype=torch.float64, device=device, **own)
+    x = torch.randn(3, 2, 2, dtype=torch.float64, device=device, requires_grad=True)
+
+    def run(x: Tensor) -> tuple[Tensor, ...]:
+        return tuple(tensors(layer(pack_padded_sequence(x, torch.tensor([3, 2])))))
+
+    assert torch.autograd.gradcheck(run, (x,))
+    assert torch.autograd.gradgradcheck(run, (x,))
+
+
+@pytest.mark.parametrize("kind", LAYERS)
+def test_function_transforms(kind: str, device: str) -> None:
+    theirs, ours = (layer.double() for layer in pair(kind, 2, 4, device=device))
+    x = torch.randn(3, 2, 2, dtype=torch.float64, device=device)
+
+    def loss(layer: nn.Module) -> Callable[[Tensor], Tensor]:
+        return lambda x: layer(x)[0].sin().sum()
+
+    expected = torch.autograd.functional.hessian(loss(theirs), x)
+    torch.testing.assert_close(torch.func.hessian(loss(ours))(x), expected)
+    torch.testing.assert_close(torch.func.jacrev(torch.func.grad(loss(ours)))(x), expected)
+    _, tangent = torch.func.jvp(loss(ours), (x,), (torch.ones_like(x),))
+    torch.testing.assert_close(tangent, torch.func.grad(loss(ours))(x).sum())
+
+    many = torch.randn(5, 3, 2, 2, dtype=torch.float64, device=device)
+    torch.testing.assert_close(torch.func.vmap(loss(ours))(many), torch.stack([loss(theirs)(one) for one in many]))
+    per_sample = torch.func.vmap(torch.func.grad(loss(ours)))(many)
+    torch.testing.assert_close(per_sample, torch.stack([torch.func.grad(loss(ours))(one) for one in many]))
+
+
+@pytest.mark.parametrize("kind", ["rnn_tanh", "lstm_projected", "gru"])
+def test_compiles_to_one_graph(kind: str, device: str) -> None:
+    theirs, ours = pair(kind, 6, 5, 2, bidirectional=True, device=device)
+    compiled = torch.compile(ours, fullgraph=True, backend="aot_eager")
+    x = torch.randn(4, 3, 6, device=device, requires_grad=True)
+    results = []
+    for layer in (theirs, compiled):
+        output = tensors(layer(x))
+        results.append(output + list(torch.autograd.grad(sum(o.sin().sum() for o in output), [x, *layer.parameters()])))
+    for expected, got in zip(*results, strict=True):
+        torch.testing.assert_close(got, expected)
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(x)[0], results[0][0])
+
+
+@pytest.mark.parametrize("kind", LAYERS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_bits_depend_on_neither_batch_nor_threads(kind: str, dtype: torch.dtype, restored_threads: None) -> None:
+    _, ours = pair(kind, 24, 40, bidirectional=True)
+    ours.to(dtype)
+    x = torch.randn(50, 70, 24, dtype=dtype)
+    runs = []
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        runs.append(outputs_and_gradients(ours, x, None, Tensor.sin))
+    for other in runs[1:]:
+        assert all(map(torch.equal, other, runs[0]))
+    for sequences in (slice(0, 1), slice(3, 5), slice(10, 23)):
+        assert torch.equal(ours(x[:, sequences])[0], runs[0][0][:, sequences])
+
+
+@pytest.mark.parametrize("kind", LAYERS)
+def test_nothing_to_do(kind: str, device: str) -> None:
+    """No steps leave the states as they are; no sequences give empty results; gradients follow."""
+    _, ours = pair(kind, 6, 5, device=device)
+    hx = states_for(ours, (3,), torch.float32, device)
+    output, *states = tensors(ours(torch.empty(0, 3, 6, device=device), hx))
+    assert output.shape[:2] == (0, 3)
+    assert all(map(torch.equal, states, tensors(hx)))
+    x = torch.empty(4, 0, 6, device=device, requires_grad=True)
+    ours(x)[0].sum().backward()
+    assert all(not parameter.grad.any() for parameter in ours.parameters())
+
+
+@pytest.mark.parametrize("kind", LAYERS)
+def test_only_wanted_gradients(kind: str, device: str) -> None:
+    theirs, ours = pair(kind, 6, 5, 2, device=device)
+    x = torch.randn(4, 3, 6, device=device)
+    for name in ("weight_hh_l1", "weight_ih_l0"):
+        grads = []
+        for layer in (theirs, ours):
+            layer.requires_grad_(False)
+            layer.get_parameter(name).requires_grad_()
+            layer(x)[0].sin().sum().backward()
+            grads.append(layer.get_parameter(name).grad)
+            assert all(p.grad is None for n, p in layer.named_parameters() if not p.requires_grad)
+            layer.zero_grad()
+        torch.testing.assert_close(grads[1], grads[0])
+
+
+@pytest.mark.parametrize("kind", CELLS)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("batch", [(), (1,), (9,)], ids=["unbatched", "one", "nine"])
+def test_cells_match_torch(kind: str, dtype: torch.dtype, batch: tuple[int, ...], device: str) -> None:
+    name, own = CELLS[kind]
+    theirs = getattr(nn, name)(6, 5, **own, device=device, dtype=dtype)
+    ours = getattr(nlpkernels, name)(6, 5, **own, device=device, dtype=dtype)
+    ours.load_state_dict(theirs.state_dict())
+    exact = copy.deepcopy(theirs).double()
+    x = torch.randn(*batch, 6, device=device, dtype=dtype)
+    states = [torch.randn(*batch, 5, device=device, dtype=dtype) for _ in range(2 if kind == "lstm" else 1)]
+    for given in (None, states):
+        runs = []
+        for cell in (ours, theirs, exact):
+            inputs = [t.detach().to(cell.weight_ih.dtype).requires_grad_() for t in (x, *(given or []))]
+            hx = None if given is None else (tuple(inputs[1:]) if kind == "lstm" else inputs[1])
+            output = tensors(cell(inputs[0], hx))
+            wanted = [*inputs, *cell.parameters()]
+            runs.append(output + list(torch.autograd.grad(sum(o.sum() for o in output), wanted)))
+        assert_as_exact(*runs, names=[f"result {i}" for i in range(len(runs[0]))])
+
+
+def make(name: str, library: Any, *args: Any, **options: Any) -> nn.Module:
+    torch.manual_seed(5)
+    return getattr(library, name)(*args, **options)
+
+
+CONSTRUCTIONS = [
+    ("RNN", (4, 5), {}),
+    ("RNN", (4, 5, 2, "relu", False, True, 0.5, True), {}),
+    ("LSTM", (4, 5, 2, False, True, 0.5, True, 3), {}),
+    ("LSTM", (4, 5), {"dtype": torch.float64}),
+    ("GRU", (4, 5, 2, False, True, 0.5, True), {}),
+    ("RNNCell", (4, 5, True, "relu"), {}),
+    ("LSTMCell", (4, 5, False), {}),
+    ("GRUCell", (4, 5), {}),
+]
+
+
+@pytest.mark.parametrize(("name", "args", "options"), CONSTRUCTIONS, ids=str)
+def test_is_built_like_torchs(name: str, args: tuple[Any, ...], options: dict[str, Any]) -> None:
+    """Positional arguments, initial values, names, repr, state_dict both ways, pickle, deepcopy, dtype and device."""
+    theirs, ours = make(name, nn, *args, **options), make(name, nlpkernels, *args, **options)
+    assert repr(ours) == repr(theirs)
+    assert [n for n, _ in ours.named_parameters()] == [n for n, _ in theirs.named_parameters()]
+    assert all(map(torch.equal, ours.state_dict().values(), theirs.state_dict().values()))
+    theirs.reset_parameters()
+    assert ours.load_state_dict(theirs.state_dict()).missing_keys == []
+    ours.reset_parameters()
+    theirs.load_state_dict(ours.state_dict())
+
+    file = io.BytesIO()
+    torch.save(ours, file)
+    file.seek(0)
+    x = torch.randn(3, 4, dtype=ours.weight_ih.dtype if "Cell" in name else ours.weight_ih_l0.dtype)
+    with torch.no_grad():
+        expected = tensors(ours(x))
+        for twin in (pickle.loads(pickle.dumps(ours)), copy.deepcopy(ours), torch.load(file, weights_only=False)):
+            assert all(map(torch.equal, tensors(twin(x)), expected))
+        assert tensors(ours.double()(x.double()))[0].dtype == torch.float64
+    assert next(ours.to("meta").parameters()).is_meta
+
+
+@pytest.mark.parametrize("name", ["RNN", "LSTM", "GRU"])
+@pytest.mark.parametrize(
+    "args",
+    [
+        {"hidden_size": 0},
+        {"input_size": -1},
+        {"num_layers": 0},
+        {"dropout": 2},
+        {"bias": 1},
+        {"batch_first": None},
+        {"hidden_size": 2.0},
+        {"nonlinearity": "sigmoid"},
+        {"proj_size": 5},
+    ],
+    ids=str,
+)
+def test_constructor_refuses_what_torchs_refuses(name: str, args: dict[str, Any]) -> None:
+    complete = {"input_size": 3, "hidden_size": 5, **args}
+    with pytest.raises(Exception) as expected:  # noqa: PT011 -- whatever torch raises
+        getattr(nn, name)(**complete)
+    with pytest.raises(expected.type):
+        getattr(nlpkernels, name)(**complete)
+
+
+def bad_calls(device: str) -> list[tuple[str, Any, Any]]:
+    """What is wrong, input, hx for a 2-layer layer of 4 features and 5 units."""
+    ok = torch.randn(3, 2, 4, device=device)
+    return [
+        ("4-D", torch.randn(3, 2, 4, 1, device=device), None),
+        ("features", torch.randn(3, 2, 5, device=device), None),
+        ("dtype", ok.double(), None),
+        ("batch of hx", ok, torch.randn(2, 3, 5, device=device)),
+        ("layers of hx", ok, torch.randn(1, 2, 5, device=device)),
+        ("dimensions of hx", ok, torch.randn(2, 5, device=device)),
+        ("hx for unbatched input", ok[:, 0], torch.randn(2, 1, 5, device=device)),
+    ]
+
+
+@pytest.mark.parametrize("kind", ["rnn_tanh", "lstm", "gru"])
+def test_bad_input_raises_torchs_errors(kind: str, device: str) -> None:
+    theirs, ours = pair(kind, 4, 5, 2, device=device)
+    for what, x, hx in bad_calls(device):
+        states = (hx, hx) if kind == "lstm" and hx is not None else hx
+        with pytest.raises((ValueError, RuntimeError)) as expected:
+            theirs(x, states)
+        with pytest.raises(expected.type) as got:
+            ours(x, states)
+        assert len(str(got.value)) > 20, what
+
+
+def test_ops_refuse_what_does_not_fit(device: str) -> None:
+    """The op itself is safe: shapes, dtypes, devices and batch sizes that do not fit never reach a kernel."""
+    if device == "cuda":
+        pytest.skip("the checks of csrc/checks.h are those of compiled kernels; CUDA is served by reference.py")
+    op = torch.ops.nlpkernels.recurrent
+    x, h0, w_ih, w_hh = torch.randn(3, 2, 4), torch.zeros(1, 2, 5), torch.randn(5, 4), torch.randn(5, 5)
+    sizes = torch.tensor([2, 1])
+    good = dict(x=x, batch_sizes=None, h0=h0, c0=None, weights=[w_ih, w_hh], cell="rnn_tanh", keep=False)
+    op(**good)
+    for change, message in [
+        ({"x": x[0]}, "x of shape"),
+        ({"x": x.int()}, "floating"),
+        ({"h0": h0[0]}, "h0 of shape"),
+        ({"h0": h0.double()}, "h0 of dtype"),
+        ({"h0": torch.zeros(1, 3, 5)}, "batch of 2"),
+        ({"weights": [w_ih]}, "2 to 5 weights"),
+        ({"weights": [w_ih, w_hh.t()[:4]]}, "weight_hh of shape"),
+        ({"weights": [w_ih, w_hh.half()]}, "dtype"),
+        ({"weights": [w_ih, w_hh, torch.zeros(4), torch.zeros(5)]}, "bias_ih of shape"),
+        ({"c0": h0}, "c0 is for the LSTM"),
+        ({"cell": "lstm"}, "shape"),
+        ({"cell": "elman"}, "expected cell"),
+        ({"x": x[0], "batch_sizes": sizes.int()}, "batch_sizes"),
+        ({"x": x[0], "batch_sizes": sizes}, "sum of batch_sizes"),
+        ({"x": x.reshape(6, 4), "batch_sizes": torch.tensor([1, 2, 3])}, r"batch_sizes\[1\]"),
+        ({"x": x.reshape(6, 4), "batch_sizes": torch.tensor([7, -1])}, r"batch_sizes\[0\]"),
+    ]:
+        with pytest.raises((RuntimeError, ValueError), match=message):
+            op(**{**good, **change})
+
+
+def test_cells_refuse_bad_input(device: str) -> None:
+    for name in ("RNNCell", "LSTMCell", "GRUCell"):
+        theirs, ours = getattr(nn, name)(4, 5, device=device), getattr(nlpkernels, name)(4, 5, device=device)
+        good = torch.randn(2, 5, device=device)
+        for x, h in [
+            (torch.randn(1, 2, 4, device=device), None),
+            (torch.randn(2, 3, device=device), None),
+            (torch.randn(2, 4, device=device), good[None]),
+            (torch.randn(2, 4, device=device), torch.randn(3, 5, device=device)),
+            (torch.randn(2, 4, device=device), torch.randn(2, 4, device=device)),
+        ]:
+            hx = h if h is None or name != "LSTMCell" else (h, good)
+            with pytest.raises((ValueError, RuntimeError)) as expected:
+                theirs(x, hx)
+            with pytest.raises(expected.type):
+                ours(x, hx)
+
+
+def test_autocast(device: str) -> None:
+    """Under autocast everything is cast, as torch does; gradients keep the parameters' dtype."""
+    _, ours = pair("lstm", 6, 5, device=device)
+    x = torch.randn(4, 3, 6, device=device)
+    exact = ours(x)[0]
+    with torch.autocast(device, dtype=torch.bfloat16):
+        y = ours(x)[0]
+    assert y.dtype == torch.bfloat16
+    torch.testing.assert_close(y.float(), exact, atol=2e-2, rtol=2e-2)
+    y.float().sum().backward()
+    assert all(parameter.grad.dtype == torch.float32 for parameter in ours.parameters())
+
+
+OTHERS = [name for name in _ops.INSTRUCTION_SETS if name != _ops.INSTRUCTION_SET]
+
+
+@pytest.mark.parametrize("instructions", OTHERS)
+def test_other_instruction_sets(instructions: str) -> None:
+    """The comparison with torch.nn again, with each of the other libraries that this machine can run."""
+    if os.environ.get("NLPKERNELS_CPU"):
+        pytest.skip("an instruction set is forced already")
+    if _ops.INSTRUCTION_SETS.index(instructions) > _ops.INSTRUCTION_SETS.index(_ops.INSTRUCTION_SET):
+        pytest.skip(f"this machine has no {instructions}")
+    tests = "test_matches_torch or test_modes or test_packed or test_cells_match or test_bits"
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-k", f"({tests}) and not cuda", "--no-header"]
+    files = [os.path.join(os.path.dirname(__file__), name) for name in ("test_recurrent.py", "test_embedding.py")]
+    run = subprocess.run(
+        command + files, env={**os.environ, "NLPKERNELS_CPU": instructions}, capture_output=True, text=True
+    )
+    assert run.returncode == 0, run.stdout[-3000:]
+    assert " passed" in run.stdout

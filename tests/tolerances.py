@@ -1,0 +1,43 @@
+"""How exact results must be: the one table, and the comparisons that read it.
+
+Errors are relative in norm, |got - expected| / |expected| over a whole tensor, so that a few near-zero elements do not
+decide. A NaN or an infinity never passes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+# An error against float64 arithmetic may be this many times that of torch.nn on the same input ...
+TIMES_TORCH = 2.0
+# ... or this large, where torch.nn happens to be almost exact: a few units in the last place.
+FLOOR = {
+    torch.float64: 2e-15,
+    torch.float32: 5e-7,
+    torch.bfloat16: 4e-3,
+    torch.float16: 5e-4,
+}
+
+
+def relative_error(got: Tensor, expected: Tensor) -> float:
+    """|got - expected| / |expected|, in float64; |got| where nothing is expected."""
+    assert got.shape == expected.shape, f"shape {tuple(got.shape)}, expected {tuple(expected.shape)}"
+    if got.numel() == 0:
+        return 0.0
+    difference = (got.detach().double() - expected.detach().double()).norm().item()
+    scale = expected.detach().double().norm().item()
+    return difference / scale if scale > 0 else difference
+
+
+def assert_as_exact(
+    ours: Sequence[Tensor], theirs: Sequence[Tensor], exact: Sequence[Tensor], names: Sequence[str]
+) -> None:
+    """Each of `ours` is as close to `exact` (float64) as the table wants, given how close torch's result is."""
+    for got, torch_got, expected, name in zip(ours, theirs, exact, names, strict=True):
+        assert got.dtype == torch_got.dtype, f"{name}: dtype {got.dtype}, torch has {torch_got.dtype}"
+        allowed = max(TIMES_TORCH * relative_error(torch_got, expected), FLOOR[got.dtype])
+        error = relative_error(got, expected)
+        assert error <= allowed, f"{name}: error {error:.2e}, allowed {allowed:.2e}"  # also fails for NaN
