@@ -8,7 +8,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 CSRC := $(shell find csrc -type f)
-CXX_FILES := $(filter %.h %.cpp %.cu %.cuh,$(CSRC))
+CXX_FILES := $(filter %.h %.cpp %.cu %.cuh,$(CSRC)) $(wildcard bench/*.cpp)
 PY_FILES := setup.py $(wildcard nlpkernels tests bench examples)
 # What was built depends on these; when one changes, it is built again.
 SETTINGS := $(TORCH) $(FORCE_CUDA) $(TORCH_CUDA_ARCH_LIST)
@@ -35,11 +35,11 @@ bench: $(VENV)/.bench  ## time against torch.nn and others
 lint: $(VENV)/.lint  ## check style and types
 	$(BIN)/ruff check $(PY_FILES)
 	$(BIN)/ruff format --check $(PY_FILES)
-	$(BIN)/mypy
+	$(BIN)/mypy --strict nlpkernels
 	$(BIN)/clang-format --dry-run -Werror $(CXX_FILES)
 
 format: $(VENV)/.lint  ## apply the style
-	$(BIN)/ruff check --fix $(PY_FILES)
+	$(BIN)/ruff check --fix --exit-zero --quiet $(PY_FILES)
 	$(BIN)/ruff format $(PY_FILES)
 	$(BIN)/clang-format -i $(CXX_FILES)
 
@@ -59,10 +59,11 @@ $(VENV)/.demo $(VENV)/.test $(VENV)/.bench $(VENV)/.lint: $(VENV)/.%: $(VENV)/.t
 	@$(PIP) --no-build-isolation --editable '.[$*]'
 	@touch $@
 
+# (torch 2.11 wants a setuptools below 82.)
 $(VENV)/.torch: FORCE | $(BIN)/pip
 	@echo '$(SETTINGS)' | cmp -s - $@ || { \
 	  echo 'Installing $(TORCH) (a large download, the first time)'; \
-	  $(PIP) $(TORCH) && $(PIP) ninja 'setuptools>=77' && echo '$(SETTINGS)' > $@; }
+	  $(PIP) $(TORCH) && $(PIP) ninja 'setuptools>=77,<82' && echo '$(SETTINGS)' > $@; }
 
 $(BIN)/pip:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null || \

@@ -73,8 +73,8 @@ def cuda_wanted() -> tuple[bool, str]:
     missing = None
     if torch.version.cuda is None:
         missing = f"torch {torch.__version__} is not a CUDA build"
-    elif CUDA_HOME is None:
-        missing = "no CUDA toolkit was found (CUDA_HOME names one)"
+    elif CUDA_HOME is None or not Path(CUDA_HOME, "bin", "nvcc").exists():
+        missing = "no CUDA toolkit was found; CUDA_HOME names one"
     if missing and force == "1":
         sys.exit(f"nlpkernels: FORCE_CUDA=1, but {missing}")
     if missing:

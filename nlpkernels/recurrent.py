@@ -112,6 +112,11 @@ class _Layers(RNNBase):
 class _OneState(_Layers):
     """RNN and GRU, whose only state is h."""
 
+    @staticmethod
+    def _refuse_projection(proj_size: int) -> None:
+        if proj_size != 0:
+            raise ValueError(f"proj_size argument is only supported for LSTM, not RNN or GRU; got {proj_size}")
+
     def forward(
         self, input: Tensor | PackedSequence, hx: Tensor | None = None
     ) -> tuple[Tensor | PackedSequence, Tensor]:
@@ -134,6 +139,7 @@ class RNN(_OneState):
         batch_first: whether input and output are [B, T, ...] rather than [T, B, ...].
         dropout: probability of dropout on the outputs of all but the last layer, in training.
         bidirectional: whether a second direction runs from the end to the beginning.
+        proj_size: for the LSTM only, here it must be 0; it has torch.nn's place in the order.
         device: of the parameters.
         dtype: of the parameters: float32, float64, bfloat16 or float16 (with float32 arithmetic).
 
@@ -163,9 +169,11 @@ class RNN(_OneState):
         batch_first: bool = False,
         dropout: float = 0.0,
         bidirectional: bool = False,
+        proj_size: int = 0,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
+        self._refuse_projection(proj_size)
         if nonlinearity not in ("tanh", "relu"):
             raise ValueError(f"Unknown nonlinearity '{nonlinearity}'. Select from 'tanh' or 'relu'.")
         self.nonlinearity = nonlinearity
@@ -178,8 +186,9 @@ class RNN(_OneState):
             batch_first,
             dropout,
             bidirectional,
-            device=device,
-            dtype=dtype,
+            proj_size,
+            device,
+            dtype,
         )
 
 
@@ -211,11 +220,13 @@ class GRU(_OneState):
         batch_first: bool = False,
         dropout: float = 0.0,
         bidirectional: bool = False,
+        proj_size: int = 0,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
+        self._refuse_projection(proj_size)
         super().__init__(
-            "GRU", input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional, device=device, dtype=dtype
+            "GRU", input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional, proj_size, device, dtype
         )
 
 

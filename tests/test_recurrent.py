@@ -9,7 +9,7 @@ import os
 import pickle
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -30,8 +30,8 @@ LAYERS: dict[str, tuple[str, dict[str, Any]]] = {
     "gru": ("GRU", {}),
 }
 CELLS = {"rnn_tanh": ("RNNCell", {}), "rnn_relu": ("RNNCell", {"nonlinearity": "relu"}), "lstm": ("LSTMCell", {}), "gru": ("GRUCell", {})}  # fmt: skip
-# T, B, I, H: around the sizes of tiles, panels and vectors, and across them
-SHAPES = [(1, 1, 1, 4), (3, 2, 5, 7), (5, 13, 16, 16), (7, 3, 33, 17), (4, 67, 40, 50), (9, 1, 130, 70)]
+# T, B, I, H: around the sizes of tiles, panels and vectors, and across them; large enough for errors to be typical
+SHAPES = [(1, 40, 1, 40), (3, 12, 5, 7), (5, 13, 16, 16), (7, 3, 33, 17), (4, 67, 40, 50), (9, 1, 130, 70)]
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 
 
@@ -72,30 +72,25 @@ def outputs_and_gradients(layer: nn.Module, x: Tensor, hx: Any, weigh: Callable[
 
 def compare(theirs: nn.Module, ours: nn.Module, x: Tensor, hx: Any, dtype: torch.dtype) -> None:
     """Outputs, states and all gradients in `dtype`, against torch.nn and float64."""
-    exact_layer = copy.deepcopy(theirs).double()
-    for parameter, rounded in zip(exact_layer.parameters(), theirs.to(dtype).parameters(), strict=True):
-        parameter.data.copy_(rounded)
-    ours.to(dtype)
+    exact = copy.deepcopy(theirs.to(dtype)).double()
+    layers = [ours.to(dtype), theirs, exact]
     x = x.to(dtype)
     hx = None if hx is None else [state.to(dtype) for state in tensors(hx)]
-    weights: list[Tensor] = []
-
-    def weigh(result: Tensor) -> Tensor:
-        # The same random cotangents for all three, made in the first call.
-        key = next(turn)
-        if key == len(weights):
-            weights.append(torch.randn(result.shape, dtype=dtype, device=result.device))
-        return result * weights[key].to(result.dtype)
-
+    cotangents: list[Tensor] = []
     runs = []
-    for layer, convert in ((theirs, Tensor.clone), (ours, Tensor.clone), (exact_layer, Tensor.double)):
+    for layer in layers:
         turn = itertools.count()
-        states = None if hx is None else [convert(state) for state in hx]
-        states = states if states is None or layer.mode == "LSTM" else states[0]
-        runs.append(outputs_and_gradients(layer, convert(x), states, weigh))
-    results, exact = runs[1], runs[2]
-    names = [f"result {i}" for i in range(len(results))]
-    assert_as_exact(results, runs[0], exact, names)
+
+        def weigh(result: Tensor, turn: Iterator[int] = turn) -> Tensor:
+            # The same random cotangents for all three, made in the first call.
+            if (i := next(turn)) == len(cotangents):
+                cotangents.append(torch.randn_like(result))
+            return result * cotangents[i].to(result.dtype)
+
+        wanted = next(layer.parameters()).dtype
+        states = None if hx is None else [state.to(wanted) for state in hx]
+        runs.append(outputs_and_gradients(layer, x.to(wanted), states, weigh))
+    assert_as_exact(*runs, names=[f"result {i}" for i in range(len(runs[0]))])
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -289,12 +284,12 @@ def test_only_wanted_gradients(kind: str, device: str) -> None:
 @pytest.mark.parametrize("batch", [(), (1,), (9,)], ids=["unbatched", "one", "nine"])
 def test_cells_match_torch(kind: str, dtype: torch.dtype, batch: tuple[int, ...], device: str) -> None:
     name, own = CELLS[kind]
-    theirs = getattr(nn, name)(6, 5, **own, device=device, dtype=dtype)
-    ours = getattr(nlpkernels, name)(6, 5, **own, device=device, dtype=dtype)
+    theirs = getattr(nn, name)(60, 50, **own, device=device, dtype=dtype)
+    ours = getattr(nlpkernels, name)(60, 50, **own, device=device, dtype=dtype)
     ours.load_state_dict(theirs.state_dict())
     exact = copy.deepcopy(theirs).double()
-    x = torch.randn(*batch, 6, device=device, dtype=dtype)
-    states = [torch.randn(*batch, 5, device=device, dtype=dtype) for _ in range(2 if kind == "lstm" else 1)]
+    x = torch.randn(*batch, 60, device=device, dtype=dtype)
+    states = [torch.randn(*batch, 50, device=device, dtype=dtype) for _ in range(2 if kind == "lstm" else 1)]
     for given in (None, states):
         runs = []
         for cell in (ours, theirs, exact):
@@ -335,6 +330,7 @@ def test_is_built_like_torchs(name: str, args: tuple[Any, ...], options: dict[st
     ours.reset_parameters()
     theirs.load_state_dict(ours.state_dict())
 
+    ours.eval()
     file = io.BytesIO()
     torch.save(ours, file)
     file.seek(0)

@@ -173,7 +173,7 @@ struct RowTiles {
   int64_t begin(int64_t tile) const { return tile * low + std::min(tile, taller); }
 };
 
-// Values behind a packed left operand that packing may write and nobody reads.
+// Values behind a left operand that pack_tiles_copied may read: a vector of the widest kind.
 constexpr int64_t kTilePadding = 16;
 
 // The left operand: dst = row(r)[0 .. k) for all rows, tile by tile, each [k][height]. Rows that lie evenly apart are
@@ -201,8 +201,8 @@ void pack_tiles(scalar* dst, const RowTiles& tiles, int64_t k, const Row& row) {
   }
 }
 
-// The same for a matrix that is given by its rows along k: dst[i][m] = row(i)[m]. Copies whole vectors: what is too much
-// is overwritten by the next row, so a row(i) must be readable for a vector more.
+// The same for a matrix that is given by its rows along k: dst[i][m] = row(i)[m]. Copies whole vectors where what is too
+// much stays in the tile and is overwritten by the rows after it, so a row(i) must be readable for a vector more.
 template <typename scalar, typename Row>
 void pack_tiles_copied(scalar* dst, const RowTiles& tiles, int64_t k, const Row& row) {
   constexpr int64_t vector = Vectorized<scalar>::size();
@@ -211,10 +211,10 @@ void pack_tiles_copied(scalar* dst, const RowTiles& tiles, int64_t k, const Row&
     for (const auto tile : c10::irange(tiles.count)) {
       const int64_t height = tiles.height(tile), first = tiles.begin(tile);
       scalar* out = dst + first * k + i * height;
-      if (i == k - 1) {
-        std::copy_n(src + first, height, out);
-      } else {
+      if (ceil_div(height, vector) * vector <= (k - i) * height) {
         for (int64_t m = 0; m < height; m += vector) Vectorized<scalar>::loadu(src + first + m).store(out + m);
+      } else {
+        std::copy_n(src + first, height, out);
       }
     }
   }
@@ -413,7 +413,7 @@ void run_products(const std::vector<TransposedProduct<scalar, T>>& products) {
     }
   }
   at::parallel_for(0, static_cast<int64_t>(tasks.size()), 1, [&](int64_t begin, int64_t end) {
-    const Scratch<scalar> a(part_m * block_k + kTilePadding), c(block_m * Panels<scalar>{block_n}.padded());
+    const Scratch<scalar> a(part_m * block_k), c(block_m * Panels<scalar>{block_n}.padded());
     for (const auto i : c10::irange(begin, end)) {
       const Task& task = tasks[i];
       const auto& product = *task.product;

@@ -518,10 +518,16 @@ class Backward {
     const Scratch<scalar> sums(columns);
     at::parallel_for(0, columns, std::max<int64_t>(64, kMinWork / std::max<int64_t>(1, layer_.rows)),
                      [&](int64_t begin, int64_t end) {
+                       // As in gemm.h, kChain terms at a time.
+                       std::vector<scalar> chain(end - begin);
                        std::fill(sums.data() + begin, sums.data() + end, scalar(0));
-                       for (const auto row : c10::irange(layer_.rows)) {
-                         const scalar* da = dgates_row(d, row);
-                         for (const auto j : c10::irange(begin, end)) sums.data()[j] += da[j];
+                       for (int64_t first = 0; first < layer_.rows; first += kChain) {
+                         std::fill(chain.begin(), chain.end(), scalar(0));
+                         for (const auto row : c10::irange(first, std::min(first + kChain, layer_.rows))) {
+                           const scalar* da = dgates_row(d, row) + begin;
+                           for (const auto j : c10::irange(end - begin)) chain[j] += da[j];
+                         }
+                         for (const auto j : c10::irange(end - begin)) sums.data()[begin + j] += chain[j];
                        }
                      });
     for (const auto gate : c10::irange<int64_t>(Cell::gates)) {

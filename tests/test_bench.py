@@ -1,0 +1,260 @@
+"""The benchmark harness: what is wrong gets no time, what was measured is what is reported."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # bench is no part of the installed package
+
+from bench import __main__ as cli
+from bench import measure, providers, report
+from bench.machine import Floor
+from bench.problems import Case, PoolProblem, Problem, Results, make_problem
+from bench.providers import OURS, Prepared
+from bench.workloads import WORKLOADS, Workload
+
+pytestmark = pytest.mark.usefixtures("restored_threads")
+
+SMALL = Workload("small", "recurrent", "sequence", "", ("lstm",), T=3, B=2, I=4, H=5)
+BAG = Workload("small bag", "bag", "bag", "", ("mean",), B=3, V=40, D=4, L=5, draw="uniform", padding=True)
+Tamper = Callable[[Results], Results]
+EFFORT = measure.Effort(seconds=0, sample=0, rounds=3)
+FLOOR = Floor(1e9, ((1 << 20, 1e9), (1 << 30, 1e8)))
+
+
+def case_of(workload: Workload, mode: str = "inference") -> Case:
+    return Case(workload, workload.cells[0], mode, torch.float32, "cpu", 1)
+
+
+def rows_of(case: Case, **others: providers.Provider) -> dict[str, measure.Row]:
+    """The rows of some providers next to torch.nn's, which plays nlpkernels' part too."""
+    table = {OURS: providers.torch_eager, "torch": providers.torch_eager, **others}
+    rows = measure.measure(case, make_problem(case), list(table), EFFORT, FLOOR, table)
+    return {row.provider: row for row in rows}
+
+
+def tampered(tamper: Tamper) -> providers.Provider:
+    """A provider that computes the right thing, then spoils it."""
+
+    def provider(problem: Problem, case: Case) -> Prepared:
+        right = providers.torch_eager(problem, case)
+        return dataclasses.replace(right, results=lambda value: tamper(right.results(value)))
+
+    return provider
+
+
+def one_row_off(right: Results) -> Results:
+    spoilt = right["y"].clone()
+    spoilt[1, 0] += 0.01
+    return {**right, "y": spoilt}
+
+
+@pytest.mark.parametrize(
+    ("tamper", "said"),
+    [
+        (one_row_off, "off by"),
+        (lambda right: {**right, "h": right["h"] * math.nan}, "not finite"),
+        (lambda right: {**right, "y": right["y"][:-1]}, "shape"),
+        (lambda right: {"y": right["y"]}, "in place of"),
+    ],
+    ids=["one row off", "nan", "shape", "missing"],
+)
+def test_wrong_result_has_no_time(tamper: Tamper, said: str) -> None:
+    rows = rows_of(case_of(SMALL), liar=tampered(tamper))
+    assert rows["liar"].status.startswith("wrong: ")
+    assert said in rows["liar"].status
+    assert math.isnan(rows["liar"].median_s) and math.isnan(rows["liar"].ratio)
+    assert rows["torch"].status == "ok" and rows["torch"].median_s > 0
+
+
+def test_wrong_gradient_is_caught() -> None:
+    name = "grad weight_hh_l0"
+    rows = rows_of(case_of(SMALL, "train"), liar=tampered(lambda right: {**right, name: right[name] * 1.01}))
+    assert rows["liar"].status.startswith("wrong: off by")
+
+
+@pytest.mark.parametrize("mode", ["train", "sparse"])
+def test_gradient_of_a_row_that_no_index_touched_is_caught(mode: str) -> None:
+    problem = PoolProblem(case_of(BAG, mode))
+    stranger = next(row for row in range(BAG.V) if row not in problem.touched)
+    gradient = torch.zeros(BAG.V, BAG.D)
+    gradient[stranger] = 1
+    with pytest.raises(measure.WrongResult, match="no index touched"):
+        problem.rows(gradient.to_sparse(1) if mode == "sparse" else gradient)
+
+
+def test_absent_and_broken_providers_are_named() -> None:
+    def absent(problem: Problem, case: Case) -> Prepared:
+        providers.load("a_package_that_nobody_has")
+        raise AssertionError
+
+    def broken(problem: Problem, case: Case) -> Prepared:
+        raise RuntimeError("cannot open /some/folder/of/mine/model.onnx\nand more")
+
+    rows = rows_of(case_of(SMALL), absent=absent, broken=broken)
+    assert rows["absent"].status == "missing: a_package_that_nobody_has is not installed"
+    assert rows["broken"].status == "failed: RuntimeError: cannot open model.onnx"
+    assert rows["torch"].status == "ok"
+
+
+@pytest.mark.parametrize(
+    "workload", [w for w in WORKLOADS if w.subject != "scaling"], ids=lambda w: f"{w.kind} {w.name}"
+)
+def test_torch_passes_on_every_workload(workload: Workload) -> None:
+    """Also says that each one's data, reference, work and traffic can be made."""
+    small = dataclasses.replace(workload.shrunk(), H=min(workload.H, 6), I=min(workload.I, 7), V=min(workload.V, 50))
+    for mode in workload.modes:
+        row = rows_of(case_of(small, mode))["torch"]
+        assert row.status == "ok"
+        assert row.error_vs_fp64 < 1e-5
+        assert row.flops > 0 and row.bytes > 0
+        assert row.rounds == 3
+        assert row.share_of_floor == pytest.approx(FLOOR.seconds(row.flops, row.bytes) / row.median_s)
+
+
+def test_quantiles() -> None:
+    assert measure.quantiles([5, 1, 4, 2, 3, 6]) == pytest.approx((2.0, 3.5, 5.0))
+    assert measure.quantiles([7.0]) == (7.0, 7.0, 7.0)
+
+
+def test_providers_take_turns() -> None:
+    seconds = {"slow": 0.4, "fast": 0.1}
+    taken: list[str] = []
+
+    def clock(call: Callable[[], str], times: int) -> float:
+        name = call()
+        taken.append(name)
+        return seconds[name]
+
+    effort = measure.Effort(seconds=0, sample=0.2, rounds=3, most=3)
+    calls = {name: (lambda name=name: name) for name in seconds}
+    samples, times = measure.take_turns(calls, effort, clock, settled=False)
+    assert samples == {"slow": [0.4] * 3, "fast": [0.1] * 3}
+    assert times == {"slow": 1, "fast": 2}  # as many calls as fill a sample
+    rounds = taken[2:]  # after one estimate each
+    assert all({rounds[i], rounds[i + 1]} == set(seconds) for i in range(0, len(rounds), 2))
+
+
+@pytest.fixture
+def made_up() -> list[measure.Row]:
+    """Rows of three cases: a win, a loss, and one where nlpkernels is wrong."""
+    rows = []
+    for name, ours, torchs in (("winner", 1.0, 2.0), ("loser", 3.0, 1.5), ("wrong one", math.nan, 1.0)):
+        case = case_of(dataclasses.replace(SMALL, name=name))
+        for provider, median in ((OURS, ours), ("torch", torchs), ("compile", torchs * 4), ("fbgemm", math.nan)):
+            row = measure.blank_row(case, provider, "ok" if median > 0 else "missing: not here")
+            row.median_s, row.q20_s, row.q80_s = median, median * 0.99, median * 1.01
+            row.ratio, row.ratio_q20, row.ratio_q80 = median / ours, median / ours * 0.9, median / ours * 1.1
+            row.share_of_floor, row.flops, row.gflops = 0.5, 10**9, 1 / median
+            rows.append(row)
+    return rows
+
+
+def test_csv_round_trip(tmp_path: Path, made_up: list[measure.Row]) -> None:
+    measure.append_rows(tmp_path / "run.csv", made_up[:5])
+    measure.append_rows(tmp_path / "run.csv", made_up[5:])
+    frame = report.read([tmp_path / "run.csv"])
+    assert len(frame) == len(made_up)
+    for row, (_, read) in zip(made_up, frame.iterrows(), strict=True):
+        for name, value in dataclasses.asdict(row).items():
+            same = (
+                value == pytest.approx(read[name], rel=1e-5, nan_ok=True)
+                if isinstance(value, float)
+                else value == read[name]
+            )
+            assert same, name
+
+
+def test_report_shows_losses_first(tmp_path: Path, made_up: list[measure.Row], capsys: pytest.CaptureFixture) -> None:
+    measure.append_rows(tmp_path / "run.csv", made_up)
+    readme = tmp_path / "README.md"
+    readme.write_text(f"before\n{report.BEGIN}\nold\n{report.END}\nafter\n")
+    assert report.report([tmp_path / "run.csv"], tmp_path, readme) == 0
+    tables = capsys.readouterr().out
+    lines = [line for line in tables.splitlines() if line.startswith("| ") and "LSTM" in line]
+    assert [line.split(",")[0] for line in lines] == ["| wrong one", "| loser", "| winner"]
+    assert "**0.50×** (0.45–0.55)" in lines[1]
+    assert "2.00× (1.80–2.20) | 50% | 8.00× torch.compile" in lines[2]
+    assert "FBGEMM (missing: not here; 3 cases)" in tables
+    assert readme.read_text() == f"before\n{report.BEGIN}\n{tables.strip()}\n{report.END}\nafter\n"
+    picture = (tmp_path / "recurrent-cpu-float32-1t.png").read_bytes()
+    assert picture.startswith(b"\x89PNG") and len(picture) > 10_000
+
+
+@pytest.mark.parametrize(("slowdown", "status"), [(1.0, 0), (1.05, 0), (1.5, 1), (0.5, 0)])
+def test_compare(
+    tmp_path: Path, made_up: list[measure.Row], capsys: pytest.CaptureFixture, slowdown: float, status: int
+) -> None:
+    old, new = tmp_path / "old.csv", tmp_path / "new.csv"
+    measure.append_rows(old, made_up)
+    changed = [dataclasses.replace(row) for row in made_up]
+    for row in changed[:1]:
+        row.median_s, row.q20_s, row.q80_s = row.median_s * slowdown, row.q20_s * slowdown, row.q80_s * slowdown
+    measure.append_rows(new, changed)
+    assert report.compare(old, new, 1.1) == status
+    said = capsys.readouterr().out
+    assert f"{int(slowdown > 1)} slower, {status} of them by more than 1.1×; {int(slowdown < 1)} faster" in said
+
+
+def test_compare_notices_what_broke(tmp_path: Path, made_up: list[measure.Row]) -> None:
+    measure.append_rows(tmp_path / "old.csv", made_up)
+    made_up[0].status = "wrong: off by 1"
+    measure.append_rows(tmp_path / "new.csv", made_up)
+    assert report.compare(tmp_path / "old.csv", tmp_path / "new.csv", 1.1) == 1
+
+
+QUICK = ["overhead", "--quick", "--threads", "1", "--peers", "torch", "--workload", "tiny bag*", "--mode", "inference"]
+
+
+def test_command_line(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    target = tmp_path / "run.csv"
+    assert cli.main([*QUICK, "--out", str(target)]) == 0
+    frame = report.read([target])
+    assert list(frame.provider) == [OURS, "torch"]
+    assert set(frame.status) == {"ok"}
+    assert cli.main(["compare", str(target), str(target)]) == 0
+    assert cli.main([*QUICK, "--out", str(target)]) == 2  # one CSV holds one run
+
+
+def test_interrupt_keeps_what_is_done(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    target, measured = tmp_path / "run.csv", cli.measured
+
+    def once(case: Case, *others: object) -> object:
+        if target.exists():
+            raise KeyboardInterrupt
+        return measured(case, *others)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(cli, "measured", once)
+    assert cli.main([*QUICK[:-1], "inference,train", "--out", str(target)]) == 130
+    assert set(report.read([target])["mode"]) == {"inference"}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["recurrent", "--cell", "lstn"], "Did you mean 'lstm'"),
+        (["bag", "--workload", "Glove"], "Did you mean 'GloVe'"),
+        (["bag", "--peers", "torch,tensorflow"], "unknown peer 'tensorflow'"),
+        (["cells", "--mode", "sparse"], "nothing to run"),
+        (["cells", "--threads", "99999"], "more than this machine's"),
+        (["cells", "--graph"], "needs --device cuda"),
+        (["report", "nowhere.csv"], "there is no nowhere.csv"),
+    ],
+)
+def test_clear_messages(arguments: list[str], said: str, capsys: pytest.CaptureFixture) -> None:
+    assert cli.main(arguments) == 2
+    assert said in " ".join(capsys.readouterr().err.split())
+
+
+def test_what_does_not_fit_is_skipped(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cli.machine, "free_memory", lambda device: 1)
+    plan = cli.plan(cli.parser().parse_args(["cells", "--quick", "--peers", "torch"]))
+    rows, _ = cli.measured(case_of(SMALL), None, plan)
+    assert [row.status.split(",")[0] for row in rows] == ["skipped: needs about 0.0 GiB"] * 2

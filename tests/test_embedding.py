@@ -1,0 +1,365 @@
+"""Embedding and EmbeddingBag against torch.nn and against float64."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from typing import Any
+
+import pytest
+import torch
+from tolerances import assert_as_exact
+from torch import Tensor, nn
+
+import nlpkernels
+from nlpkernels import functional
+
+DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
+
+
+def pair(name: str, *args: Any, **options: Any) -> tuple[nn.Module, nn.Module]:
+    """The same table in torch.nn's module and in ours."""
+    theirs, ours = getattr(nn, name)(*args, **options), getattr(nlpkernels, name)(*args, **options)
+    ours.load_state_dict(theirs.state_dict())
+    return theirs, ours
+
+
+def compare(theirs: nn.Module, ours: nn.Module, *args: Tensor | None) -> None:
+    """Output and gradients of the table, and of per_sample_weights if given, against torch.nn and float64."""
+    exact = copy.deepcopy(theirs).double()
+    runs: list[list[Tensor]] = []
+    cotangent = None
+    for module in (ours, theirs, exact):
+        dtype = module.weight.dtype
+        given = [a.detach().to(dtype) if a is not None and a.is_floating_point() else a for a in args]
+        wanted = [a.requires_grad_() for a in given if a is not None and a.is_floating_point()]
+        output = module(*given)
+        cotangent = torch.randn_like(output) if cotangent is None else cotangent
+        grads = torch.autograd.grad(output, [module.weight, *wanted], cotangent.to(dtype))
+        if module is ours and module.sparse:
+            assert grads[0].is_coalesced()
+            rows = grads[0].indices()[0]
+            assert torch.equal(rows, rows.unique())
+        runs.append([output, *(g.to_dense() if g.is_sparse else g for g in grads)])
+    assert_as_exact(*runs, names=["output", "gradient of weight", "gradient of per_sample_weights"][: len(runs[0])])
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("columns", [1, 7, 16, 50, 128, 300])
+@pytest.mark.parametrize("mode", ["mean", "sum", "max"])
+def test_modes(mode: str, columns: int, dtype: torch.dtype, device: str) -> None:
+    theirs, ours = pair("EmbeddingBag", 40, columns, mode=mode, dtype=dtype, device=device)
+    compare(theirs, ours, torch.randint(40, (9, 13), device=device))
+
+
+@pytest.mark.parametrize("index", [torch.int32, torch.int64], ids=str)
+@pytest.mark.parametrize("sparse", [False, True], ids=["dense", "sparse"])
+@pytest.mark.parametrize("padding_idx", [None, 0, -3])
+@pytest.mark.parametrize("mode", ["mean", "sum", "max"])
+def test_offsets(mode: str, padding_idx: int | None, sparse: bool, index: torch.dtype, device: str) -> None:
+    """Ragged bags, empty ones among them, at both ends too."""
+    if mode == "max" and sparse:
+        pytest.skip("torch refuses sparse gradients of max")
+    ids = torch.randint(20, (37,), device=device, dtype=index)
+    ids[::4] = 17
+    offsets = torch.tensor([0, 0, 5, 5, 6, 20, 37], device=device, dtype=index)
+    for include_last_offset in (False, True):
+        options = {"padding_idx": padding_idx, "sparse": sparse, "include_last_offset": include_last_offset}
+        compare(*pair("EmbeddingBag", 20, 12, mode=mode, device=device, **options), ids, offsets)
+
+
+def test_offsets_and_indices_may_differ_in_dtype(device: str) -> None:
+    _, ours = pair("EmbeddingBag", 20, 12, device=device)
+    ids, offsets = torch.randint(20, (9,), device=device), torch.tensor([0, 4], device=device)
+    assert torch.equal(ours(ids.int(), offsets), ours(ids, offsets.int()))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("layout", ["matrix", "offsets"])
+def test_per_sample_weights(layout: str, dtype: torch.dtype, device: str) -> None:
+    theirs, ours = pair("EmbeddingBag", 20, 37, mode="sum", padding_idx=2, dtype=dtype, device=device)
+    ids = torch.randint(20, (6, 5), device=device)
+    factors = torch.randn(6, 5, device=device)
+    if layout == "matrix":
+        compare(theirs, ours, ids, None, factors)
+    else:
+        compare(theirs, ours, ids.reshape(-1), torch.tensor([0, 3, 3, 20], device=device), factors.reshape(-1))
+
+
+@pytest.mark.parametrize("mode", ["mean", "sum"])
+@pytest.mark.parametrize("sparse", [False, True], ids=["dense", "sparse"])
+def test_scale_grad_by_freq(mode: str, sparse: bool, device: str) -> None:
+    """Against Embedding and a reduction: torch's EmbeddingBag divides by the counts of other rows (seen in 2.13)."""
+    options: dict[str, Any] = {"scale_grad_by_freq": True, "device": device}
+    theirs = nn.Embedding(6, 5, **options)
+    ours = nlpkernels.EmbeddingBag(6, 5, mode=mode, sparse=sparse, **options)
+    ours.load_state_dict(theirs.state_dict())
+    ids, cotangent = torch.randint(6, (8, 4), device=device), torch.randn(8, 5, device=device)
+    (expected,) = torch.autograd.grad(getattr(torch, mode)(theirs(ids), 1), theirs.weight, cotangent)
+    (got,) = torch.autograd.grad(ours(ids), ours.weight, cotangent)
+    torch.testing.assert_close(got.to_dense(), expected)
+
+
+def test_large_sorts(device: str) -> None:
+    """More rows than one digit of the sort holds, and every row used many times."""
+    theirs, ours = pair("EmbeddingBag", 5000, 3, device=device)
+    compare(theirs, ours, torch.randint(5000, (300, 50), device=device))
+    theirs, ours = pair("EmbeddingBag", 2, 70, device=device)
+    compare(theirs, ours, torch.randint(2, (300, 50), device=device))
+
+
+@pytest.mark.parametrize("mode", ["mean", "sum", "max"])
+def test_empty_input(mode: str, device: str) -> None:
+    _, ours = pair("EmbeddingBag", 6, 5, mode=mode, padding_idx=3, device=device)
+    nothing = torch.empty(0, dtype=torch.long, device=device)
+    for args, bags in [
+        ((torch.full((2, 4), 3, device=device),), 2),
+        ((torch.empty(3, 0, dtype=torch.long, device=device),), 3),
+        ((torch.empty(0, 4, dtype=torch.long, device=device),), 0),
+        ((nothing, torch.tensor([0, 0], device=device)), 2),
+        ((nothing, nothing), 0),
+    ]:
+        output = ours(*args)
+        assert torch.equal(output, torch.zeros(bags, 5, device=device))
+        (gradient,) = torch.autograd.grad(output.sum(), ours.weight)
+        assert torch.equal(gradient, torch.zeros_like(ours.weight))
+
+
+def test_ties_of_max_go_to_the_first(device: str) -> None:
+    theirs, ours = pair("EmbeddingBag", 5, 3, mode="max", device=device)
+    with torch.no_grad():
+        for module in (theirs, ours):
+            module.weight[3] = module.weight[1]
+    ids = torch.tensor([[3, 1, 1], [1, 3, 1]], device=device)
+    grads = [torch.autograd.grad(module(ids).sum(), module.weight)[0] for module in (theirs, ours)]
+    assert torch.equal(*grads)
+
+
+@pytest.mark.parametrize("max_norm", [None, 0.5])
+def test_max_norm(max_norm: float | None, device: str) -> None:
+    for name, args in (("Embedding", (10, 4)), ("EmbeddingBag", (10, 4))):
+        theirs, ours = pair(name, *args, max_norm=max_norm, norm_type=1.5, device=device)
+        ids = torch.randint(10, (3, 4), device=device)
+        for _ in range(2):  # the second call changes the table in place before the first one's backward
+            torch.testing.assert_close(ours(ids), theirs(ids))
+        torch.testing.assert_close(ours.weight, theirs.weight)
+        first, second = ours(ids), ours((ids + 3) % 10)
+        (first.sum() + second.sum()).backward()
+
+
+def test_jagged_bags(device: str) -> None:
+    theirs, ours = pair("EmbeddingBag", 10, 4, mode="sum", device=device)
+    parts = [torch.randint(10, (n,), device=device) for n in (3, 1, 4)]
+    ids = torch.nested.nested_tensor(parts, layout=torch.jagged)
+    torch.testing.assert_close(ours(ids), theirs(ids))
+    factors = torch.nested.nested_tensor_from_jagged(torch.rand(8, device=device), ids.offsets())
+    torch.testing.assert_close(ours(ids, None, factors), theirs(ids, None, factors))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", [(), (5,), (3, 4), (2, 3, 4), (0, 3)], ids=str)
+@pytest.mark.parametrize(
+    "options", [{}, {"padding_idx": 2}, {"padding_idx": -1, "sparse": True}, {"scale_grad_by_freq": True}], ids=str
+)
+def test_embedding(options: dict[str, Any], shape: tuple[int, ...], dtype: torch.dtype, device: str) -> None:
+    theirs, ours = pair("Embedding", 6, 19, **options, dtype=dtype, device=device)
+    ids = torch.randint(6, shape, device=device, dtype=torch.int32 if len(shape) == 2 else torch.int64)
+    assert torch.equal(ours(ids), theirs(ids))
+    if ids.dim() == 0 and ours.sparse:
+        theirs = pair("Embedding", 6, 19, padding_idx=-1)[0].to(ours.weight)  # torch's sparse backward fails (2.13)
+        theirs.load_state_dict(ours.state_dict())
+    compare(theirs, ours, ids)
+
+
+@pytest.mark.parametrize("mode", ["mean", "sum", "max"])
+def test_gradcheck(mode: str, device: str) -> None:
+    weight = torch.randn(6, 3, dtype=torch.float64, device=device, requires_grad=True)
+    ids = torch.tensor([1, 2, 5, 1, 0, 3], device=device)
+    offsets = torch.tensor([0, 2, 2], device=device)
+
+    def pool(weight: Tensor) -> Tensor:
+        return functional.embedding_bag(ids, weight, offsets, mode=mode, padding_idx=0)
+
+    assert torch.autograd.gradcheck(pool, (weight,), check_forward_ad=True)
+    assert torch.autograd.gradgradcheck(pool, (weight,))
+    if mode == "sum":
+        factors = torch.randn(6, dtype=torch.float64, device=device, requires_grad=True)
+
+        def weigh(weight: Tensor, factors: Tensor) -> Tensor:
+            return functional.embedding_bag(ids, weight, offsets, mode=mode, per_sample_weights=factors)
+
+        assert torch.autograd.gradcheck(weigh, (weight, factors), check_forward_ad=True)
+        assert torch.autograd.gradgradcheck(weigh, (weight, factors))
+
+
+def test_gradcheck_embedding(device: str) -> None:
+    weight = torch.randn(6, 3, dtype=torch.float64, device=device, requires_grad=True)
+    ids = torch.tensor([[1, 2, 5], [1, 0, 3]], device=device)
+    assert torch.autograd.gradcheck(lambda w: functional.embedding(ids, w), (weight,), check_forward_ad=True)
+    assert torch.autograd.gradgradcheck(lambda w: functional.embedding(ids, w).sin(), (weight,))
+
+
+def test_sparse_gradients_are_refused_a_second_derivative(device: str) -> None:
+    ours = nlpkernels.EmbeddingBag(6, 3, sparse=True, device=device)
+    output = ours(torch.tensor([[1, 2]], device=device))
+    cotangent = torch.ones_like(output, requires_grad=True)
+    (gradient,) = torch.autograd.grad(output, ours.weight, cotangent, create_graph=True)
+    with pytest.raises(NotImplementedError, match="sparse=False"):
+        gradient.coalesce().values().sum().backward()
+
+
+@pytest.mark.parametrize("optimizer", ["SGD", "SparseAdam"])
+def test_sparse_gradients_train(optimizer: str, device: str) -> None:
+    theirs, ours = pair("EmbeddingBag", 30, 5, sparse=True, device=device)
+    steps = [getattr(torch.optim, optimizer)(module.parameters(), lr=0.1) for module in (theirs, ours)]
+    for _ in range(3):
+        ids = torch.randint(30, (4, 6), device=device)
+        for module, step in zip((theirs, ours), steps, strict=True):
+            step.zero_grad()
+            module(ids).sin().sum().backward()
+            step.step()
+    torch.testing.assert_close(ours.weight, theirs.weight)
+
+
+@pytest.mark.parametrize("name", ["Embedding", "EmbeddingBag"])
+def test_compiles_to_one_graph(name: str, device: str) -> None:
+    theirs, ours = pair(name, 10, 4, padding_idx=1, device=device)
+    compiled = torch.compile(ours, fullgraph=True, backend="aot_eager")
+    for batch in (3, 5):
+        ids = torch.randint(10, (batch, 4), device=device)
+        torch.testing.assert_close(compiled(ids), theirs(ids))
+        grads = [torch.autograd.grad(m(ids).sin().sum(), module.weight)[0] for m, module in ((compiled, ours), (theirs, theirs))]
+        torch.testing.assert_close(*grads)
+
+
+def test_function_transforms(device: str) -> None:
+    _, ours = pair("EmbeddingBag", 10, 4, device=device)
+    ids = torch.randint(10, (5, 3, 4), device=device)
+    torch.testing.assert_close(torch.func.vmap(ours)(ids), torch.stack([ours(one) for one in ids]))
+    weight = ours.weight.detach()
+
+    def loss(weight: Tensor) -> Tensor:
+        return functional.embedding_bag(ids[0], weight).sin().sum()
+
+    torch.testing.assert_close(torch.func.jacrev(loss)(weight), torch.func.jacfwd(loss)(weight))
+
+
+@pytest.mark.parametrize("mode", ["mean", "sum", "max"])
+@pytest.mark.parametrize("sparse", [False, True], ids=["dense", "sparse"])
+def test_bits_do_not_depend_on_threads(mode: str, sparse: bool, restored_threads: None) -> None:
+    if mode == "max" and sparse:
+        pytest.skip("torch refuses sparse gradients of max")
+    ours = nlpkernels.EmbeddingBag(700, 64, mode=mode, sparse=sparse)
+    ids = torch.randint(700, (300, 40))
+    runs = []
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        output = ours(ids)
+        runs.append((output, torch.autograd.grad(output.sin().sum(), ours.weight)[0].to_dense()))
+    assert all(torch.equal(a, b) for run in runs[1:] for a, b in zip(run, runs[0], strict=True))
+
+
+@pytest.mark.parametrize("name", ["Embedding", "EmbeddingBag"])
+def test_is_built_like_torchs(name: str) -> None:
+    options: dict[str, Any] = {"padding_idx": -2, "max_norm": 1.0, "scale_grad_by_freq": True, "sparse": True}
+    modules = []
+    for library in (nn, nlpkernels):
+        torch.manual_seed(5)
+        modules.append(getattr(library, name)(10, 4, **options))
+    theirs, ours = modules
+    assert repr(ours) == repr(theirs)
+    assert torch.equal(ours.weight, theirs.weight)
+    twin = pickle.loads(pickle.dumps(ours))
+    assert torch.equal(twin.weight, ours.weight)
+    assert type(twin) is type(ours)
+    table = torch.randn(7, 3)
+    pretrained = getattr(nlpkernels, name).from_pretrained(table, padding_idx=2)
+    assert type(pretrained) is type(ours)
+    assert not pretrained.weight.requires_grad
+    ids = torch.randint(7, (2, 3))
+    torch.testing.assert_close(pretrained(ids), getattr(nn, name).from_pretrained(table, padding_idx=2)(ids))
+
+
+@pytest.mark.parametrize("name", ["Embedding", "EmbeddingBag"])
+@pytest.mark.parametrize("wrong", [-1, 10, 2**40])
+@pytest.mark.parametrize("max_norm", [None, 1.0])
+def test_index_out_of_range(name: str, wrong: int, max_norm: float | None, device: str) -> None:
+    """An IndexError that names the value and the range, with the table as it was."""
+    ours = getattr(nlpkernels, name)(10, 4, max_norm=max_norm, device=device)
+    before = ours.weight.detach().clone()
+    ids = torch.zeros(3, 5, dtype=torch.long, device=device)
+    ids[1, 3] = wrong
+    with pytest.raises(IndexError, match=f"{wrong}.* 0 to 9"):
+        ours(ids)
+    assert torch.equal(ours.weight, before)
+
+
+def test_index_is_named_with_its_position() -> None:
+    ours = nlpkernels.EmbeddingBag(10, 4)
+    with pytest.raises(IndexError, match=r"indices\[1\]\[2\] is 11, expected a row from 0 to 9 of a table of 10"):
+        ours(torch.tensor([[0, 1, 2], [3, 4, 11]]))
+    with pytest.raises(IndexError, match=r"indices\[4\] is -2"):
+        ours(torch.tensor([0, 1, 2, 3, -2]), torch.tensor([0, 2]))
+
+
+BAD_BAGS: list[tuple[dict[str, Any], type[Exception], str]] = [
+    ({"input": torch.rand(2, 3)}, TypeError, "float32"),
+    ({"input": torch.zeros(2, 3, dtype=torch.int16)}, TypeError, "int16"),
+    ({"input": torch.zeros(2, 3, dtype=torch.bool)}, TypeError, "bool"),
+    ({"input": torch.zeros(2, 3, 4, dtype=torch.long)}, ValueError, "1D or 2D"),
+    ({"input": torch.zeros(4, dtype=torch.long)}, ValueError, "offsets"),
+    ({"offsets": torch.tensor([0])}, ValueError, "2D"),
+    ({"mode": "median"}, ValueError, "median"),
+    ({"weight": torch.zeros(4)}, ValueError, "2D"),
+    ({"padding_idx": 10}, AssertionError, "-10 to 9, got 10"),
+    ({"padding_idx": -11}, AssertionError, "got -11"),
+    ({"mode": "max", "sparse": True}, ValueError, "sparse"),
+    ({"mode": "max", "scale_grad_by_freq": True}, ValueError, "frequency"),
+    ({"mode": "sum", "per_sample_weights": torch.zeros(3, 2)}, ValueError, "same shape"),
+    ({"mode": "sum", "per_sample_weights": torch.zeros(2, 3).double()}, RuntimeError, "dtype"),
+    ({"mode": "mean", "per_sample_weights": torch.zeros(2, 3)}, NotImplementedError, "sum"),
+]
+BAD_OFFSETS: list[tuple[Any, bool, type[Exception], str]] = [
+    (torch.tensor([1, 2]), False, ValueError, "offsets"),
+    (torch.tensor([0, 3, 2]), False, ValueError, "offsets"),
+    (torch.tensor([0, 7]), False, ValueError, "offsets"),
+    (torch.tensor([0, -1]), False, ValueError, "offsets"),
+    (torch.tensor([0, 2, 7]), True, ValueError, "offsets"),
+    (torch.tensor([[0, 2]]), False, ValueError, "offsets"),
+    (torch.tensor([0.0]), False, TypeError, "offsets"),
+    (torch.tensor([], dtype=torch.long), True, ValueError, "offset"),
+]
+
+
+@pytest.mark.parametrize(("change", "error", "message"), BAD_BAGS, ids=lambda v: str(v)[:30])
+def test_bad_bags(change: dict[str, Any], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        functional.embedding_bag(**{"input": torch.zeros(2, 3, dtype=torch.long), "weight": torch.zeros(10, 4), **change})
+
+
+@pytest.mark.parametrize(("offsets", "last", "error", "message"), BAD_OFFSETS, ids=lambda v: str(v)[:30])
+def test_bad_offsets(offsets: Tensor, last: bool, error: type[Exception], message: str, device: str) -> None:
+    ids, weight = torch.zeros(6, dtype=torch.long, device=device), torch.zeros(10, 4, device=device)
+    if device == "cuda" and error is not ValueError:
+        pytest.skip("the checks of csrc/checks.h are those of compiled kernels; CUDA is served by reference.py")
+    with pytest.raises(error, match=message):
+        functional.embedding_bag(ids, weight, offsets.to(device), include_last_offset=last)
+
+
+def test_ops_refuse_what_does_not_fit() -> None:
+    """The ops themselves are safe: what their callers here never pass does not reach a kernel."""
+    ops = torch.ops.nlpkernels
+    weight, ids, grad = torch.zeros(10, 4), torch.zeros(2, 3, dtype=torch.long), torch.zeros(2, 4)
+    none = torch.empty(0, dtype=torch.long)
+    with pytest.raises(ValueError, match="lookup"):
+        ops.embedding_bag(weight, ids, None, None, "lookup", -1, False, False, False)
+    with pytest.raises(ValueError, match="grad of shape"):
+        ops.embedding_bag_backward(grad[:1], 10, ids, None, None, none, "sum", -1, False, False)
+    with pytest.raises(RuntimeError, match="aux of shape"):
+        ops.embedding_bag_backward(grad, 10, ids, None, None, none, "mean", -1, False, False)
+    with pytest.raises(IndexError, match="is 0"):
+        ops.embedding_bag_backward(grad, 0, ids, None, None, none, "sum", -1, False, False)
+    with pytest.raises(IndexError, match="is 12"):
+        ops.embedding_bag_sparse_backward(grad, 10, ids + 12, None, None, none, "sum", -1, False, False)
+    with pytest.raises(RuntimeError, match="grad of shape"):
+        ops.embedding_bag_per_sample_backward(grad[:, :2], weight, ids, None, -1, False)
