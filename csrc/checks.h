@@ -138,8 +138,9 @@ inline void check_integer(const char* op, const char* name, const Tensor& tensor
 }
 
 // What every embedding_bag op can check without reading the data.
-inline void check_embedding_bag(const char* op, const Tensor& like, const Tensor& indices, const OptionalTensor& offsets,
-                                const OptionalTensor& per_sample_weights, Mode mode, bool include_last_offset) {
+inline void check_embedding_bag(const char* op, const Tensor& like, const Tensor& indices,
+                                const OptionalTensor& offsets, const OptionalTensor& per_sample_weights, Mode mode,
+                                bool include_last_offset) {
   TORCH_CHECK(at::isFloatingType(like.scalar_type()), op, ": expected weight of a floating dtype, got ",
               like.scalar_type());
   check_integer(op, "indices", indices);

@@ -1,4 +1,4 @@
-"""Recurrent and embedding layers for PyTorch from compiled kernels: the same names, parameters and results as torch.nn."""
+"""Recurrent and embedding layers for PyTorch from compiled kernels: names, parameters and results of torch.nn."""
 
 from nlpkernels import functional
 from nlpkernels.convert import convert, revert

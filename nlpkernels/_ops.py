@@ -3,9 +3,9 @@
 csrc holds schemas (`library.cpp` says what each argument is) and kernels. Here stands what is better said in Python:
 
 - A device without kernels of its own runs `reference.py`.
-- Derivatives come in two forms made from the same functions. Compiled code calls the op, whose formula is registered with
-  the dispatcher. Eager code calls an `autograd.Function`, because only that knows forward mode and torch.func; where no
-  derivative is wanted it calls the op as well.
+- Derivatives come in two forms made from the same functions. Compiled code calls the op, whose formula is registered
+  with the dispatcher. Eager code calls an `autograd.Function`, because only that knows forward mode and torch.func;
+  where no derivative is wanted it calls the op as well.
 - First derivatives are ops. Their own derivatives, and forward mode, come from differentiating `reference.py`.
 """
 
@@ -179,7 +179,7 @@ def _pull_back(
 ) -> list[Tensor | None]:
     """Gradients of `function` for the wanted of its flat `args`, given those of its outputs."""
     of_wanted, values = _as_function_of(function, args, wanted)
-    outputs, pull = torch.func.vjp(of_wanted, *values)
+    outputs, pull = reference.vjp(of_wanted, *values)
     given = tuple(torch.zeros_like(o) if g is None else g for o, g in zip(outputs, cotangents, strict=True))
     gradients = iter(pull(given))
     return [next(gradients) if want else None for want in wanted]
@@ -190,13 +190,13 @@ def _push_forward(
 ) -> tuple[Tensor, ...]:
     """Tangents of `function`'s outputs, by reverse mode alone: the gradient of v -> J^T v is J."""
     of_wanted, values = _as_function_of(function, args, [tangent is not None for tangent in tangents])
-    outputs, pull = torch.func.vjp(of_wanted, *values)
-    _, push = torch.func.vjp(lambda *v: pull(v), *map(torch.zeros_like, outputs))
+    outputs, pull = reference.vjp(of_wanted, *values)
+    _, push = reference.vjp(lambda *v: pull(v), *map(torch.zeros_like, outputs))
     return tuple(push(tuple(tangent for tangent in tangents if tangent is not None)))
 
 
 class _Flat:
-    """Arguments or results of an op with its one list, if any, spliced in, which is how autograd.Function wants them."""
+    """Arguments or results of an op with its one list, if any, spliced in, as autograd.Function wants them."""
 
     def __init__(self, types: Sequence[Any]) -> None:
         self.length = len(types)
@@ -222,9 +222,9 @@ def _differentiable(
 ) -> Callable[..., Any]:
     """Registers the derivatives of an op and returns it as a function that has them in eager mode too.
 
-    `save(ctx, inputs, output)` and `backward(ctx, *gradients)` are written for the op's own signature; gradients of outputs
-    that were not used are None. `constant_outputs(inputs)` are the outputs without a derivative. Forward mode and vmap (one
-    call per example) need nothing more.
+    `save(ctx, inputs, output)` and `backward(ctx, *gradients)` are written for the op's own signature; gradients of
+    outputs that were not used are None. `constant_outputs(inputs)` are the outputs without a derivative. Forward mode
+    and vmap (one call per example) need nothing more.
     """
     op = getattr(_ops, name).default
     inputs_of = _Flat([argument.type for argument in op._schema.arguments])
@@ -272,8 +272,10 @@ def _differentiable(
             tensors = iter(ctx.saved_tensors)
             inputs = [next(tensors) if value is None else value[0] for value in ctx.inputs]
             pushed = _push_forward(call_reference, inputs, tangents)
-            return pushed[0] if has_one_output else tuple(
-                None if i in ctx.constant_outputs else tangent for i, tangent in enumerate(pushed)
+            return (
+                pushed[0]
+                if has_one_output
+                else tuple(None if i in ctx.constant_outputs else tangent for i, tangent in enumerate(pushed))
             )
 
         @staticmethod
@@ -334,7 +336,10 @@ def _differentiable_by_reference(name: str) -> Callable[..., Any]:
     def backward(ctx: Any, *gradients: Any) -> Any:
         tensors = iter(ctx.saved_tensors)
         inputs = [next(tensors) if value is None else value[0] for value in ctx.constants]
-        needs = [need and _is_differentiable(v) for need, v in zip(inputs_of.flatten(ctx.needs_input_grad), inputs, strict=True)]
+        needs = [
+            need and _is_differentiable(v)
+            for need, v in zip(inputs_of.flatten(ctx.needs_input_grad), inputs, strict=True)
+        ]
         results = inputs_of.unflatten(_pull_back(call_reference, inputs, needs, outputs_of.flatten(gradients)))
         return results if len(results) > 1 else results[0]
 
@@ -358,7 +363,9 @@ def _backward_recurrent(
     x, batch_sizes, h0, c0, y, workspace, *weights = ctx.saved_tensors
     need_dx, need_dweights = ctx.needs_input_grad[0], any(ctx.needs_input_grad[4])
     if workspace.dim() == 1:  # forward was told that nothing need be kept
-        y, *_, workspace = _ops.recurrent(x.detach(), batch_sizes, h0.detach(), _detach(c0), [w.detach() for w in weights], ctx.cell, True)
+        y, *_, workspace = _ops.recurrent(
+            x.detach(), batch_sizes, h0.detach(), _detach(c0), [w.detach() for w in weights], ctx.cell, True
+        )
     dx, dh0, dc0, dweights = _recurrent_backward(
         dy, dh_n, dc_n if c0 is not None else None, x, batch_sizes, h0, c0, weights, ctx.cell, y.detach(), workspace,
         need_dx, need_dweights,
@@ -400,7 +407,9 @@ def _backward_embedding_bag(ctx: Any, grad: Tensor | None, _: Tensor | None) -> 
         if sparse:
             rows, values = _embedding_bag_sparse_backward(*arguments)
             size = (ctx.num_embeddings, grad.shape[1])
-            dweight = torch.sparse_coo_tensor(rows.unsqueeze(0), values, size, is_coalesced=True, check_invariants=False)
+            dweight = torch.sparse_coo_tensor(
+                rows.unsqueeze(0), values, size, is_coalesced=True, check_invariants=False
+            )
         else:
             dweight = _embedding_bag_backward(*arguments)
     if ctx.needs_input_grad[3]:
@@ -430,7 +439,7 @@ _embedding_bag = _differentiable("embedding_bag", _save_embedding_bag, _backward
 def recurrent(
     x: Tensor, batch_sizes: Tensor | None, h0: Tensor, c0: Tensor | None, weights: list[Tensor], cell: str
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """One layer: y, h_n and c_n of `reference.recurrent`, with derivatives. Under autocast all is cast, as torch does."""
+    """One layer: y, h_n and c_n of `reference.recurrent`, with derivatives. Autocast casts all, as in torch."""
     device = x.device.type
     if torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)

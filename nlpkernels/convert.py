@@ -1,7 +1,7 @@
 """Swap the layers of an existing model for ours and back, in place.
 
-A swap changes a module's class and nothing else: the module, its parameters, buffers, hooks and attributes stay the same
-objects, so optimizers, tied weights and references from elsewhere keep working.
+A swap changes a module's class and nothing else: the module, its parameters, buffers, hooks and attributes stay the
+same objects, so optimizers, tied weights and references from elsewhere keep working.
 """
 
 from __future__ import annotations
@@ -85,5 +85,5 @@ def convert(model: nn.Module, predicate: Callable[[str, nn.Module], bool] | None
 
 
 def revert(model: nn.Module, predicate: Callable[[str, nn.Module], bool] | None = None) -> Swaps:
-    """Swap nlpkernels' layers in `model` for torch.nn's, in place: the inverse of `convert`, with the same arguments."""
+    """Swap nlpkernels' layers in `model` for torch.nn's, in place: the inverse of `convert`, same arguments."""
     return _swap(model, {ours: theirs for theirs, ours in _PAIRS}, predicate)

@@ -51,9 +51,7 @@ class EmbeddingBag(torch.nn.EmbeddingBag):
         torch.Size([2, 3])
     """
 
-    def forward(
-        self, input: Tensor, offsets: Tensor | None = None, per_sample_weights: Tensor | None = None
-    ) -> Tensor:
+    def forward(self, input: Tensor, offsets: Tensor | None = None, per_sample_weights: Tensor | None = None) -> Tensor:
         """Pool `functional.embedding_bag(input, self.weight, offsets, ...)`."""
         return functional.embedding_bag(
             input,

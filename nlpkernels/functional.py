@@ -35,8 +35,8 @@ def _layers(
     allowed = (2, 3) if not has_biases else (4, 5)
     if len(params) != per_layer * num_layers or per_layer // directions not in allowed or per_layer % directions:
         raise ValueError(
-            f"{cell}: expected {allowed[0]} or, with a projection, {allowed[1]} parameters for each of {num_layers} layers "
-            f"and {directions} directions with has_biases={has_biases}, got {len(params)} in all"
+            f"{cell}: expected {allowed[0]} or, with a projection, {allowed[1]} parameters for each of {num_layers} "
+            f"layers and {directions} directions with has_biases={has_biases}, got {len(params)} in all"
         )
     for name, state in (("hx", h0), ("cx", c0)):
         if state is not None and (state.dim() != 3 or state.shape[0] != num_layers * directions):
@@ -76,8 +76,8 @@ def lstm(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Run the layers of an LSTM over a sequence: `torch.lstm`.
 
-    The equations are those of `torch.nn.LSTM` (Hochreiter & Schmidhuber 1997 with the forget gate of Gers et al. 2000, no
-    peepholes; projection as in Sak et al. 2014).
+    The equations are those of `torch.nn.LSTM` (Hochreiter & Schmidhuber 1997 with the forget gate of Gers et al. 2000,
+    no peepholes; projection as in Sak et al. 2014).
 
     Args:
         input: [T, B, I], [B, T, I] if batch_first, or packed data [N, I] with batch_sizes.
@@ -260,8 +260,8 @@ def embedding_bag(
     Args:
         input: indices, int32 or int64: [B, L], a bag per row; or [N], with offsets.
         weight: the table, [V, E].
-        offsets: where each bag of a 1-D input begins, [B], starting with 0 and never decreasing; with include_last_offset
-            [B + 1], the last one being where the last bag ends.
+        offsets: where each bag of a 1-D input begins, [B], starting with 0 and never decreasing; with
+            include_last_offset [B + 1], the last one being where the last bag ends.
         max_norm: rows in use with a larger norm are scaled down to it first, in place.
         norm_type: p of that p-norm.
         scale_grad_by_freq: divide a row's gradient by the number of its uses (not for "max").

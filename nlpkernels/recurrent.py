@@ -1,15 +1,14 @@
 """RNN, LSTM, GRU and their cells as modules, with the parameters of torch.nn and the time loop in our kernels.
 
 The layers derive from `torch.nn.RNNBase`, not from `torch.nn.LSTM` and its kin, on which torch.compile gives up.
-Parameters are read from the module's attributes at each call, so whatever replaces an attribute (weight_norm, parametrize,
-functional_call) is seen.
+Parameters are read from the module's attributes at each call, so whatever replaces an attribute (weight_norm,
+parametrize, functional_call) is seen.
 
-Shapes: T steps, B sequences, I = input_size, H = hidden_size, P = proj_size if there is one, else H, D directions, L layers.
+Shapes: T steps, B sequences, I = input_size, H = hidden_size, P = proj_size if there is one, else H, D directions,
+L layers.
 """
 
 from __future__ import annotations
-
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -226,7 +225,17 @@ class GRU(_OneState):
     ) -> None:
         self._refuse_projection(proj_size)
         super().__init__(
-            "GRU", input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional, proj_size, device, dtype
+            "GRU",
+            input_size,
+            hidden_size,
+            num_layers,
+            bias,
+            batch_first,
+            dropout,
+            bidirectional,
+            proj_size,
+            device,
+            dtype,
         )
 
 
@@ -256,8 +265,8 @@ class LSTM(_Layers):
         dtype: of the parameters: float32, float64, bfloat16 or float16 (with float32 arithmetic and c).
 
     Shape:
-        input [T, B, I], [T, I] for one sequence, or a PackedSequence; hx = (h_0 [L D, B, P], c_0 [L D, B, H]) or without
-        the B, zeros if None. Returns output [T, B, D P] (or like input) and (h_n, c_n) like hx.
+        input [T, B, I], [T, I] for one sequence, or a PackedSequence; hx = (h_0 [L D, B, P], c_0 [L D, B, H]) or
+        without the B, zeros if None. Returns output [T, B, D P] (or like input) and (h_n, c_n) like hx.
 
     Raises:
         ValueError: input has a wrong number of dimensions or a dtype other than the parameters'.
@@ -285,7 +294,17 @@ class LSTM(_Layers):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__(
-            "LSTM", input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional, proj_size, device, dtype
+            "LSTM",
+            input_size,
+            hidden_size,
+            num_layers,
+            bias,
+            batch_first,
+            dropout,
+            bidirectional,
+            proj_size,
+            device,
+            dtype,
         )
 
     def forward(

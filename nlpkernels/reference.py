@@ -5,13 +5,15 @@ place to read what the kernels compute. Each function stands for the op of its n
 arguments are) and returns the same outputs. The gate equations are those of `torch.nn.RNN`, `torch.nn.LSTM` and
 `torch.nn.GRU`; `cell_step` is the only place in Python where they stand.
 
-Letters in shapes: T steps, B sequences, N rows of data, I input features, H hidden units, P features of h, D directions,
-G gates, S saved values per unit; V rows and E columns of a table.
+Letters in shapes: T steps, B sequences, N rows of data, I input features, H hidden units, P features of h,
+D directions, G gates, S saved values per unit; V rows and E columns of a table.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import itertools
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -64,6 +66,12 @@ def cell_step(cell: str, from_x: Tensor, from_h: Tensor, h: Tensor, c: Tensor) -
     raise ValueError(f"recurrent: expected cell {', '.join(map(repr, CELLS))}, got {cell!r}")
 
 
+def vjp(function: Callable[..., Any], *primals: Any) -> tuple[Any, Callable[..., Any]]:
+    """`torch.func.vjp`, which is declared to return more than it does."""
+    outputs, pull, *_ = torch.func.vjp(function, *primals)
+    return outputs, pull
+
+
 def _arithmetic_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if dtype in (torch.bfloat16, torch.float16) else dtype
 
@@ -81,9 +89,12 @@ def recurrent(
     facts, dtype = CELLS[cell], x.dtype
     directions, batch, _ = h0.shape
     per_direction = len(weights) // directions
-    sizes = [batch] * x.shape[0] if batch_sizes is None else [int(size) for size in batch_sizes.tolist()]
+    if batch_sizes is None:
+        sizes = [batch] * x.shape[0]
+    else:
+        sizes = [int(size) for size in batch_sizes.tolist()]
     # Data in [N, I]; the rows of step t are first[t] up to first[t] + sizes[t].
-    first = [sum(sizes[:t]) for t in range(len(sizes))] if batch_sizes is not None else [batch * t for t in range(len(sizes))]
+    first = [0, *itertools.accumulate(sizes)]
     wide = _arithmetic_dtype(dtype)
     rows = x.reshape(-1, x.shape[-1]).to(wide)
 
@@ -111,8 +122,11 @@ def recurrent(
             h = torch.cat([h_step, h[size:]]) if size < batch else h_step
             c = torch.cat([c_step, c[size:]]) if size < batch else c_step
         ys.append(torch.cat([h[:0], *outputs]))
-        kept.append(torch.cat([h.new_empty(0, facts.saved, hidden), *saved_rows]) if facts.saved else
-                    h.new_empty(rows.shape[0], 0, hidden))
+        kept.append(
+            torch.cat([h.new_empty(0, facts.saved, hidden), *saved_rows])
+            if facts.saved
+            else h.new_empty(rows.shape[0], 0, hidden)
+        )
         h_ns.append(h)
         c_ns.append(c)
     y = torch.cat(ys, dim=-1).to(dtype)
@@ -148,7 +162,7 @@ def recurrent_backward(
 
     primals = (x, h0, c0, weights) if has_c else (x, h0, weights)
     call = outputs if has_c else lambda x, h0, weights: outputs(x, h0, None, weights)
-    values, pull = torch.func.vjp(call, *primals)
+    values, pull = vjp(call, *primals)
     given = (dy, dh_n, dc_n) if has_c else (dy, dh_n)
     gradients = pull(tuple(g if g is not None else torch.zeros_like(v) for g, v in zip(given, values, strict=True)))
     dx, dh0, *dc0, dweights = gradients
@@ -161,42 +175,42 @@ def recurrent_backward(
     )
 
 
-class _Bags(NamedTuple):
-    """Uses of rows by bag: row, bag and position of each index that counts, and the number of bags."""
+class _Uses(NamedTuple):
+    """The uses of rows that count: row, bag and position in the flattened indices of each; and the number of bags."""
 
     row: Tensor
     bag: Tensor
     position: Tensor
-    count: int
+    bags: int
 
 
-def _bags(indices: Tensor, offsets: Tensor | None, rows: int, padding_idx: int, include_last_offset: bool) -> _Bags:
+def _uses(indices: Tensor, offsets: Tensor | None, rows: int, padding_idx: int, include_last_offset: bool) -> _Uses:
     flat = indices.reshape(-1).long()
     wrong = (flat < 0) | (flat >= rows)
     if wrong.any():  # on CUDA this waits for the device, and saves it from an assertion that would end the process
-        position = int(wrong.nonzero()[0])
+        first = int(wrong.nonzero()[0])
         raise IndexError(
-            f"embedding_bag: flattened indices[{position}] is {int(flat[position])}, "
+            f"embedding_bag: flattened indices[{first}] is {int(flat[first])}, "
             f"expected a row from 0 to {rows - 1} of a table of {rows}"
         )
     position = torch.arange(flat.shape[0], device=flat.device)
     if offsets is None:
-        count, length = indices.shape
-        bag = position // max(length, 1)
+        bags = indices.shape[0]
+        bag = position // max(indices.shape[1], 1)
     else:
         starts = offsets.long()
-        count = starts.shape[0] - int(include_last_offset)
+        bags = starts.shape[0] - int(include_last_offset)
         ends = starts if include_last_offset else torch.cat([starts, starts.new_tensor([flat.shape[0]])])
-        if count and (int(starts[0]) != 0 or bool((ends.diff() < 0).any()) or int(ends[-1]) > flat.shape[0]):
+        if bags < 0 or (bags and (int(ends[0]) != 0 or bool((ends.diff() < 0).any()) or int(ends[-1]) > len(flat))):
             raise ValueError(
-                f"embedding_bag: expected offsets that start at 0, never decrease and end within {flat.shape[0]} "
+                f"embedding_bag: expected offsets that start at 0, never decrease and end within {len(flat)} "
                 f"indices, got {offsets.tolist()}"
             )
-        bag = torch.bucketize(position, starts[:count], right=True) - 1
-        inside = position < (ends[-1] if count else 0)
+        bag = torch.bucketize(position, starts[:bags], right=True) - 1
+        inside = position < (ends[-1] if bags else 0)
         flat, bag, position = flat[inside], bag[inside], position[inside]
     counts = flat != padding_idx
-    return _Bags(flat[counts], bag[counts], position[counts], count)
+    return _Uses(flat[counts], bag[counts], position[counts], bags)
 
 
 def embedding_bag(
@@ -211,26 +225,26 @@ def embedding_bag(
     sparse: bool,
 ) -> tuple[Tensor, Tensor]:
     """Pooled rows [B, E], and what backward needs: rows per bag for "mean", winning positions [B, E] for "max"."""
-    bags = _bags(indices, offsets, weight.shape[0], -1 if mode == "lookup" else padding_idx, include_last_offset)
-    values = weight[bags.row].to(_arithmetic_dtype(weight.dtype))  # [uses, E]
+    uses = _uses(indices, offsets, weight.shape[0], -1 if mode == "lookup" else padding_idx, include_last_offset)
+    values = weight[uses.row].to(_arithmetic_dtype(weight.dtype))  # [uses, E]
     if per_sample_weights is not None:
-        values = values * per_sample_weights.reshape(-1)[bags.position].to(values.dtype).unsqueeze(-1)
-    shape = (bags.count, weight.shape[1])
+        values = values * per_sample_weights.reshape(-1)[uses.position].to(values.dtype).unsqueeze(-1)
+    shape = (uses.bags, weight.shape[1])
     if mode == "max":
-        place = bags.bag.unsqueeze(-1).expand_as(values)
+        if values.numel() == 0:
+            return weight.new_zeros(shape), uses.row.new_full(shape, -1)
+        place = uses.bag.unsqueeze(-1).expand_as(values)
         best = values.new_full(shape, -torch.inf).scatter_reduce(0, place, values.detach(), "amax")
         # The first use that reaches the maximum wins, as in torch.
-        last = indices.numel()
-        candidates = torch.where(values.detach() == best[bags.bag], bags.position.unsqueeze(-1), last)
-        winner = bags.row.new_full(shape, last).scatter_reduce(0, place, candidates, "amin")
-        filled = winner < last
-        row = indices.reshape(-1).long()[winner.clamp(max=max(last - 1, 0))] if last else winner
-        out = torch.where(filled, weight.gather(0, row.clamp(max=weight.shape[0] - 1)), 0) if last else values.new_zeros(shape)
-        return out.to(weight.dtype), torch.where(filled, winner, -1)
-    out = values.new_zeros(shape).index_add(0, bags.bag, values)
-    aux = bags.row.new_empty(0)
+        nowhere = indices.numel()
+        candidates = torch.where(values.detach() == best[uses.bag], uses.position.unsqueeze(-1), nowhere)
+        winner = uses.row.new_full(shape, nowhere).scatter_reduce(0, place, candidates, "amin")
+        row = indices.reshape(-1).long()[winner.clamp(max=nowhere - 1)]
+        return torch.where(winner < nowhere, weight.gather(0, row), 0), torch.where(winner < nowhere, winner, -1)
+    out = values.new_zeros(shape).index_add(0, uses.bag, values)
+    aux = uses.row.new_empty(0)
     if mode == "mean":
-        aux = torch.bincount(bags.bag, minlength=bags.count)
+        aux = torch.bincount(uses.bag, minlength=uses.bags)
         out = out / aux.clamp(min=1).unsqueeze(-1)
     return out.to(weight.dtype), aux
 
@@ -248,17 +262,17 @@ def embedding_bag_backward(
     scale_grad_by_freq: bool,
 ) -> Tensor:
     """Dense gradient of weight, [V, E]."""
-    bags = _bags(indices, offsets, num_embeddings, padding_idx, include_last_offset)
-    terms = grad.to(_arithmetic_dtype(grad.dtype))[bags.bag]  # [uses, E]
+    uses = _uses(indices, offsets, num_embeddings, padding_idx, include_last_offset)
+    terms = grad.to(_arithmetic_dtype(grad.dtype))[uses.bag]  # [uses, E]
     if mode == "mean":
-        terms = terms / aux[bags.bag].unsqueeze(-1)
+        terms = terms / aux[uses.bag].unsqueeze(-1)
     if mode == "max":
-        terms = terms * (aux[bags.bag] == bags.position.unsqueeze(-1))
+        terms = terms * (aux[uses.bag] == uses.position.unsqueeze(-1))
     if per_sample_weights is not None:
-        terms = terms * per_sample_weights.reshape(-1)[bags.position].to(terms.dtype).unsqueeze(-1)
+        terms = terms * per_sample_weights.reshape(-1)[uses.position].to(terms.dtype).unsqueeze(-1)
     if scale_grad_by_freq:
-        terms = terms / torch.bincount(bags.row, minlength=num_embeddings)[bags.row].unsqueeze(-1)
-    return terms.new_zeros(num_embeddings, grad.shape[1]).index_add(0, bags.row, terms).to(grad.dtype)
+        terms = terms / torch.bincount(uses.row, minlength=num_embeddings)[uses.row].unsqueeze(-1)
+    return terms.new_zeros(num_embeddings, grad.shape[1]).index_add(0, uses.row, terms).to(grad.dtype)
 
 
 def embedding_bag_sparse_backward(
@@ -274,8 +288,8 @@ def embedding_bag_sparse_backward(
     scale_grad_by_freq: bool,
 ) -> tuple[Tensor, Tensor]:
     """The same as sorted rows [R] and their values [R, E]."""
-    bags = _bags(indices, offsets, num_embeddings, padding_idx, include_last_offset)
-    rows = bags.row.unique()
+    uses = _uses(indices, offsets, num_embeddings, padding_idx, include_last_offset)
+    rows = uses.row.unique()
     dense = embedding_bag_backward(
         grad, num_embeddings, indices, offsets, per_sample_weights, aux, mode, padding_idx, include_last_offset,
         scale_grad_by_freq,
@@ -292,7 +306,7 @@ def embedding_bag_per_sample_backward(
     include_last_offset: bool,
 ) -> Tensor:
     """Gradient of per_sample_weights, shaped like indices."""
-    bags = _bags(indices, offsets, weight.shape[0], padding_idx, include_last_offset)
+    uses = _uses(indices, offsets, weight.shape[0], padding_idx, include_last_offset)
     wide = _arithmetic_dtype(weight.dtype)
-    terms = (grad.to(wide)[bags.bag] * weight.to(wide)[bags.row]).sum(-1)
-    return terms.new_zeros(indices.numel()).index_add(0, bags.position, terms).reshape(indices.shape).to(weight.dtype)
+    terms = (grad.to(wide)[uses.bag] * weight.to(wide)[uses.row]).sum(-1)
+    return terms.new_zeros(indices.numel()).index_add(0, uses.position, terms).reshape(indices.shape).to(weight.dtype)

@@ -228,7 +228,10 @@ def test_compiles_to_one_graph(name: str, device: str) -> None:
     for batch in (3, 5):
         ids = torch.randint(10, (batch, 4), device=device)
         torch.testing.assert_close(compiled(ids), theirs(ids))
-        grads = [torch.autograd.grad(m(ids).sin().sum(), module.weight)[0] for m, module in ((compiled, ours), (theirs, theirs))]
+        grads = [
+            torch.autograd.grad(m(ids).sin().sum(), module.weight)[0]
+            for m, module in ((compiled, ours), (theirs, theirs))
+        ]
         torch.testing.assert_close(*grads)
 
 
@@ -334,7 +337,9 @@ BAD_OFFSETS: list[tuple[Any, bool, type[Exception], str]] = [
 @pytest.mark.parametrize(("change", "error", "message"), BAD_BAGS, ids=lambda v: str(v)[:30])
 def test_bad_bags(change: dict[str, Any], error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
-        functional.embedding_bag(**{"input": torch.zeros(2, 3, dtype=torch.long), "weight": torch.zeros(10, 4), **change})
+        functional.embedding_bag(
+            **{"input": torch.zeros(2, 3, dtype=torch.long), "weight": torch.zeros(10, 4), **change}
+        )
 
 
 @pytest.mark.parametrize(("offsets", "last", "error", "message"), BAD_OFFSETS, ids=lambda v: str(v)[:30])

@@ -101,7 +101,9 @@ def samples_of(name: str, device: str) -> list[tuple[Any, ...]]:
 
 
 def test_every_op_is_listed() -> None:
-    registered = {name.split("::")[1] for name in torch._C._dispatch_get_all_op_names() if name.startswith("nlpkernels::")}
+    registered = {
+        name.split("::")[1] for name in torch._C._dispatch_get_all_op_names() if name.startswith("nlpkernels::")
+    }
     assert registered == set(ALL_OPS)
 
 
@@ -152,7 +154,9 @@ def test_instruction_set_can_be_forced() -> None:
 
 
 def test_instruction_set_follows_torch() -> None:
-    done = run("from nlpkernels import _ops; print(_ops.INSTRUCTION_SET)", ATEN_CPU_CAPABILITY="default", NLPKERNELS_CPU="")
+    done = run(
+        "from nlpkernels import _ops; print(_ops.INSTRUCTION_SET)", ATEN_CPU_CAPABILITY="default", NLPKERNELS_CPU=""
+    )
     assert done.stdout.strip() == "default"
 
 

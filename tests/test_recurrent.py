@@ -29,7 +29,12 @@ LAYERS: dict[str, tuple[str, dict[str, Any]]] = {
     "lstm_projected": ("LSTM", {"proj_size": 3}),
     "gru": ("GRU", {}),
 }
-CELLS = {"rnn_tanh": ("RNNCell", {}), "rnn_relu": ("RNNCell", {"nonlinearity": "relu"}), "lstm": ("LSTMCell", {}), "gru": ("GRUCell", {})}  # fmt: skip
+CELLS: dict[str, tuple[str, dict[str, Any]]] = {
+    "rnn_tanh": ("RNNCell", {}),
+    "rnn_relu": ("RNNCell", {"nonlinearity": "relu"}),
+    "lstm": ("LSTMCell", {}),
+    "gru": ("GRUCell", {}),
+}
 # T, B, I, H: around the sizes of tiles, panels and vectors, and across them; large enough for errors to be typical
 SHAPES = [(1, 40, 1, 40), (3, 12, 5, 7), (5, 13, 16, 16), (7, 3, 33, 17), (4, 67, 40, 50), (9, 1, 130, 70)]
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
@@ -179,7 +184,9 @@ def test_gradcheck(kind: str, device: str) -> None:
     def run(x: Tensor, *rest: Tensor) -> tuple[Tensor, ...]:
         states = rest[: len(hx)]
         parameters = dict(zip(names, rest[len(hx) :], strict=True))
-        return tuple(tensors(torch.func.functional_call(layer, parameters, (x, states if len(states) > 1 else states[0]))))
+        return tuple(
+            tensors(torch.func.functional_call(layer, parameters, (x, states if len(states) > 1 else states[0])))
+        )
 
     inputs = (x, *hx, *layer.parameters())
     assert torch.autograd.gradcheck(run, inputs, check_forward_ad=True, fast_mode=True)

@@ -80,9 +80,9 @@ class Indices {
  private:
   [[noreturn]] void fail(int64_t position) const {
     const int64_t columns = tensor_.dim() == 2 ? tensor_.size(1) : 0;
-    const std::string where = columns == 0 ? std::to_string(position)
-                                           : std::to_string(position / columns) + "][" +
-                                                 std::to_string(position % columns);
+    const std::string where = columns == 0
+                                  ? std::to_string(position)
+                                  : std::to_string(position / columns) + "][" + std::to_string(position % columns);
     TORCH_CHECK_INDEX(false, op_, ": indices[", where, "] is ", data_[position], ", expected a row from 0 to ",
                       rows_ - 1, " of a table of ", rows_);
   }
@@ -233,7 +233,8 @@ void sort_by_row(std::vector<Use>& uses, int64_t rows) {
   }
 }
 
-// All uses of rows, but of the padding's, sorted; start[i] is the first use of the i-th row in use, start.back() the end.
+// All uses of rows, but of the padding's, sorted; start[i] is the first use of the i-th row in use, start.back() the
+// end.
 struct SortedUses {
   std::vector<Use> uses;
   std::vector<int64_t> start;
@@ -303,8 +304,8 @@ void add_up_uses(const SortedUses& sorted, const Tensor& grad, const OptionalTen
 // Checks what both forms of the gradient take, and calls body(bags, grad, per_sample_weights, aux), made contiguous.
 template <typename Body>
 void with_backward_arguments(const char* op, const Tensor& grad, int64_t num_embeddings, const Tensor& indices,
-                             const OptionalTensor& offsets, const OptionalTensor& per_sample_weights,
-                             const Tensor& aux, Mode mode, bool include_last_offset, const Body& body) {
+                             const OptionalTensor& offsets, const OptionalTensor& per_sample_weights, const Tensor& aux,
+                             Mode mode, bool include_last_offset, const Body& body) {
   TORCH_CHECK_VALUE(num_embeddings >= 0, op, ": expected num_embeddings of 0 or more, got ", num_embeddings);
   check_embedding_bag(op, grad, indices, offsets, per_sample_weights, mode, include_last_offset);
   const Bags bags(op, indices, offsets, include_last_offset);
@@ -330,9 +331,8 @@ Tensor embedding_bag_backward(const Tensor& grad, int64_t num_embeddings, const 
         dweight = at::zeros({num_embeddings, grad.size(1)}, grad.options());
         AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, grad.scalar_type(), "embedding_bag_backward", [&] {
           scalar_t* table = dweight.mutable_data_ptr<scalar_t>();
-          add_up_uses<scalar_t>(sorted, grad, factors, aux, mode, scale_grad_by_freq, [&](int64_t i) {
-            return table + sorted.uses[sorted.start[i]].row * grad.size(1);
-          });
+          add_up_uses<scalar_t>(sorted, grad, factors, aux, mode, scale_grad_by_freq,
+                                [&](int64_t i) { return table + sorted.uses[sorted.start[i]].row * grad.size(1); });
         });
       });
   return dweight;
@@ -365,8 +365,7 @@ std::tuple<Tensor, Tensor> embedding_bag_sparse_backward(const Tensor& grad, int
 }
 
 Tensor embedding_bag_per_sample_backward(const Tensor& grad, const Tensor& weight, const Tensor& indices,
-                                         const OptionalTensor& offsets, int64_t padding_idx,
-                                         bool include_last_offset) {
+                                         const OptionalTensor& offsets, int64_t padding_idx, bool include_last_offset) {
   const char* op = "embedding_bag_per_sample_backward";
   TORCH_CHECK_VALUE(weight.dim() == 2, op, ": expected 2-D weight, got ", weight.sizes());
   check_embedding_bag(op, weight, indices, offsets, std::nullopt, Mode::sum, include_last_offset);

@@ -154,10 +154,9 @@ class PackedMatrix {
   template <typename Body>
   void for_each_strip(const Body& body) const {
     const int64_t strip_size = std::max<int64_t>(1, k * Panels<scalar>::full);
-    at::parallel_for(0, panels.count() * gates, ceil_div(kPackGrain, strip_size),
-                     [&](int64_t begin, int64_t end) {
-                       for (const auto i : c10::irange(begin, end)) body(i / gates, i % gates);
-                     });
+    at::parallel_for(0, panels.count() * gates, ceil_div(kPackGrain, strip_size), [&](int64_t begin, int64_t end) {
+      for (const auto i : c10::irange(begin, end)) body(i / gates, i % gates);
+    });
   }
 
   Scratch<scalar> storage_;
@@ -201,8 +200,8 @@ void pack_tiles(scalar* dst, const RowTiles& tiles, int64_t k, const Row& row) {
   }
 }
 
-// The same for a matrix that is given by its rows along k: dst[i][m] = row(i)[m]. Copies whole vectors where what is too
-// much stays in the tile and is overwritten by the rows after it, so a row(i) must be readable for a vector more.
+// The same for a matrix that is given by its rows along k: dst[i][m] = row(i)[m]. Copies whole vectors where what is
+// too much stays in the tile and is overwritten by the rows after it, so a row(i) must be readable for a vector more.
 template <typename scalar, typename Row>
 void pack_tiles_copied(scalar* dst, const RowTiles& tiles, int64_t k, const Row& row) {
   constexpr int64_t vector = Vectorized<scalar>::size();
@@ -378,7 +377,8 @@ void multiply(const RowTiles& tiles, const scalar* a, const PackedMatrix<scalar>
   multiply_panels(tiles, a, b, 0, b.panels.count(), c, ldc, 1, [](int64_t) { return 0; });
 }
 
-// A product over all rows of data, out [m, n] = a^T b, for the gradients of weights: a(k) and b(k) point to the k-th row.
+// A product over all rows of data, out [m, n] = a^T b, for the gradients of weights: a(k) and b(k) point to the k-th
+// row.
 template <typename scalar, typename T>
 struct TransposedProduct {
   int64_t m, n, k;
@@ -402,8 +402,9 @@ void run_products(const std::vector<TransposedProduct<scalar, T>>& products) {
   for (const auto& product : products) total += product.m * product.n;
   // At least four tasks a thread, where that leaves blocks of a sensible size.
   const int64_t share = ceil_div(total, 4 * at::get_num_threads() * block_n);
-  const int64_t block_m =
-      at::get_num_threads() == 1 ? max_block_m : std::clamp<int64_t>(ceil_div(share, part_m) * part_m, part_m, max_block_m);
+  const int64_t block_m = at::get_num_threads() == 1
+                              ? max_block_m
+                              : std::clamp<int64_t>(ceil_div(share, part_m) * part_m, part_m, max_block_m);
   std::vector<Task> tasks;
   for (const auto& product : products) {
     for (int64_t n = 0; n < product.n; n += block_n) {

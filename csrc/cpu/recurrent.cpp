@@ -1,4 +1,5 @@
-// The time loop of RNN, LSTM and GRU on the CPU, forward and backward. One call is one layer, all steps, both directions.
+// The time loop of RNN, LSTM and GRU on the CPU, forward and backward. One call is one layer, all steps, both
+// directions.
 //
 // Work is cut by direction and by sequences: a thread runs all steps of its own sequences, so that no step needs a
 // barrier. Weights are packed once a call (gemm.h) and shared.
@@ -12,8 +13,8 @@
 // Gates are stored [row][panel][slot][unit], so that a panel's slots are neighbours. States are kept in float scratch
 // (double for double) with rows padded to whole vectors; what is stored in the tensors' own dtype is never read back.
 //
-// Backward walks the steps the other way: dh_{t-1} = dgates W_hh. It stores dgates for all rows, [row][slot][unit], from
-// which the gradients of the weights and of x follow as large products.
+// Backward walks the steps the other way: dh_{t-1} = dgates W_hh. It stores dgates for all rows, [row][slot][unit],
+// from which the gradients of the weights and of x follow as large products.
 //
 // Letters are those of library.cpp.
 #include <ATen/Dispatch.h>
@@ -154,7 +155,8 @@ class Forward {
     y = at::empty(y_sizes, options);
     h_n = at::empty(layer.h0.sizes(), options);
     c_n = Cell::has_c ? at::empty(layer.c0->sizes(), options) : at::empty({0}, options);
-    workspace = keep ? at::empty({layer.directions, layer.rows, kSaved, layer.hidden}, options) : at::empty({0}, options);
+    workspace =
+        keep ? at::empty({layer.directions, layer.rows, kSaved, layer.hidden}, options) : at::empty({0}, options);
     y_ = y.mutable_data_ptr<T>();
     kept_ = workspace.numel() > 0 ? workspace.mutable_data_ptr<T>() : nullptr;
     for (const auto d : c10::irange(layer.directions)) directions_.push_back(std::make_unique<Direction>(layer, d));
@@ -311,9 +313,7 @@ class Forward {
     });
   }
 
-  T* y_row(int64_t d, int64_t row) const {
-    return y_ + (row * layer_.directions + d) * layer_.features;
-  }
+  T* y_row(int64_t d, int64_t row) const { return y_ + (row * layer_.directions + d) * layer_.features; }
 
   template <typename To, typename From>
   static void copy(To* to, const From* from, int64_t count) {
@@ -385,9 +385,7 @@ class Backward {
     return workspace_ + (d * layer_.rows + row) * kSaved * layer_.hidden;
   }
 
-  const T* y_row(int64_t d, int64_t row) const {
-    return y_ + (row * layer_.directions + d) * layer_.features;
-  }
+  const T* y_row(int64_t d, int64_t row) const { return y_ + (row * layer_.directions + d) * layer_.features; }
 
   // h_{t-1} of sequence b, in the tensors' dtype
   const T* previous_h(int64_t d, int64_t t, int64_t b) const {
@@ -457,8 +455,7 @@ class Backward {
     const T* h_previous = previous_h(d, t, b);
     const T* c_previous = nullptr;
     if constexpr (Cell::has_c) {
-      c_previous = previous >= 0 ? workspace_row(d, previous) + Cell::saved_c * hidden
-                                 : layer_.c0_row(d, b);
+      c_previous = previous >= 0 ? workspace_row(d, previous) + Cell::saved_c * hidden : layer_.c0_row(d, b);
     }
     scalar* out = dgates_row(d, row);
     for_each_vector<T>(hidden, [&](int64_t j, int64_t n) {
@@ -503,8 +500,8 @@ class Backward {
         products.push_back({run.count * hidden, inputs, rows, dgates_row(d, 0) + run.slot * hidden,
                             layer_.slot_columns(), x_rows.data(), dweight(d, 0) + run.gate * hidden * inputs, inputs});
       }
-      products.push_back({layer_.gate_rows(), features, rows, dgates_row(d, 0), layer_.slot_columns(),
-                          h_rows[d].data(), dweight(d, 1), features});
+      products.push_back({layer_.gate_rows(), features, rows, dgates_row(d, 0), layer_.slot_columns(), h_rows[d].data(),
+                          dweight(d, 1), features});
     }
     run_products(products);
     if (layer_.has_bias) {
@@ -634,8 +631,8 @@ void dispatch_cell(c10::string_view cell, const Body& body) {
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> recurrent(const Tensor& x, const OptionalTensor& batch_sizes,
-                                                     const Tensor& h0, const OptionalTensor& c0,
-                                                     at::TensorList weights, c10::string_view cell, bool keep) {
+                                                     const Tensor& h0, const OptionalTensor& c0, at::TensorList weights,
+                                                     c10::string_view cell, bool keep) {
   std::tuple<Tensor, Tensor, Tensor, Tensor> result;
   dispatch_cell(cell, [&](auto cell_type) {
     using Cell = decltype(cell_type);
