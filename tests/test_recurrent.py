@@ -21,14 +21,7 @@ from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 import nlpkernels
 from nlpkernels import _ops
 
-# name, arguments of the constructor
-LAYERS: dict[str, tuple[str, dict[str, Any]]] = {
-    "rnn_tanh": ("RNN", {}),
-    "rnn_relu": ("RNN", {"nonlinearity": "relu"}),
-    "lstm": ("LSTM", {}),
-    "lstm_projected": ("LSTM", {"proj_size": 3}),
-    "gru": ("GRU", {}),
-}
+LAYERS = ["rnn_tanh", "rnn_relu", "lstm", "lstm_projected", "gru"]
 CELLS: dict[str, tuple[str, dict[str, Any]]] = {
     "rnn_tanh": ("RNNCell", {}),
     "rnn_relu": ("RNNCell", {"nonlinearity": "relu"}),
@@ -42,9 +35,12 @@ DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 
 def pair(kind: str, *sizes: int, **options: Any) -> tuple[nn.Module, nn.Module]:
     """The same layer, with the same parameters, of torch.nn and of ours."""
-    name, own = LAYERS[kind]
-    theirs = getattr(nn, name)(*sizes, **own, **options)
-    ours = getattr(nlpkernels, name)(*sizes, **own, **options)
+    if kind == "rnn_relu":
+        options["nonlinearity"] = "relu"
+    if kind == "lstm_projected":
+        options["proj_size"] = (sizes[1] + 1) // 2
+    name = kind.split("_")[0].upper()
+    theirs, ours = getattr(nn, name)(*sizes, **options), getattr(nlpkernels, name)(*sizes, **options)
     ours.load_state_dict(theirs.state_dict())
     return theirs, ours
 
@@ -175,8 +171,7 @@ def test_dropout_draws_torchs_masks(kind: str, device: str) -> None:
 @pytest.mark.parametrize("kind", LAYERS)
 def test_gradcheck(kind: str, device: str) -> None:
     """First derivatives by both modes, and second ones, of outputs and states in everything."""
-    name, own = LAYERS[kind]
-    layer = getattr(nlpkernels, name)(2, 4, bidirectional=True, dtype=torch.float64, device=device, **own)
+    _, layer = pair(kind, 2, 4, bidirectional=True, dtype=torch.float64, device=device)
     names = [name for name, _ in layer.named_parameters()]
     x = torch.randn(3, 2, 2, dtype=torch.float64, device=device, requires_grad=True)
     hx = [state.requires_grad_() for state in tensors(states_for(layer, (2,), torch.float64, device))]
@@ -195,8 +190,7 @@ def test_gradcheck(kind: str, device: str) -> None:
 
 @pytest.mark.parametrize("kind", LAYERS)
 def test_gradients_of_packed_sequences_can_be_differentiated(kind: str, device: str) -> None:
-    name, own = LAYERS[kind]
-    layer = getattr(nlpkernels, name)(2, 4, bidirectional=True, dtype=torch.float64, device=device, **own)
+    _, layer = pair(kind, 2, 4, bidirectional=True, dtype=torch.float64, device=device)
     x = torch.randn(3, 2, 2, dtype=torch.float64, device=device, requires_grad=True)
 
     def run(x: Tensor) -> tuple[Tensor, ...]:
@@ -239,6 +233,22 @@ def test_compiles_to_one_graph(kind: str, device: str) -> None:
         torch.testing.assert_close(got, expected)
     with torch.no_grad():
         torch.testing.assert_close(compiled(x)[0], results[0][0])
+
+
+def test_tanh_and_sigmoid_are_exact_to_a_few_units() -> None:
+    """The kernels' own elementary functions, seen through layers whose pre-activation is their input."""
+    finite = torch.cat([torch.linspace(-12, 12, 200001), torch.logspace(-30, 2, 10001)])
+    x = torch.cat([finite, torch.tensor([float("inf"), -float("inf"), float("nan")])])
+    n, one, zero = len(x), torch.ones(1, 1), torch.zeros(1, 1)
+    h0 = torch.zeros(1, n, 1)
+    tanh, *_ = torch.ops.nlpkernels.recurrent(x.reshape(1, n, 1), None, h0, None, [one, zero], "rnn_tanh", False)
+    *_, kept = torch.ops.nlpkernels.recurrent(
+        x.reshape(1, n, 1), None, h0, h0, [one.expand(4, 1), zero.expand(4, 1)], "lstm", True
+    )
+    for got, exact in ((tanh.reshape(n), x.double().tanh()), (kept[0, :, 0, 0], x.double().sigmoid())):
+        error = (got.double() - exact).abs()[: len(finite)] / exact.abs()[: len(finite)]
+        assert error.max() < 3 * torch.finfo(torch.float32).eps
+        assert torch.equal(got[-3:].double().nan_to_num(7), exact[-3:].nan_to_num(7))
 
 
 @pytest.mark.parametrize("kind", LAYERS)

@@ -38,7 +38,7 @@ constexpr int kTileRows = 6, kTileVecs = 2;
 constexpr int kTileRows = 4, kTileVecs = 1;
 #endif
 constexpr int kMaxStrips = 4;
-constexpr int64_t kPanelBytes = 16 * 1024;
+constexpr int64_t kPanelBytes = 8 * 1024;
 // Products that are added up in one accumulator before it is added to c: the error of a sum of K products grows with
 // sqrt(kChain + K / kChain) rather than sqrt(K). Blocks of k are multiples of it.
 constexpr int64_t kChain = 64;
@@ -46,6 +46,14 @@ constexpr int64_t kChain = 64;
 constexpr int64_t kPackGrain = 1 << 15;
 
 constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// Distance of rows of `columns` values in a kernel's own memory: whole cache lines, an odd number of them. Rows a power
+// of two apart would fall into the same few sets of the cache and drive each other out of it.
+template <typename scalar>
+constexpr int64_t row_stride(int64_t columns) {
+  constexpr int64_t line = 64 / sizeof(scalar);
+  return (ceil_div(columns, line) | 1) * line;
+}
 
 // Memory for a kernel's own use, as aligned as a tensor's.
 template <typename scalar>
@@ -414,11 +422,11 @@ void run_products(const std::vector<TransposedProduct<scalar, T>>& products) {
     }
   }
   at::parallel_for(0, static_cast<int64_t>(tasks.size()), 1, [&](int64_t begin, int64_t end) {
-    const Scratch<scalar> a(part_m * block_k), c(block_m * Panels<scalar>{block_n}.padded());
+    const Scratch<scalar> a(part_m * block_k), c(block_m * row_stride<scalar>(block_n));
     for (const auto i : c10::irange(begin, end)) {
       const Task& task = tasks[i];
       const auto& product = *task.product;
-      const int64_t ldc = Panels<scalar>{task.n_count}.padded();
+      const int64_t ldc = row_stride<scalar>(task.n_count);
       std::fill(c.data(), c.data() + task.m_count * ldc, scalar(0));
       const auto multiply_block = [&](const PackedMatrix<scalar>& b, int64_t k) {
         b.pack_rows([&](int64_t r) { return product.b[k + r] + task.n; });

@@ -95,6 +95,7 @@ struct Layer : RecurrentArguments {
 
   int64_t gate_rows() const { return Cell::gates * hidden; }
   int64_t slot_columns() const { return Cell::slots * hidden; }
+  int64_t slot_stride() const { return row_stride<scalar>(slot_columns()); }
   int64_t step(int64_t direction, int64_t i) const { return direction == 0 ? i : steps - 1 - i; }
 
   // Of the sequences [begin, end), how many are active at step t; they are the first ones.
@@ -205,20 +206,21 @@ class Forward {
   void run_piece(int64_t d, int64_t begin, int64_t end) const {
     const Direction& direction = *directions_[d];
     const int64_t batch = end - begin, hidden = layer_.hidden, features = layer_.features;
-    const int64_t padded = direction.w_ih.panels.padded(), gate_columns = kSlots * padded;
+    const int64_t gate_columns = kSlots * direction.w_ih.panels.padded();
+    const int64_t gate_stride = row_stride<scalar>(gate_columns);
     const int64_t block_rows =
-        std::min(std::max<int64_t>(batch, kGateBytes / (gate_columns * sizeof(scalar))), batch * layer_.steps);
+        std::min(std::max<int64_t>(batch, kGateBytes / (gate_stride * sizeof(scalar))), batch * layer_.steps);
 
-    const Scratch<scalar> gates(block_rows * gate_columns), packed_x(block_rows * layer_.inputs);
+    const Scratch<scalar> gates(block_rows * gate_stride), packed_x(block_rows * layer_.inputs);
     const Scratch<scalar> packed_h(batch * std::max(features, hidden));
-    const int64_t h_columns = Panels<scalar>{features}.padded();
-    const Scratch<scalar> h(batch * h_columns), c(batch * padded);
-    const Scratch<scalar> unprojected(layer_.has_projection ? batch * padded : 0);
+    const int64_t h_stride = row_stride<scalar>(features), c_stride = row_stride<scalar>(hidden);
+    const Scratch<scalar> h(batch * h_stride), c(batch * c_stride);
+    const Scratch<scalar> unprojected(layer_.has_projection ? batch * c_stride : 0);
     std::vector<const T*> x_rows(block_rows);
 
     for (const auto r : c10::irange(batch)) {
-      copy(h.data() + r * h_columns, layer_.h0_row(d, begin + r), features);
-      if (Cell::has_c) copy(c.data() + r * padded, layer_.c0_row(d, begin + r), hidden);
+      copy(h.data() + r * h_stride, layer_.h0_row(d, begin + r), features);
+      if (Cell::has_c) copy(c.data() + r * c_stride, layer_.c0_row(d, begin + r), hidden);
     }
 
     for (int64_t i = 0; i < layer_.steps;) {
@@ -229,12 +231,12 @@ class Forward {
         for (const auto r : c10::irange(active)) x_rows[count++] = layer_.x_row(t, begin + r);
       }
       for (const auto r : c10::irange(count)) {
-        std::copy(direction.bias.data(), direction.bias.data() + gate_columns, gates.data() + r * gate_columns);
+        std::copy(direction.bias.data(), direction.bias.data() + gate_columns, gates.data() + r * gate_stride);
       }
       const RowTiles tiles(count);
       pack_tiles(packed_x.data(), tiles, layer_.inputs, [&](int64_t r) { return x_rows[r]; });
       multiply_panels(tiles, packed_x.data(), direction.w_ih, 0, direction.w_ih.panels.count(), gates.data(),
-                      gate_columns, kSlots, Cell::input_slot);
+                      gate_stride, kSlots, Cell::input_slot);
 
       scalar* step_gates = gates.data();
       for (; i < stop; ++i) {
@@ -242,14 +244,14 @@ class Forward {
         if (active == 0) continue;
         run_step(d, layer_.first_row[t] + begin, active, step_gates, packed_h.data(), h.data(), c.data(),
                  unprojected.data());
-        step_gates += active * gate_columns;
+        step_gates += active * gate_stride;
       }
     }
 
     for (const auto r : c10::irange(batch)) {
       const int64_t row = d * layer_.batch + begin + r;
-      copy(h_n.mutable_data_ptr<T>() + row * features, h.data() + r * h_columns, features);
-      if (Cell::has_c) copy(c_n.mutable_data_ptr<T>() + row * hidden, c.data() + r * padded, hidden);
+      copy(h_n.mutable_data_ptr<T>() + row * features, h.data() + r * h_stride, features);
+      if (Cell::has_c) copy(c_n.mutable_data_ptr<T>() + row * hidden, c.data() + r * c_stride, hidden);
     }
   }
 
@@ -258,28 +260,28 @@ class Forward {
                 scalar* unprojected) const {
     const Direction& direction = *directions_[d];
     const auto& panels = direction.w_hh.panels;
-    const int64_t features = layer_.features, padded = panels.padded(), gate_columns = kSlots * padded;
-    const int64_t h_columns = Panels<scalar>{features}.padded();
+    const int64_t features = layer_.features, gate_stride = row_stride<scalar>(kSlots * panels.padded());
+    const int64_t h_stride = row_stride<scalar>(features), c_stride = row_stride<scalar>(layer_.hidden);
     const RowTiles tiles(active);
-    pack_tiles(packed_h, tiles, features, [&](int64_t r) { return h + r * h_columns; });
+    pack_tiles(packed_h, tiles, features, [&](int64_t r) { return h + r * h_stride; });
     for (int64_t panel = 0; panel < panels.count(); panel += kPanelGroup) {
       const int64_t stop = std::min(panel + kPanelGroup, panels.count());
-      multiply_panels(tiles, packed_h, direction.w_hh, panel, stop, gates, gate_columns, kSlots,
+      multiply_panels(tiles, packed_h, direction.w_hh, panel, stop, gates, gate_stride, kSlots,
                       [](int64_t gate) { return gate; });
       for (int64_t p = panel; p < stop; ++p) {
         const int64_t column = panels.begin(p);
         for (const auto r : c10::irange(active)) {
-          const scalar* a = gates + r * gate_columns + column * kSlots;
-          activate(d, first_row + r, column, panels.valid(p), panels.width(p), a, h + r * h_columns, c + r * padded,
-                   layer_.has_projection ? unprojected + r * padded : nullptr);
+          const scalar* a = gates + r * gate_stride + column * kSlots;
+          activate(d, first_row + r, column, panels.valid(p), panels.width(p), a, h + r * h_stride, c + r * c_stride,
+                   layer_.has_projection ? unprojected + r * c_stride : nullptr);
         }
       }
     }
     if (layer_.has_projection) {
-      pack_tiles(packed_h, tiles, layer_.hidden, [&](int64_t r) { return unprojected + r * padded; });
-      std::fill(h, h + active * h_columns, scalar(0));
-      multiply(tiles, packed_h, direction.w_hr, h, h_columns);
-      for (const auto r : c10::irange(active)) copy(y_row(d, first_row + r), h + r * h_columns, features);
+      pack_tiles(packed_h, tiles, layer_.hidden, [&](int64_t r) { return unprojected + r * c_stride; });
+      std::fill(h, h + active * h_stride, scalar(0));
+      multiply(tiles, packed_h, direction.w_hr, h, h_stride);
+      for (const auto r : c10::irange(active)) copy(y_row(d, first_row + r), h + r * h_stride, features);
     }
   }
 
@@ -346,7 +348,7 @@ class Backward {
         y_(y_tensor_.template const_data_ptr<T>()),
         workspace_(workspace_tensor_.template const_data_ptr<T>()),
         need_dweights_(need_dweights),
-        dgates_(layer.directions * layer.rows * layer.slot_columns() + kTilePadding),
+        dgates_(layer.directions * layer.rows * layer.slot_stride() + kTilePadding),
         dprojected_(layer.has_projection ? layer.directions * layer.rows * layer.features + kTilePadding : 0) {
     const auto options = layer.x.options();
     dx = need_dx ? at::empty(layer.x.sizes(), options) : at::empty({0}, options);
@@ -378,7 +380,7 @@ class Backward {
   };
 
   scalar* dgates_row(int64_t d, int64_t row) const {
-    return dgates_.data() + (d * layer_.rows + row) * layer_.slot_columns();
+    return dgates_.data() + (d * layer_.rows + row) * layer_.slot_stride();
   }
 
   const T* workspace_row(int64_t d, int64_t row) const {
@@ -397,15 +399,15 @@ class Backward {
   void run_piece(int64_t d, int64_t begin, int64_t end) const {
     const Direction& direction = *directions_[d];
     const int64_t batch = end - begin, hidden = layer_.hidden, features = layer_.features;
-    const int64_t h_columns = Panels<scalar>{features}.padded(), c_columns = Panels<scalar>{hidden}.padded();
-    const Scratch<scalar> dh(batch * h_columns), dc(batch * c_columns);
+    const int64_t h_stride = row_stride<scalar>(features), c_stride = row_stride<scalar>(hidden);
+    const Scratch<scalar> dh(batch * h_stride), dc(batch * c_stride);
     const Scratch<scalar> packed(batch * std::max(layer_.gate_rows(), features));
-    const Scratch<scalar> unprojected(layer_.has_projection ? batch * c_columns : 0);
+    const Scratch<scalar> unprojected(layer_.has_projection ? batch * c_stride : 0);
 
     for (const auto r : c10::irange(batch)) {
       const int64_t row = d * layer_.batch + begin + r;
-      read_or_zero(dh.data() + r * h_columns, data<T>(dh_n_), row, features);
-      if (Cell::has_c) read_or_zero(dc.data() + r * c_columns, data<T>(dc_n_), row, hidden);
+      read_or_zero(dh.data() + r * h_stride, data<T>(dh_n_), row, features);
+      if (Cell::has_c) read_or_zero(dc.data() + r * c_stride, data<T>(dc_n_), row, hidden);
     }
 
     for (int64_t i = layer_.steps - 1; i >= 0; --i) {
@@ -416,32 +418,32 @@ class Backward {
       if (dy_) {
         for (const auto r : c10::irange(active)) {
           const T* dy = data<T>(dy_) + ((first_row + r) * layer_.directions + d) * features;
-          scalar* out = dh.data() + r * h_columns;
+          scalar* out = dh.data() + r * h_stride;
           for (const auto j : c10::irange(features)) out[j] += static_cast<scalar>(dy[j]);
         }
       }
       if (layer_.has_projection) {
         for (const auto r : c10::irange(active)) {
-          const scalar* row = dh.data() + r * h_columns;
+          const scalar* row = dh.data() + r * h_stride;
           std::copy(row, row + features, dprojected_.data() + (d * layer_.rows + first_row + r) * features);
         }
-        pack_tiles(packed.data(), tiles, features, [&](int64_t r) { return dh.data() + r * h_columns; });
-        std::fill(unprojected.data(), unprojected.data() + active * c_columns, scalar(0));
-        multiply(tiles, packed.data(), direction.w_hr, unprojected.data(), c_columns);
-        std::fill(dh.data(), dh.data() + active * h_columns, scalar(0));
+        pack_tiles(packed.data(), tiles, features, [&](int64_t r) { return dh.data() + r * h_stride; });
+        std::fill(unprojected.data(), unprojected.data() + active * c_stride, scalar(0));
+        multiply(tiles, packed.data(), direction.w_hr, unprojected.data(), c_stride);
+        std::fill(dh.data(), dh.data() + active * h_stride, scalar(0));
       }
       for (const auto r : c10::irange(active)) {
-        scalar* projected = layer_.has_projection ? unprojected.data() + r * c_columns : nullptr;
-        differentiate(d, t, begin + r, dh.data() + r * h_columns, projected, dc.data() + r * c_columns);
+        scalar* projected = layer_.has_projection ? unprojected.data() + r * c_stride : nullptr;
+        differentiate(d, t, begin + r, dh.data() + r * h_stride, projected, dc.data() + r * c_stride);
       }
       pack_tiles(packed.data(), tiles, layer_.gate_rows(), [&](int64_t r) { return dgates_row(d, first_row + r); });
-      multiply(tiles, packed.data(), direction.w_hh, dh.data(), h_columns);
+      multiply(tiles, packed.data(), direction.w_hh, dh.data(), h_stride);
     }
 
     for (const auto r : c10::irange(batch)) {
       const int64_t row = d * layer_.batch + begin + r;
-      write(dh0.mutable_data_ptr<T>() + row * features, dh.data() + r * h_columns, features);
-      if (Cell::has_c) write(dc0.mutable_data_ptr<T>() + row * hidden, dc.data() + r * c_columns, hidden);
+      write(dh0.mutable_data_ptr<T>() + row * features, dh.data() + r * h_stride, features);
+      if (Cell::has_c) write(dc0.mutable_data_ptr<T>() + row * hidden, dc.data() + r * c_stride, hidden);
     }
   }
 
@@ -498,9 +500,9 @@ class Backward {
     for (const auto d : c10::irange(layer_.directions)) {
       for (const GateRun& run : input_gate_runs<Cell>()) {
         products.push_back({run.count * hidden, inputs, rows, dgates_row(d, 0) + run.slot * hidden,
-                            layer_.slot_columns(), x_rows.data(), dweight(d, 0) + run.gate * hidden * inputs, inputs});
+                            layer_.slot_stride(), x_rows.data(), dweight(d, 0) + run.gate * hidden * inputs, inputs});
       }
-      products.push_back({layer_.gate_rows(), features, rows, dgates_row(d, 0), layer_.slot_columns(), h_rows[d].data(),
+      products.push_back({layer_.gate_rows(), features, rows, dgates_row(d, 0), layer_.slot_stride(), h_rows[d].data(),
                           dweight(d, 1), features});
     }
     run_products(products);
@@ -581,7 +583,7 @@ class Backward {
         largest = std::max(largest, run.count * hidden);
       }
     }
-    const int64_t columns = Panels<scalar>{inputs}.padded();
+    const int64_t columns = row_stride<scalar>(inputs);
     const int64_t block = std::clamp<int64_t>(ceil_div(rows, at::get_num_threads()), 1, 96);
     T* out = dx.mutable_data_ptr<T>();
     at::parallel_for(0, ceil_div(rows, block), 1, [&](int64_t begin, int64_t end) {

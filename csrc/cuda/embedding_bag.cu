@@ -1,0 +1,701 @@
+// Embedding-bag pooling on CUDA, forward and backward.
+//
+// Forward: a group of threads (common.cuh) takes one bag, or one row of a lookup, and a thread 16 bytes of its columns
+// where they are aligned. It has kInFlight rows on their way before it adds the first one up, in float.
+//
+// Backward: the positions of the indices are sorted by row, stably, with those that count for no bag at the end. The
+// first of the uses of a row owns it: its group adds the uses up in the order of the indices and writes the row. No
+// atomics, and the same bits at every run. A row that is used very often is therefore slow. The sorted rows, numbered,
+// are the coalesced sparse gradient.
+//
+// Indices and offsets are checked on the device, by a kernel of its own, before they are used; what is wrong is read as
+// if it were not there, so that no kernel leaves a tensor's memory or ends the process, and the op then raises. To know
+// it must wait for the device: every op here synchronises once, and the sparse gradient twice, to learn its size. None
+// can be captured in a CUDA graph.
+//
+// Letters are those of library.cpp.
+#include <ATen/Dispatch.h>
+#include <ATen/core/LegacyTypeDispatch.h>
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/cumsum.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/full.h>
+#include <ATen/ops/sort.h>
+#include <ATen/ops/zeros.h>
+#include <torch/library.h>
+
+#include <limits>
+#include <string>
+#include <tuple>
+
+#include "../checks.h"
+#include "common.cuh"
+
+namespace nlpkernels {
+namespace {
+
+// Rows that a thread has asked for before it uses the first.
+constexpr int kInFlight = 4;
+
+// Arguments ----------------------------------------------------------------------------------------------------------
+
+// Where each bag begins and ends in the flattened indices, for kernels; always within them.
+struct Bags {
+  bool has_offsets;        // else `count` bags of `length`
+  const int64_t* offsets;  // [given]; nullptr if that is 0, too
+  int64_t given, count, length, total;
+
+  __device__ int64_t offset(int64_t i) const {
+    const int64_t value = offsets[i];
+    return value < 0 ? 0 : value > total ? total : value;
+  }
+  __device__ int64_t begin(int64_t bag) const { return has_offsets ? offset(bag) : bag * length; }
+  __device__ int64_t end(int64_t bag) const {
+    if (!has_offsets) return (bag + 1) * length;
+    return bag + 1 < given ? offset(bag + 1) : total;
+  }
+  // Where the last bag ends.
+  __device__ int64_t end() const { return count > 0 ? end(count - 1) : 0; }
+
+  // The bag that holds a position, or -1: the last bag that begins at it or before, the others there being empty.
+  __device__ int64_t of(int64_t position) const {
+    if (!has_offsets) return position / length;
+    int64_t low = 0, high = count;
+    while (low < high) {
+      const int64_t middle = (low + high) / 2;
+      if (offset(middle) <= position) {
+        low = middle + 1;
+      } else {
+        high = middle;
+      }
+    }
+    return low > 0 && position < end(low - 1) ? low - 1 : -1;
+  }
+};
+
+// Indices and padding, for kernels: the row at a position, or -1 for none.
+template <typename index_t>
+struct Indices {
+  const index_t* data;
+  int64_t rows, padding_idx;
+
+  __device__ int64_t operator[](int64_t position) const {
+    const int64_t row = data[position];
+    return row >= 0 && row < rows && row != padding_idx ? row : -1;
+  }
+};
+
+__device__ __forceinline__ int64_t thread_index() {
+  return static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
+}
+
+// A thread for each of `count` positions.
+Shape positions(int64_t count) { return {dim3(static_cast<unsigned>(ceil_div(count, kThreads))), dim3(kThreads)}; }
+
+__device__ __forceinline__ void keep_least(int64_t* least, int64_t value) {
+  atomicMin(reinterpret_cast<long long*>(least), static_cast<long long>(value));
+}
+
+// wrong[0], wrong[1]: the first offset and the first index that are.
+template <typename index_t>
+__global__ void __launch_bounds__(kThreads)
+    check_values(const index_t* indices, const Bags bags, int64_t rows, int64_t* wrong) {
+  const int64_t i = thread_index();
+  if (i < bags.given) {
+    const int64_t least = i == 0 ? 0 : bags.offsets[i - 1], most = i == 0 ? 0 : bags.total, value = bags.offsets[i];
+    if (value < least || value > most) keep_least(wrong, i);
+  }
+  if (i < bags.total && i < bags.end() && (indices[i] < 0 || indices[i] >= rows)) keep_least(wrong + 1, i);
+}
+
+// Indices and offsets as the caller wrote them, on their way through the check.
+class Input {
+ public:
+  Input(const char* op, const Tensor& indices, const OptionalTensor& offsets, bool include_last_offset, int64_t rows)
+      : op_(op),
+        columns_(indices.dim() == 2 ? indices.size(1) : 0),
+        rows_(rows),
+        indices_(indices.contiguous()),
+        wrong_(at::full({2}, kNone, indices.options().dtype(at::kLong))) {
+    bags.total = indices.numel();
+    if (offsets) {
+      offsets_ = offsets->to(at::kLong).contiguous();
+      bags.has_offsets = true;
+      bags.offsets = offsets_.const_data_ptr<int64_t>();
+      bags.given = offsets_.numel();
+      bags.count = bags.given - (include_last_offset ? 1 : 0);
+    } else {
+      bags.count = indices.size(0);
+      bags.length = indices.size(1);
+    }
+    AT_DISPATCH_INDEX_TYPES(indices.scalar_type(), "embedding_bag", [&] {
+      launch(check_values<index_t>, positions(std::max(bags.total, bags.given)), data<index_t>(), bags, rows_,
+             wrong_.mutable_data_ptr<int64_t>());
+    });
+  }
+
+  Bags bags{};
+
+  template <typename index_t>
+  const index_t* data() const {
+    return indices_.const_data_ptr<index_t>();
+  }
+
+  at::ScalarType index_type() const { return indices_.scalar_type(); }
+
+  // Waits for the device.
+  void raise_if_wrong() const {
+    const Tensor wrong = wrong_.to(at::kCPU);
+    const int64_t offset = wrong.const_data_ptr<int64_t>()[0], index = wrong.const_data_ptr<int64_t>()[1];
+    TORCH_CHECK_VALUE(offset != 0, op_, ": expected offsets[0] to be 0, got ", value_of(offsets_, 0));
+    TORCH_CHECK_VALUE(offset == kNone, op_, ": expected offsets[", offset, "] between ", value_of(offsets_, offset - 1),
+                      " (the offset before it) and ", bags.total, " (the number of indices), got ",
+                      value_of(offsets_, offset));
+    TORCH_CHECK_INDEX(index == kNone, op_, ": indices[", place(index), "] is ", value_of(indices_, index),
+                      ", expected a row from 0 to ", rows_ - 1, " of a table of ", rows_);
+  }
+
+ private:
+  static constexpr int64_t kNone = std::numeric_limits<int64_t>::max();
+
+  static int64_t value_of(const Tensor& tensor, int64_t position) {
+    return tensor.view({-1}).select(0, position).item().toLong();
+  }
+
+  std::string place(int64_t position) const {
+    if (columns_ == 0) return std::to_string(position);
+    return std::to_string(position / columns_) + "][" + std::to_string(position % columns_);
+  }
+
+  const char* op_;
+  const int64_t columns_, rows_;
+  const Tensor indices_;
+  Tensor offsets_;
+  const Tensor wrong_;
+};
+
+template <typename T>
+const T* data(const OptionalTensor& tensor) {
+  return tensor ? tensor->const_data_ptr<T>() : nullptr;
+}
+
+OptionalTensor contiguous(const OptionalTensor& tensor) {
+  return tensor ? OptionalTensor(tensor->contiguous()) : std::nullopt;
+}
+
+// Calls body with how many columns a thread takes at once: 16 bytes of them if all rows allow it, else 1.
+template <typename T, typename Body>
+void dispatch_vector(bool is_aligned, const Body& body) {
+  if (is_aligned) {
+    body(std::integral_constant<int, kPackOf16Bytes<T>>());
+  } else {
+    body(std::integral_constant<int, 1>());
+  }
+}
+
+// Forward ------------------------------------------------------------------------------------------------------------
+
+template <typename T, typename index_t>
+struct Pooling {
+  const T* table;   // [V, E]
+  int64_t columns;  // E
+  Indices<index_t> indices;
+  Bags bags;
+  const T* factors;  // like indices, or nullptr
+  T* out;            // [B, E]
+  int64_t* aux;      // [B] or [B, E], or nullptr
+};
+
+// Rows as they are: bit for bit.
+template <typename T, typename index_t, int vector>
+__global__ void __launch_bounds__(kThreads) look_up(const Pooling<T, index_t> pooling) {
+  const int64_t bag = row_of_thread();
+  if (bag >= pooling.bags.count) return;
+  const int64_t row = pooling.indices[bag], columns = pooling.columns;
+  for (int64_t column = first_column<vector>(); column < columns; column += column_step<vector>()) {
+    Pack<T, vector> values{};
+    if (row >= 0) values = load_pack<vector>(pooling.table + row * columns + column);
+    store_pack(pooling.out + bag * columns + column, values);
+  }
+}
+
+template <typename T, typename index_t, int vector, bool is_mean>
+__global__ void __launch_bounds__(kThreads) pool_sum(const Pooling<T, index_t> pooling) {
+  using scalar = acc_t<T>;
+  const int64_t bag = row_of_thread();
+  if (bag >= pooling.bags.count) return;
+  const int64_t begin = pooling.bags.begin(bag), end = pooling.bags.end(bag), columns = pooling.columns;
+  for (int64_t column = first_column<vector>(); column < columns; column += column_step<vector>()) {
+    scalar sum[vector];
+#pragma unroll
+    for (int v = 0; v < vector; ++v) sum[v] = scalar(0);
+    int64_t count = 0;
+    for (int64_t first = begin; first < end; first += kInFlight) {
+      Pack<T, vector> values[kInFlight];
+      scalar factor[kInFlight];
+      bool counts[kInFlight];
+#pragma unroll
+      for (int i = 0; i < kInFlight; ++i) {
+        const int64_t position = first + i, row = position < end ? pooling.indices[position] : -1;
+        counts[i] = row >= 0;
+        values[i] = {};
+        factor[i] = scalar(1);
+        if (counts[i]) {
+          values[i] = load_pack<vector>(pooling.table + row * columns + column);
+          if (!is_mean && pooling.factors != nullptr) factor[i] = static_cast<scalar>(pooling.factors[position]);
+        }
+      }
+#pragma unroll
+      for (int i = 0; i < kInFlight; ++i) {
+        if (!counts[i]) continue;
+        ++count;
+#pragma unroll
+        for (int v = 0; v < vector; ++v) sum[v] += factor[i] * static_cast<scalar>(values[i].values[v]);
+      }
+    }
+    const scalar divisor = is_mean && count > 0 ? static_cast<scalar>(count) : scalar(1);
+    Pack<T, vector> out;
+#pragma unroll
+    for (int v = 0; v < vector; ++v) out.values[v] = static_cast<T>(sum[v] / divisor);
+    store_pack(pooling.out + bag * columns + column, out);
+    if (is_mean && column == 0) pooling.aux[bag] = count;
+  }
+}
+
+// The first of the greatest values wins; NaN wins only where it comes first.
+template <typename T, typename index_t, int vector>
+__global__ void __launch_bounds__(kThreads) pool_max(const Pooling<T, index_t> pooling) {
+  using scalar = acc_t<T>;
+  const int64_t bag = row_of_thread();
+  if (bag >= pooling.bags.count) return;
+  const int64_t begin = pooling.bags.begin(bag), end = pooling.bags.end(bag), columns = pooling.columns;
+  for (int64_t column = first_column<vector>(); column < columns; column += column_step<vector>()) {
+    scalar best[vector];
+    int64_t winner[vector];
+#pragma unroll
+    for (int v = 0; v < vector; ++v) {
+      best[v] = scalar(0);
+      winner[v] = -1;
+    }
+    for (int64_t first = begin; first < end; first += kInFlight) {
+      Pack<T, vector> values[kInFlight];
+      bool counts[kInFlight];
+#pragma unroll
+      for (int i = 0; i < kInFlight; ++i) {
+        const int64_t row = first + i < end ? pooling.indices[first + i] : -1;
+        counts[i] = row >= 0;
+        values[i] = {};
+        if (counts[i]) values[i] = load_pack<vector>(pooling.table + row * columns + column);
+      }
+#pragma unroll
+      for (int i = 0; i < kInFlight; ++i) {
+        if (!counts[i]) continue;
+#pragma unroll
+        for (int v = 0; v < vector; ++v) {
+          const scalar value = static_cast<scalar>(values[i].values[v]);
+          if (winner[v] < 0 || value > best[v]) {
+            best[v] = value;
+            winner[v] = first + i;
+          }
+        }
+      }
+    }
+    Pack<T, vector> out;
+#pragma unroll
+    for (int v = 0; v < vector; ++v) {
+      out.values[v] = static_cast<T>(best[v]);
+      pooling.aux[bag * columns + column + v] = winner[v];
+    }
+    store_pack(pooling.out + bag * columns + column, out);
+  }
+}
+
+template <typename T, typename index_t>
+void pool(const Input& input, const Tensor& table, const OptionalTensor& factors, Mode mode, int64_t padding_idx,
+          const Tensor& out, const Tensor& aux) {
+  const int64_t columns = table.size(1);
+  // What is looked up is never padding: no index is -1.
+  const int64_t skipped = mode == Mode::lookup ? -1 : padding_idx;
+  const Pooling<T, index_t> pooling{table.const_data_ptr<T>(),
+                                    columns,
+                                    {input.data<index_t>(), table.size(0), skipped},
+                                    input.bags,
+                                    data<T>(factors),
+                                    out.mutable_data_ptr<T>(),
+                                    aux.mutable_data_ptr<int64_t>()};
+  dispatch_vector<T>(has_aligned_rows(pooling.table, columns), [&](auto size) {
+    constexpr int vector = decltype(size)::value;
+    const Shape shape = rows_by_columns(pooling.bags.count, columns, vector);
+    if (mode == Mode::lookup) launch(look_up<T, index_t, vector>, shape, pooling);
+    if (mode == Mode::sum) launch(pool_sum<T, index_t, vector, false>, shape, pooling);
+    if (mode == Mode::mean) launch(pool_sum<T, index_t, vector, true>, shape, pooling);
+    if (mode == Mode::max) launch(pool_max<T, index_t, vector>, shape, pooling);
+  });
+}
+
+std::tuple<Tensor, Tensor> embedding_bag(const Tensor& weight, const Tensor& indices, const OptionalTensor& offsets,
+                                         const OptionalTensor& per_sample_weights, c10::string_view mode_name,
+                                         int64_t padding_idx, bool include_last_offset, bool /*scale_grad_by_freq*/,
+                                         bool /*sparse*/) {
+  const at::AutoDispatchBelowADInplaceOrView no_derivatives;
+  const char* op = "embedding_bag";
+  const Mode mode = parse_mode(mode_name);
+  TORCH_CHECK_VALUE(weight.dim() == 2, op, ": expected 2-D weight, got ", weight.sizes());
+  check_embedding_bag(op, weight, indices, offsets, per_sample_weights, mode, include_last_offset);
+  const c10::cuda::CUDAGuard device(weight.device());
+  const Input input(op, indices, offsets, include_last_offset, weight.size(0));
+  const int64_t bags = input.bags.count, columns = weight.size(1);
+  const Tensor table = weight.contiguous();
+  const OptionalTensor factors = contiguous(per_sample_weights);
+  const Tensor out = at::empty({bags, columns}, weight.options());
+  const auto integers = weight.options().dtype(at::kLong);
+  const Tensor aux = mode == Mode::mean  ? at::empty({bags}, integers)
+                     : mode == Mode::max ? at::empty({bags, columns}, integers)
+                                         : at::empty({0}, integers);
+  if (columns == 0) aux.zero_();  // there is no thread to count
+  AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, weight.scalar_type(), "embedding_bag", [&] {
+    AT_DISPATCH_INDEX_TYPES(indices.scalar_type(), "embedding_bag",
+                            [&] { pool<scalar_t, index_t>(input, table, factors, mode, padding_idx, out, aux); });
+  });
+  input.raise_if_wrong();
+  return {out, aux};
+}
+
+// Backward -----------------------------------------------------------------------------------------------------------
+
+// keys: the row that each position uses, or `rows` for none; bag_of: its bag.
+template <typename index_t, typename key_t>
+__global__ void __launch_bounds__(kThreads)
+    find_uses(const Indices<index_t> indices, const Bags bags, key_t* keys, int64_t* bag_of) {
+  const int64_t position = thread_index();
+  if (position >= bags.total) return;
+  const int64_t bag = bags.of(position), row = bag >= 0 ? indices[position] : -1;
+  keys[position] = static_cast<key_t>(row >= 0 ? row : indices.rows);
+  bag_of[position] = bag;
+}
+
+// Whether the i-th of the sorted keys is the first of its row.
+template <typename key_t>
+__device__ __forceinline__ bool is_first_use(const key_t* keys, int64_t i, int64_t rows) {
+  return keys[i] < rows && (i == 0 || keys[i] != keys[i - 1]);
+}
+
+// Where the run of keys that begins at `first` ends: in steps that double, then in steps that halve.
+template <typename key_t>
+__device__ int64_t end_of_run(const key_t* keys, int64_t first, int64_t total) {
+  const key_t key = keys[first];
+  int64_t low = first, step = 1;  // keys[low] is in the run
+  while (low + step < total && keys[low + step] == key) {
+    low += step;
+    step *= 2;
+  }
+  int64_t high = low + step < total ? low + step : total;  // keys[high] is not, or there is none
+  while (low + 1 < high) {
+    const int64_t middle = low + (high - low) / 2;
+    if (keys[middle] == key) {
+      low = middle;
+    } else {
+      high = middle;
+    }
+  }
+  return high;
+}
+
+template <typename key_t>
+__global__ void __launch_bounds__(kThreads)
+    mark_first_uses(const key_t* keys, int64_t total, int64_t rows, int64_t* marks) {
+  const int64_t i = thread_index();
+  if (i < total) marks[i] = is_first_use(keys, i, rows) ? 1 : 0;
+}
+
+// numbers: running sums of the marks.
+template <typename key_t>
+__global__ void __launch_bounds__(kThreads)
+    list_rows(const key_t* keys, const int64_t* numbers, int64_t total, int64_t rows, int64_t* out) {
+  const int64_t i = thread_index();
+  if (i < total && is_first_use(keys, i, rows)) out[numbers[i] - 1] = keys[i];
+}
+
+template <typename T, typename key_t>
+struct RowGradients {
+  const T* grad;             // [B, E]
+  int64_t columns;           // E
+  const key_t* keys;         // [total], sorted rows
+  const int64_t* positions;  // [total], of the keys before they were sorted
+  const int64_t* bag_of;     // [total], of positions
+  int64_t total, rows;
+  const T* factors;    // of positions, or nullptr
+  const int64_t* aux;  // as forward gave it
+  bool is_mean, scale_grad_by_freq;
+  const int64_t* numbers;  // [total]: a row's place in `out`, plus 1; or nullptr: its place is the row
+  T* out;                  // [V, E] or [R, E]
+};
+
+// A group of threads for each use of a row, of which the first use's does it all.
+template <typename T, typename key_t, int vector, bool is_max>
+__global__ void __launch_bounds__(kThreads) add_up_uses(const RowGradients<T, key_t> work) {
+  using scalar = acc_t<T>;
+  const int64_t first = row_of_thread(), columns = work.columns;
+  if (first >= work.total || !is_first_use(work.keys, first, work.rows)) return;
+  const int64_t end = end_of_run(work.keys, first, work.total);
+  const scalar share = work.scale_grad_by_freq ? scalar(1) / static_cast<scalar>(end - first) : scalar(1);
+  const int64_t place = work.numbers != nullptr ? work.numbers[first] - 1 : static_cast<int64_t>(work.keys[first]);
+  for (int64_t column = first_column<vector>(); column < columns; column += column_step<vector>()) {
+    scalar sum[vector];
+#pragma unroll
+    for (int v = 0; v < vector; ++v) sum[v] = scalar(0);
+    for (int64_t i = first; i < end; ++i) {
+      const int64_t position = work.positions[i], bag = work.bag_of[position], at = bag * columns + column;
+      const Pack<T, vector> values = load_pack<vector>(work.grad + at);
+      scalar scale = share;
+      if (!is_max && work.is_mean) scale /= static_cast<scalar>(work.aux[bag]);
+      if (!is_max && work.factors != nullptr) scale *= static_cast<scalar>(work.factors[position]);
+#pragma unroll
+      for (int v = 0; v < vector; ++v) {
+        // A column that another position won adds nothing, not even NaN times nothing.
+        const bool counts = !is_max || work.aux[at + v] == position;
+        sum[v] += counts ? scale * static_cast<scalar>(values.values[v]) : scalar(0);
+      }
+    }
+    Pack<T, vector> out;
+#pragma unroll
+    for (int v = 0; v < vector; ++v) out.values[v] = static_cast<T>(sum[v]);
+    store_pack(work.out + place * columns + column, out);
+  }
+}
+
+// The uses of all rows, sorted by row.
+struct SortedUses {
+  Tensor keys, positions, bag_of;  // as in RowGradients
+  int64_t total, rows;
+
+  SortedUses(const Input& input, int64_t rows, int64_t padding_idx, at::TensorOptions options)
+      : total(input.bags.total), rows(rows) {
+    // Half the bits to sort, where the number of rows permits.
+    const bool is_narrow = rows < std::numeric_limits<int32_t>::max();
+    const Tensor unsorted = at::empty({total}, options.dtype(is_narrow ? at::kInt : at::kLong));
+    bag_of = at::empty({total}, options.dtype(at::kLong));
+    dispatch_keys(unsorted, [&](auto key) {
+      using key_t = decltype(key);
+      AT_DISPATCH_INDEX_TYPES(input.index_type(), "embedding_bag_backward", [&] {
+        const Indices<index_t> indices{input.data<index_t>(), rows, padding_idx};
+        launch(find_uses<index_t, key_t>, nlpkernels::positions(total), indices, input.bags,
+               unsorted.mutable_data_ptr<key_t>(), bag_of.mutable_data_ptr<int64_t>());
+      });
+    });
+    std::tie(keys, positions) = at::sort(unsorted, /*stable=*/true, /*dim=*/0, /*descending=*/false);
+  }
+
+  template <typename Body>
+  static void dispatch_keys(const Tensor& keys, const Body& body) {
+    if (keys.scalar_type() == at::kInt) {
+      body(int32_t());
+    } else {
+      body(int64_t());
+    }
+  }
+
+  // The place of each row among those in use, plus 1, at its first use.
+  Tensor number() const {
+    const Tensor marks = at::empty({total}, positions.options());
+    dispatch_keys(keys, [&](auto key) {
+      using key_t = decltype(key);
+      launch(mark_first_uses<key_t>, nlpkernels::positions(total), keys.const_data_ptr<key_t>(), total, rows,
+             marks.mutable_data_ptr<int64_t>());
+    });
+    return at::cumsum(marks, 0);
+  }
+
+  void list(const Tensor& numbers, const Tensor& out) const {
+    dispatch_keys(keys, [&](auto key) {
+      using key_t = decltype(key);
+      launch(list_rows<key_t>, nlpkernels::positions(total), keys.const_data_ptr<key_t>(),
+             numbers.const_data_ptr<int64_t>(), total, rows, out.mutable_data_ptr<int64_t>());
+    });
+  }
+};
+
+// What both forms of the gradient take, checked and contiguous.
+struct BackwardArguments {
+  Mode mode;
+  Input input;
+  Tensor grad, aux;
+  OptionalTensor factors;
+  bool scale_grad_by_freq;
+  SortedUses uses;
+
+  BackwardArguments(const char* op, const Tensor& grad, int64_t num_embeddings, const Tensor& indices,
+                    const OptionalTensor& offsets, const OptionalTensor& per_sample_weights, const Tensor& aux,
+                    Mode mode, int64_t padding_idx, bool include_last_offset, bool scale_grad_by_freq)
+      : mode(mode),
+        input(op, indices, offsets, include_last_offset, num_embeddings),
+        grad(grad.contiguous()),
+        aux(aux.contiguous()),
+        factors(contiguous(per_sample_weights)),
+        scale_grad_by_freq(scale_grad_by_freq),
+        uses(input, num_embeddings, padding_idx, grad.options()) {
+    const int64_t bags = input.bags.count;
+    TORCH_CHECK_VALUE(grad.dim() == 2 && grad.size(0) == bags, op, ": expected grad of shape [", bags,
+                      ", columns], got ", grad.sizes());
+    TORCH_CHECK_TYPE(aux.scalar_type() == at::kLong, op, ": expected aux of dtype int64, got ", aux.scalar_type());
+    TORCH_CHECK(aux.device() == grad.device(), op, ": expected aux on ", grad.device(), " like grad, got ",
+                aux.device());
+    if (mode == Mode::mean) check_shape(op, "aux", aux, {bags});
+    if (mode == Mode::max) check_shape(op, "aux", aux, grad.sizes());
+  }
+
+  // The gradient of each row in use, to its place in `out`.
+  void add_up(const OptionalTensor& numbers, const Tensor& out) const {
+    const int64_t columns = grad.size(1);
+    AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, grad.scalar_type(), "embedding_bag_backward", [&] {
+      SortedUses::dispatch_keys(uses.keys, [&](auto key) {
+        using key_t = decltype(key);
+        RowGradients<scalar_t, key_t> work{};
+        work.grad = grad.const_data_ptr<scalar_t>();
+        work.columns = columns;
+        work.keys = uses.keys.const_data_ptr<key_t>();
+        work.positions = uses.positions.const_data_ptr<int64_t>();
+        work.bag_of = uses.bag_of.const_data_ptr<int64_t>();
+        work.total = uses.total;
+        work.rows = uses.rows;
+        work.factors = data<scalar_t>(factors);
+        work.aux = aux.const_data_ptr<int64_t>();
+        work.is_mean = mode == Mode::mean;
+        work.scale_grad_by_freq = scale_grad_by_freq;
+        work.numbers = data<int64_t>(numbers);
+        work.out = out.mutable_data_ptr<scalar_t>();
+        dispatch_vector<scalar_t>(has_aligned_rows(work.grad, columns), [&](auto size) {
+          constexpr int vector = decltype(size)::value;
+          const Shape shape = rows_by_columns(work.total, columns, vector);
+          if (mode == Mode::max) {
+            launch(add_up_uses<scalar_t, key_t, vector, true>, shape, work);
+          } else {
+            launch(add_up_uses<scalar_t, key_t, vector, false>, shape, work);
+          }
+        });
+      });
+    });
+  }
+};
+
+// What can be checked before anything is read.
+Mode check_backward(const char* op, const Tensor& grad, int64_t num_embeddings, const Tensor& indices,
+                    const OptionalTensor& offsets, const OptionalTensor& per_sample_weights, c10::string_view mode_name,
+                    bool include_last_offset) {
+  const Mode mode = parse_mode(mode_name);
+  TORCH_CHECK_VALUE(num_embeddings >= 0, op, ": expected num_embeddings of 0 or more, got ", num_embeddings);
+  check_embedding_bag(op, grad, indices, offsets, per_sample_weights, mode, include_last_offset);
+  return mode;
+}
+
+Tensor embedding_bag_backward(const Tensor& grad, int64_t num_embeddings, const Tensor& indices,
+                              const OptionalTensor& offsets, const OptionalTensor& per_sample_weights,
+                              const Tensor& aux, c10::string_view mode_name, int64_t padding_idx,
+                              bool include_last_offset, bool scale_grad_by_freq) {
+  const at::AutoDispatchBelowADInplaceOrView no_derivatives;
+  const char* op = "embedding_bag_backward";
+  const Mode mode =
+      check_backward(op, grad, num_embeddings, indices, offsets, per_sample_weights, mode_name, include_last_offset);
+  const c10::cuda::CUDAGuard device(grad.device());
+  const BackwardArguments arguments(op, grad, num_embeddings, indices, offsets, per_sample_weights, aux, mode,
+                                    padding_idx, include_last_offset, scale_grad_by_freq);
+  const Tensor dweight = at::zeros({num_embeddings, grad.size(1)}, grad.options());
+  arguments.add_up(std::nullopt, dweight);
+  arguments.input.raise_if_wrong();
+  return dweight;
+}
+
+std::tuple<Tensor, Tensor> embedding_bag_sparse_backward(const Tensor& grad, int64_t num_embeddings,
+                                                         const Tensor& indices, const OptionalTensor& offsets,
+                                                         const OptionalTensor& per_sample_weights, const Tensor& aux,
+                                                         c10::string_view mode_name, int64_t padding_idx,
+                                                         bool include_last_offset, bool scale_grad_by_freq) {
+  const at::AutoDispatchBelowADInplaceOrView no_derivatives;
+  const char* op = "embedding_bag_sparse_backward";
+  const Mode mode =
+      check_backward(op, grad, num_embeddings, indices, offsets, per_sample_weights, mode_name, include_last_offset);
+  const c10::cuda::CUDAGuard device(grad.device());
+  const BackwardArguments arguments(op, grad, num_embeddings, indices, offsets, per_sample_weights, aux, mode,
+                                    padding_idx, include_last_offset, scale_grad_by_freq);
+  arguments.input.raise_if_wrong();
+  const Tensor numbers = arguments.uses.number();
+  const int64_t count = numbers.numel() > 0 ? numbers.select(0, -1).item().toLong() : 0;
+  const Tensor rows = at::empty({count}, numbers.options());
+  const Tensor values = at::empty({count, grad.size(1)}, grad.options());
+  arguments.uses.list(numbers, rows);
+  arguments.add_up(numbers, values);
+  return {rows, values};
+}
+
+// The product of a bag's gradient and the row of one position in it, a warp for each position.
+template <typename T, typename index_t>
+struct Products {
+  const T *grad, *table;  // [B, E], [V, E]
+  int64_t columns;        // E
+  Indices<index_t> indices;
+  Bags bags;
+  T* out;  // [total], zeros
+};
+
+template <typename T, typename index_t, int vector>
+__global__ void __launch_bounds__(kThreads) multiply_rows(const Products<T, index_t> work) {
+  using scalar = acc_t<T>;
+  const int64_t position = row_of_thread(), columns = work.columns;
+  if (position >= work.bags.total) return;  // all of a warp, as is the next
+  const int64_t bag = work.bags.of(position), row = bag >= 0 ? work.indices[position] : -1;
+  if (row < 0) return;
+  scalar sum(0);
+  for (int64_t column = threadIdx.x * vector; column < columns; column += kWarp * vector) {
+    const auto a = load_pack<vector>(work.grad + bag * columns + column);
+    const auto b = load_pack<vector>(work.table + row * columns + column);
+#pragma unroll
+    for (int v = 0; v < vector; ++v) sum += static_cast<scalar>(a.values[v]) * static_cast<scalar>(b.values[v]);
+  }
+#pragma unroll
+  for (int distance = kWarp / 2; distance > 0; distance /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, distance);
+  if (threadIdx.x == 0) work.out[position] = static_cast<T>(sum);
+}
+
+Tensor embedding_bag_per_sample_backward(const Tensor& grad, const Tensor& weight, const Tensor& indices,
+                                         const OptionalTensor& offsets, int64_t padding_idx, bool include_last_offset) {
+  const at::AutoDispatchBelowADInplaceOrView no_derivatives;
+  const char* op = "embedding_bag_per_sample_backward";
+  TORCH_CHECK_VALUE(weight.dim() == 2, op, ": expected 2-D weight, got ", weight.sizes());
+  check_embedding_bag(op, weight, indices, offsets, std::nullopt, Mode::sum, include_last_offset);
+  check_like(op, "grad", grad, "weight", weight);
+  const c10::cuda::CUDAGuard device(weight.device());
+  const Input input(op, indices, offsets, include_last_offset, weight.size(0));
+  const int64_t columns = weight.size(1);
+  check_shape(op, "grad", grad, {input.bags.count, columns});
+  const Tensor table = weight.contiguous(), grad_rows = grad.contiguous();
+  const Tensor out = at::zeros(indices.sizes(), weight.options());
+  AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, weight.scalar_type(), "embedding_bag_backward", [&] {
+    AT_DISPATCH_INDEX_TYPES(indices.scalar_type(), "embedding_bag_backward", [&] {
+      const Products<scalar_t, index_t> work{grad_rows.const_data_ptr<scalar_t>(),
+                                             table.const_data_ptr<scalar_t>(),
+                                             columns,
+                                             {input.data<index_t>(), weight.size(0), padding_idx},
+                                             input.bags,
+                                             out.mutable_data_ptr<scalar_t>()};
+      const bool is_aligned = has_aligned_rows(work.grad, columns) && has_aligned_rows(work.table, columns);
+      dispatch_vector<scalar_t>(is_aligned, [&](auto size) {
+        constexpr int vector = decltype(size)::value;
+        // One group over all columns, for the sum to be within a warp.
+        const Shape shape = rows_by_columns(work.bags.total, /*columns=*/1, /*vector=*/1, /*group=*/kWarp);
+        launch(multiply_rows<scalar_t, index_t, vector>, shape, work);
+      });
+    });
+  });
+  input.raise_if_wrong();
+  return out;
+}
+
+}  // namespace
+}  // namespace nlpkernels
+
+TORCH_LIBRARY_IMPL(nlpkernels, CUDA, m) {
+  m.impl("embedding_bag", TORCH_FN(nlpkernels::embedding_bag));
+  m.impl("embedding_bag_backward", TORCH_FN(nlpkernels::embedding_bag_backward));
+  m.impl("embedding_bag_sparse_backward", TORCH_FN(nlpkernels::embedding_bag_sparse_backward));
+  m.impl("embedding_bag_per_sample_backward", TORCH_FN(nlpkernels::embedding_bag_per_sample_backward));
+}
