@@ -14,6 +14,7 @@
 #pragma once
 
 #include <cmath>
+#include <vector>
 
 #ifdef __CUDACC__
 #define NLPKERNELS_INLINE __host__ __device__ __forceinline__
@@ -134,5 +135,24 @@ struct Gru {
     return dh * z;
   }
 };
+
+// Runs of gates of W_ih whose slots are neighbours too.
+struct GateRun {
+  int gate, slot, count;
+};
+
+template <typename Cell>
+std::vector<GateRun> input_gate_runs() {
+  std::vector<GateRun> runs;
+  for (int gate = 0; gate < Cell::gates; ++gate) {
+    const int slot = Cell::input_slot(gate);
+    if (!runs.empty() && runs.back().slot + runs.back().count == slot) {
+      ++runs.back().count;
+    } else {
+      runs.push_back({gate, slot, 1});
+    }
+  }
+  return runs;
+}
 
 }  // namespace nlpkernels

@@ -10,10 +10,16 @@
 #include <string>
 #include <vector>
 
+#include "cells.h"
+
 namespace nlpkernels {
 
 using at::Tensor;
 using OptionalTensor = std::optional<Tensor>;
+
+inline OptionalTensor contiguous(const OptionalTensor& tensor) {
+  return tensor ? OptionalTensor(tensor->contiguous()) : std::nullopt;
+}
 
 inline void check_shape(const char* op, const char* name, const Tensor& tensor, at::IntArrayRef expected) {
   TORCH_CHECK(tensor.sizes() == expected, op, ": expected ", name, " of shape ", expected, ", got ", tensor.sizes());
@@ -98,6 +104,7 @@ inline RecurrentArguments check_recurrent(const Tensor& x, const OptionalTensor&
   TORCH_CHECK(weights[0].dim() == 2 && weights[0].size(0) % gates == 0, op, ": expected weight_ih of shape [", gates,
               " * hidden, features], got ", weights[0].sizes());
   args.hidden = weights[0].size(0) / gates;
+  TORCH_CHECK(args.hidden > 0, op, ": expected at least one hidden unit, got weight_ih of shape ", weights[0].sizes());
   TORCH_CHECK(args.has_projection || args.features == args.hidden, op, ": expected h0 of ", args.hidden,
               " features, as weight_ih has hidden units, got ", args.features);
   const int64_t gate_rows = gates * args.hidden;
@@ -119,6 +126,38 @@ inline RecurrentArguments check_recurrent(const Tensor& x, const OptionalTensor&
     check_like(op, "c0", *c0, "x", x);
   }
   return args;
+}
+
+// Calls body(a cell of cells.h) for the op's argument.
+template <typename Body>
+void dispatch_cell(c10::string_view cell, const Body& body) {
+  if (cell == "rnn_tanh") return body(RnnTanh());
+  if (cell == "rnn_relu") return body(RnnRelu());
+  if (cell == "lstm") return body(Lstm());
+  if (cell == "gru") return body(Gru());
+  TORCH_CHECK_VALUE(false, "recurrent: expected cell 'rnn_tanh', 'rnn_relu', 'lstm' or 'gru', got '", cell, "'");
+}
+
+inline std::vector<int64_t> sizes_of_y(const RecurrentArguments& args, const Tensor& x) {
+  std::vector<int64_t> sizes = x.sizes().vec();
+  sizes.back() = args.directions * args.features;
+  return sizes;
+}
+
+// What recurrent_backward takes beside recurrent's arguments.
+inline void check_recurrent_backward(const RecurrentArguments& args, int64_t saved, const Tensor& x, const Tensor& h0,
+                                     const OptionalTensor& c0, const OptionalTensor& dy, const OptionalTensor& dh_n,
+                                     const OptionalTensor& dc_n, const Tensor& y, const Tensor& workspace) {
+  const auto check = [&](const char* name, const Tensor& tensor, at::IntArrayRef sizes) {
+    check_shape("recurrent_backward", name, tensor, sizes);
+    check_like("recurrent_backward", name, tensor, "x", x);
+  };
+  const std::vector<int64_t> y_sizes = sizes_of_y(args, x);
+  check("y", y, y_sizes);
+  check("workspace", workspace, {args.directions, args.rows, saved, args.hidden});
+  if (dy) check("dy", *dy, y_sizes);
+  if (dh_n) check("dh_n", *dh_n, h0.sizes());
+  if (dc_n && c0) check("dc_n", *dc_n, c0->sizes());
 }
 
 // How a row's embeddings are pooled; see library.cpp.
@@ -164,6 +203,17 @@ inline void check_embedding_bag(const char* op, const Tensor& like, const Tensor
     check_shape(op, "per_sample_weights", *per_sample_weights, indices.sizes());
     check_like(op, "per_sample_weights", *per_sample_weights, "weight", like);
   }
+}
+
+// What the gradients of weight take beside embedding_bag's arguments. The values of offsets are the kernel's to check.
+inline void check_embedding_bag_backward(const char* op, const Tensor& grad, int64_t bags, const Tensor& aux,
+                                         Mode mode) {
+  TORCH_CHECK_VALUE(grad.dim() == 2 && grad.size(0) == bags, op, ": expected grad of shape [", bags, ", columns], got ",
+                    grad.sizes());
+  TORCH_CHECK_TYPE(aux.scalar_type() == at::kLong, op, ": expected aux of dtype int64, got ", aux.scalar_type());
+  TORCH_CHECK(aux.device() == grad.device(), op, ": expected aux on ", grad.device(), " like grad, got ", aux.device());
+  if (mode == Mode::mean) check_shape(op, "aux", aux, {bags});
+  if (mode == Mode::max) check_shape(op, "aux", aux, grad.sizes());
 }
 
 }  // namespace nlpkernels

@@ -21,10 +21,9 @@ def _own_version() -> str:
 def main() -> None:
     """Print it."""
     built = [name for name in _ops.INSTRUCTION_SETS if _ops._library(f"_cpu_{name}")]
-    if _ops.CUDA_ARCHS:
-        cuda = f"kernels for {_ops.CUDA_ARCHS}"
-    else:
-        cuda = "no kernels were built; CUDA tensors are served by ATen ops"
+    built_for = f"kernels built for {_ops.CUDA_ARCHS}" if _ops.CUDA_ARCHS else "no kernels built"
+    used = "in use: NLPKERNELS_CUDA=1" if _ops.USES_CUDA_KERNELS else "not in use: ATen ops serve CUDA tensors"
+    cuda = f"{built_for}, {used}"
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "none visible"
     facts = {
         "nlpkernels": _own_version(),

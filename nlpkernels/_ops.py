@@ -53,9 +53,12 @@ def _pick_instruction_set() -> tuple[str, str]:
 
 INSTRUCTION_SET, INSTRUCTION_SET_REASON = _pick_instruction_set()
 torch.ops.load_library(_library(f"_cpu_{INSTRUCTION_SET}"))
-if cuda_library := _library("_cuda"):
-    torch.ops.load_library(cuda_library)
+# Not by default: these kernels compile, and their code agrees with the CPU's when it is run there, but they have not
+# yet run on a GPU. Without them CUDA tensors are served by reference.py.
 CUDA_ARCHS: str = _C.cuda_archs
+USES_CUDA_KERNELS = bool(CUDA_ARCHS) and os.environ.get("NLPKERNELS_CUDA") == "1"
+if USES_CUDA_KERNELS:
+    torch.ops.load_library(_library("_cuda"))
 COMPILER: str = _C.compiler
 BUILT_WITH_TORCH: str = _C.torch_version
 

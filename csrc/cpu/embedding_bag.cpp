@@ -183,10 +183,6 @@ void pool(const Tensor& weight, const Indices<index_t>& indices, const Bags& bag
   });
 }
 
-OptionalTensor contiguous(const OptionalTensor& tensor) {
-  return tensor ? OptionalTensor(tensor->contiguous()) : std::nullopt;
-}
-
 std::tuple<Tensor, Tensor> embedding_bag(const Tensor& weight, const Tensor& indices, const OptionalTensor& offsets,
                                          const OptionalTensor& per_sample_weights, c10::string_view mode_name,
                                          int64_t padding_idx, bool include_last_offset, bool /*scale_grad_by_freq*/,
@@ -286,7 +282,7 @@ void add_up_uses(const SortedUses& sorted, const Tensor& grad, const OptionalTen
             sum[j] += winner[j] == use->position ? static_cast<scalar>(row[j]) : scalar(0);
           }
         }
-        for (const auto j : c10::irange(columns)) out[j] = static_cast<T>(sum[j]);
+        for (const auto j : c10::irange(columns)) out[j] = static_cast<T>(sum[j] * share);
         continue;
       }
       const auto term = [&](int64_t k) {
@@ -309,11 +305,7 @@ void with_backward_arguments(const char* op, const Tensor& grad, int64_t num_emb
   TORCH_CHECK_VALUE(num_embeddings >= 0, op, ": expected num_embeddings of 0 or more, got ", num_embeddings);
   check_embedding_bag(op, grad, indices, offsets, per_sample_weights, mode, include_last_offset);
   const Bags bags(op, indices, offsets, include_last_offset);
-  TORCH_CHECK_VALUE(grad.dim() == 2 && grad.size(0) == bags.count(), op, ": expected grad of shape [", bags.count(),
-                    ", columns], got ", grad.sizes());
-  TORCH_CHECK_TYPE(aux.scalar_type() == at::kLong, op, ": expected aux of dtype int64, got ", aux.scalar_type());
-  if (mode == Mode::mean) check_shape(op, "aux", aux, {bags.count()});
-  if (mode == Mode::max) check_shape(op, "aux", aux, grad.sizes());
+  check_embedding_bag_backward(op, grad, bags.count(), aux, mode);
   body(bags, grad.contiguous(), contiguous(per_sample_weights), aux.contiguous());
 }
 

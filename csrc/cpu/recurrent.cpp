@@ -42,32 +42,9 @@ constexpr int64_t kMaxRows = 64;
 // Multiply-adds below which another thread costs more than it gives.
 constexpr int64_t kMinWork = 1 << 17;
 
-// Runs of gates of W_ih whose slots are neighbours too.
-struct GateRun {
-  int64_t gate, slot, count;
-};
-
-template <typename Cell>
-std::vector<GateRun> input_gate_runs() {
-  std::vector<GateRun> runs;
-  for (const auto gate : c10::irange<int64_t>(Cell::gates)) {
-    const int64_t slot = Cell::input_slot(gate);
-    if (!runs.empty() && runs.back().slot + runs.back().count == slot) {
-      ++runs.back().count;
-    } else {
-      runs.push_back({gate, slot, 1});
-    }
-  }
-  return runs;
-}
-
 template <typename T>
 const T* data(const OptionalTensor& tensor) {
   return tensor ? tensor->const_data_ptr<T>() : nullptr;
-}
-
-OptionalTensor contiguous(const OptionalTensor& tensor) {
-  return tensor ? OptionalTensor(tensor->contiguous()) : std::nullopt;
 }
 
 // What forward and backward share: sizes, and where the rows of each tensor are. Direction 1 runs from the last step to
@@ -151,9 +128,7 @@ class Forward {
  public:
   Forward(const Layer<Cell, T>& layer, bool keep) : layer_(layer) {
     const auto options = layer.x.options();
-    std::vector<int64_t> y_sizes = layer.x.sizes().vec();
-    y_sizes.back() = layer.directions * layer.features;
-    y = at::empty(y_sizes, options);
+    y = at::empty(sizes_of_y(layer, layer.x), options);
     h_n = at::empty(layer.h0.sizes(), options);
     c_n = Cell::has_c ? at::empty(layer.c0->sizes(), options) : at::empty({0}, options);
     workspace =
@@ -623,15 +598,6 @@ class Backward {
 
 // The ops ------------------------------------------------------------------------------------------------------------
 
-template <typename Body>
-void dispatch_cell(c10::string_view cell, const Body& body) {
-  if (cell == "rnn_tanh") return body(RnnTanh());
-  if (cell == "rnn_relu") return body(RnnRelu());
-  if (cell == "lstm") return body(Lstm());
-  if (cell == "gru") return body(Gru());
-  TORCH_CHECK_VALUE(false, "recurrent: expected cell 'rnn_tanh', 'rnn_relu', 'lstm' or 'gru', got '", cell, "'");
-}
-
 std::tuple<Tensor, Tensor, Tensor, Tensor> recurrent(const Tensor& x, const OptionalTensor& batch_sizes,
                                                      const Tensor& h0, const OptionalTensor& c0, at::TensorList weights,
                                                      c10::string_view cell, bool keep) {
@@ -656,19 +622,8 @@ std::tuple<Tensor, Tensor, Tensor, std::vector<Tensor>> recurrent_backward(
   std::tuple<Tensor, Tensor, Tensor, std::vector<Tensor>> result;
   dispatch_cell(cell, [&](auto cell_type) {
     using Cell = decltype(cell_type);
-    const char* op = "recurrent_backward";
     const RecurrentArguments args = check_recurrent(x, batch_sizes, h0, c0, weights, Cell::gates, Cell::has_c);
-    std::vector<int64_t> y_sizes = x.sizes().vec();
-    y_sizes.back() = args.directions * args.features;
-    const auto check = [&](const char* name, const Tensor& tensor, at::IntArrayRef sizes) {
-      check_shape(op, name, tensor, sizes);
-      check_like(op, name, tensor, "x", x);
-    };
-    check("y", y, y_sizes);
-    check("workspace", workspace, {args.directions, args.rows, Cell::saved, args.hidden});
-    if (dy) check("dy", *dy, y_sizes);
-    if (dh_n) check("dh_n", *dh_n, h0.sizes());
-    if (dc_n && Cell::has_c) check("dc_n", *dc_n, c0->sizes());
+    check_recurrent_backward(args, Cell::saved, x, h0, c0, dy, dh_n, dc_n, y, workspace);
     AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, x.scalar_type(), "recurrent_backward", [&] {
       const Layer<Cell, scalar_t> layer(args, x, h0, c0);
       Backward<Cell, scalar_t> backward(layer, dy, dh_n, dc_n, y, workspace, need_dx, need_dweights);

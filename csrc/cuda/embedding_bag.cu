@@ -179,10 +179,6 @@ const T* data(const OptionalTensor& tensor) {
   return tensor ? tensor->const_data_ptr<T>() : nullptr;
 }
 
-OptionalTensor contiguous(const OptionalTensor& tensor) {
-  return tensor ? OptionalTensor(tensor->contiguous()) : std::nullopt;
-}
-
 // Calls body with how many columns a thread takes at once: 16 bytes of them if all rows allow it, else 1.
 template <typename T, typename Body>
 void dispatch_vector(bool is_aligned, const Body& body) {
@@ -534,14 +530,7 @@ struct BackwardArguments {
         factors(contiguous(per_sample_weights)),
         scale_grad_by_freq(scale_grad_by_freq),
         uses(input, num_embeddings, padding_idx, grad.options()) {
-    const int64_t bags = input.bags.count;
-    TORCH_CHECK_VALUE(grad.dim() == 2 && grad.size(0) == bags, op, ": expected grad of shape [", bags,
-                      ", columns], got ", grad.sizes());
-    TORCH_CHECK_TYPE(aux.scalar_type() == at::kLong, op, ": expected aux of dtype int64, got ", aux.scalar_type());
-    TORCH_CHECK(aux.device() == grad.device(), op, ": expected aux on ", grad.device(), " like grad, got ",
-                aux.device());
-    if (mode == Mode::mean) check_shape(op, "aux", aux, {bags});
-    if (mode == Mode::max) check_shape(op, "aux", aux, grad.sizes());
+    check_embedding_bag_backward(op, grad, input.bags.count, aux, mode);
   }
 
   // The gradient of each row in use, to its place in `out`.

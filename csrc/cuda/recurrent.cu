@@ -188,29 +188,6 @@ void add_product(Tensor sum, const Tensor& a, const Tensor& b) {
   }
 }
 
-// Runs of gates of W_ih whose slots are neighbours too.
-struct GateRun {
-  int64_t gate, slot, count;
-};
-
-template <typename Cell>
-std::vector<GateRun> input_gate_runs() {
-  std::vector<GateRun> runs;
-  for (int gate = 0; gate < Cell::gates; ++gate) {
-    const int64_t slot = Cell::input_slot(gate);
-    if (!runs.empty() && runs.back().slot + runs.back().count == slot) {
-      ++runs.back().count;
-    } else {
-      runs.push_back({gate, slot, 1});
-    }
-  }
-  return runs;
-}
-
-OptionalTensor contiguous(const OptionalTensor& tensor) {
-  return tensor ? OptionalTensor(tensor->contiguous()) : std::nullopt;
-}
-
 // The arguments, contiguous, with x as [N, I]. Direction 1 runs from the last step to the first; "previous" is meant in
 // the direction's own order.
 struct Layer : RecurrentArguments {
@@ -474,21 +451,6 @@ class Backward {
 
 // The ops ------------------------------------------------------------------------------------------------------------
 
-template <typename Body>
-void dispatch_cell(c10::string_view cell, const Body& body) {
-  if (cell == "rnn_tanh") return body(RnnTanh());
-  if (cell == "rnn_relu") return body(RnnRelu());
-  if (cell == "lstm") return body(Lstm());
-  if (cell == "gru") return body(Gru());
-  TORCH_CHECK_VALUE(false, "recurrent: expected cell 'rnn_tanh', 'rnn_relu', 'lstm' or 'gru', got '", cell, "'");
-}
-
-std::vector<int64_t> sizes_of_y(const RecurrentArguments& args, const Tensor& x) {
-  std::vector<int64_t> sizes = x.sizes().vec();
-  sizes.back() = args.directions * args.features;
-  return sizes;
-}
-
 std::tuple<Tensor, Tensor, Tensor, Tensor> recurrent(const Tensor& x, const OptionalTensor& batch_sizes,
                                                      const Tensor& h0, const OptionalTensor& c0, at::TensorList weights,
                                                      c10::string_view cell, bool keep) {
@@ -513,18 +475,8 @@ std::tuple<Tensor, Tensor, Tensor, std::vector<Tensor>> recurrent_backward(
   std::tuple<Tensor, Tensor, Tensor, std::vector<Tensor>> result;
   dispatch_cell(cell, [&](auto cell_type) {
     using Cell = decltype(cell_type);
-    const char* op = "recurrent_backward";
     const RecurrentArguments args = check_recurrent(x, batch_sizes, h0, c0, weights, Cell::gates, Cell::has_c);
-    const std::vector<int64_t> y_sizes = sizes_of_y(args, x);
-    const auto check = [&](const char* name, const Tensor& tensor, at::IntArrayRef sizes) {
-      check_shape(op, name, tensor, sizes);
-      check_like(op, name, tensor, "x", x);
-    };
-    check("y", y, y_sizes);
-    check("workspace", workspace, {args.directions, args.rows, Cell::saved, args.hidden});
-    if (dy) check("dy", *dy, y_sizes);
-    if (dh_n) check("dh_n", *dh_n, h0.sizes());
-    if (dc_n && Cell::has_c) check("dc_n", *dc_n, c0->sizes());
+    check_recurrent_backward(args, Cell::saved, x, h0, c0, dy, dh_n, dc_n, y, workspace);
     const c10::cuda::CUDAGuard device(x.device());
     const Layer layer(args, x, h0, c0);
     AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, x.scalar_type(), "recurrent_backward", [&] {
