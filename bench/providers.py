@@ -1,0 +1,246 @@
+"""Who is measured. Each provider turns a problem into a call, the way that suits it best, or says why it can't."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib
+import io
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import torch
+
+from .problems import Bound, Case, PoolProblem, Problem, Results
+
+OURS = "nlpkernels"
+
+
+class Missing(Exception):
+    """The provider isn't installed, or can't be loaded."""
+
+
+class Unsupported(Exception):
+    """The provider is there, but doesn't do this case."""
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A provider ready to run. `alone` gives a call that finds nothing kept from an earlier one, to measure memory."""
+
+    call: Callable[[], Any]
+    results: Callable[[Any], Results]
+    alone: Callable[[], Callable[[], Any]] | None = None
+
+
+Provider = Callable[[Problem, Case], Prepared]
+
+
+def load(name: str) -> ModuleType:
+    """An optional package, or Missing with the reason."""
+    try:
+        with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
+            warnings.simplefilter("ignore")
+            return importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        raise Missing(f"{error.name or name} is not installed") from error
+    except Exception as error:  # a package built for another torch fails in ways of its own
+        raise Missing(f"{name} does not import ({type(error).__name__}: {error})") from error
+
+
+def _prepared(bound: Bound) -> Prepared:
+    return Prepared(bound.call, bound.results)
+
+
+def nlpkernels(problem: Problem, case: Case) -> Prepared:
+    return _prepared(problem.bind(problem.module(load("nlpkernels"))))
+
+
+def torch_eager(problem: Problem, case: Case) -> Prepared:
+    return _prepared(problem.bind(problem.module(torch.nn)))
+
+
+def _compiled(problem: Problem, module: torch.nn.Module) -> Prepared:
+    load("torch._inductor")
+    torch._dynamo.reset()  # each model starts afresh: past ones would count against the limit of recompilations
+    return _prepared(problem.bind(module, torch.compile(module)))
+
+
+@functools.cache
+def _traces(layer: str) -> bool:
+    """Whether Dynamo makes a graph of a recurrent layer, asked of a tiny one. Where it doesn't, it runs torch.nn's."""
+    graphs = []
+
+    def backend(graph: torch.fx.GraphModule, _: Any) -> Callable[..., Any]:
+        graphs.append(graph)
+        return graph.forward
+
+    torch.compile(getattr(torch.nn, layer)(2, 2), backend=backend)(torch.zeros(1, 1, 2))
+    return bool(graphs)
+
+
+def torch_compile(problem: Problem, case: Case) -> Prepared:
+    layer = case.cell.upper()
+    if case.workload.kind == "sequence" and not _traces(layer):
+        raise Unsupported(f"Dynamo does not trace into torch.nn.{layer}: it would run torch.nn again")
+    return _compiled(problem, problem.module(torch.nn))
+
+
+def _idiom(problem: Problem) -> torch.nn.Module:
+    assert isinstance(problem, PoolProblem)
+    return problem.layer(torch.nn.Embedding, problem.table)
+
+
+def idiom(problem: Problem, case: Case) -> Prepared:
+    return _prepared(problem.bind(_idiom(problem)))
+
+
+def idiom_compile(problem: Problem, case: Case) -> Prepared:
+    return _compiled(problem, _idiom(problem))
+
+
+def _check_runtime(case: Case) -> None:
+    """What holds for both inference runtimes."""
+    if case.train:
+        raise Unsupported("inference only")
+    if case.device != "cpu":
+        raise Unsupported("measured on CPU only")
+    if case.dtype != torch.float32:
+        raise Unsupported("measured in float32 only")
+
+
+def onnxruntime(problem: Problem, case: Case) -> Prepared:
+    runtime = load("onnxruntime")
+    _check_runtime(case)
+    model, inputs, outputs = problem.onnx()
+
+    def session(arena: bool) -> tuple[Callable[[], Any], Any]:
+        options = runtime.SessionOptions()
+        options.intra_op_num_threads, options.inter_op_num_threads = case.threads, 1
+        options.log_severity_level = 3
+        options.enable_cpu_mem_arena = arena
+        # Its threads spin while a call lasts, and stop with it: else they would take the next provider's cores.
+        options.add_session_config_entry("session.force_spinning_stop", "1")
+        made = runtime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+        binding = made.io_binding()
+        for name, value in inputs.items():
+            binding.bind_cpu_input(name, np.ascontiguousarray(value))
+        for name in outputs:
+            binding.bind_output(name)
+        return lambda: made.run_with_iobinding(binding), binding
+
+    def alone() -> Callable[[], Any]:
+        call, _ = session(arena=False)  # the arena is faster, but keeps what a call took, and so would hide it
+        call()
+        return call
+
+    call, binding = session(arena=True)
+    return Prepared(call, lambda _: problem.onnx_results(binding.copy_outputs_to_cpu()), alone)
+
+
+def openvino(problem: Problem, case: Case) -> Prepared:
+    runtime = load("openvino")
+    _check_runtime(case)
+    model, inputs, outputs = problem.onnx()
+    core = runtime.Core()
+    settings = {
+        "PERFORMANCE_HINT": "LATENCY",
+        "NUM_STREAMS": 1,
+        "INFERENCE_NUM_THREADS": case.threads,
+        "INFERENCE_PRECISION_HINT": "f32",  # it would take bfloat16 where the processor has it: not the same work
+        "ENABLE_CPU_PINNING": False,  # pinned threads would not make way for the other providers'
+    }
+    compiled = core.compile_model(core.read_model(io.BytesIO(model)), "CPU", settings)
+    request = compiled.create_infer_request()
+    for name, value in inputs.items():
+        request.set_tensor(name, runtime.Tensor(np.ascontiguousarray(value), shared_memory=True))
+
+    def call() -> Any:
+        return request.infer(share_outputs=True)
+
+    def alone() -> Callable[[], Any]:
+        compiled.release_memory()
+        return call
+
+    return Prepared(call, lambda _: problem.onnx_results([request.get_tensor(name).data for name in outputs]), alone)
+
+
+def fbgemm(problem: Problem, case: Case) -> Prepared:
+    """FBGEMM's pooled embeddings on CPU: the inference operator, and the one with a dense gradient."""
+    load("fbgemm_gpu")
+    training = load("fbgemm_gpu.split_table_batched_embeddings_ops_training")
+    inference = load("fbgemm_gpu.split_table_batched_embeddings_ops_inference")
+    common = load("fbgemm_gpu.split_table_batched_embeddings_ops_common")
+    configs = load("fbgemm_gpu.split_embedding_configs")
+    assert isinstance(problem, PoolProblem)
+    if case.device != "cpu":
+        raise Unsupported("its CPU wheel is measured on CPU only")
+    if case.dtype != torch.float32:
+        raise Unsupported("measured in float32 only")
+    if case.mode == "sparse":
+        raise Unsupported("its sparse path updates the table and returns no gradient")
+    rows, columns = problem.table.shape
+    if columns % 4:
+        raise Unsupported("needs a width that is a multiple of 4")
+    ends = torch.cat([problem.offsets, problem.offsets.new_tensor([len(problem.flat)])])
+    if case.mode == "inference":
+        kind, place = configs.SparseType.FP32, common.EmbeddingLocation.HOST
+        layer = inference.IntNBitTableBatchedEmbeddingBagsCodegen(
+            [("", rows, columns, kind, place)],
+            pooling_mode=common.PoolingMode.MEAN,
+            output_dtype=kind,
+            device="cpu",
+            weight_lists=[(problem.table.view(torch.uint8).reshape(rows, -1), None)],
+        )
+        indices, ends = problem.flat.int(), ends.int()  # it has no other kernel
+        return Prepared(lambda: layer(indices, ends), lambda output: {"y": output.float()})
+    table = training.DenseTableBatchedEmbeddingBagsCodegen(
+        [(rows, columns)], pooling_mode=common.PoolingMode.MEAN, use_cpu=True
+    )
+    with torch.no_grad():
+        table.weights.copy_(problem.table.flatten())
+
+    def step() -> Any:
+        output = table(problem.flat, ends)
+        return output, torch.autograd.grad(output, table.weights, problem.gradient)
+
+    def results(value: Any) -> Results:
+        return {"y": value[0], "grad weight": problem.rows(value[1][0].view(rows, columns))}
+
+    return Prepared(step, results)
+
+
+PROVIDERS: dict[str, Provider] = {
+    OURS: nlpkernels,
+    "torch": torch_eager,
+    "compile": torch_compile,
+    "idiom": idiom,
+    "idiom-compile": idiom_compile,
+    "onnxruntime": onnxruntime,
+    "openvino": openvino,
+    "fbgemm": fbgemm,
+}
+PACKAGES = {OURS: "nlpkernels", "onnxruntime": "onnxruntime", "openvino": "openvino", "fbgemm": "fbgemm_gpu"}
+BAG_ONLY = ("idiom", "idiom-compile", "fbgemm")  # an Embedding and a mean: as a subject of its own, that is `torch`
+
+
+def concerned(name: str, kind: str) -> bool:
+    """Whether a provider has anything to do with a kind of layer."""
+    return kind == "bag" or name not in BAG_ONLY
+
+
+def availability(names: tuple[str, ...]) -> dict[str, str]:
+    """For each provider an empty string, or why it is missing: said before a run begins."""
+    reasons = {}
+    for name in names:
+        try:
+            if name in PACKAGES:
+                load(PACKAGES[name])
+            reasons[name] = ""
+        except Missing as error:
+            reasons[name] = str(error)
+    return reasons
