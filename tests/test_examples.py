@@ -73,8 +73,7 @@ def test_both_providers_learn_the_same(reviews: Path, capsys: pytest.CaptureFixt
         theirs, ours = result["providers"]["torch.nn"], result["providers"]["nlpkernels"]
         assert len(theirs["losses"]) == len(ours["losses"]) == 20
         assert ours["losses"] == pytest.approx(theirs["losses"], abs=1e-5)
-        difference = max(abs(a - b) for a, b in zip(theirs["losses"], ours["losses"], strict=True))
-        assert result["largest_loss_difference"] == difference
+        assert result["largest_loss_difference"] < 1e-6
         assert theirs["accuracy"] == pytest.approx(ours["accuracy"], abs=0.051)  # one text on the fence of the 20
         assert theirs["final_loss"] == pytest.approx(math.fsum(theirs["losses"][10:]) / 10)
         assert result["speed_up"] > 0
