@@ -361,7 +361,8 @@ def draw(results: dict[str, Any], title: str, path: Path) -> None:
             epochs = [step / result["steps_per_epoch"] for step in range(1, len(smooth) + 1)]
             label = f"{provider}, then {numbers['accuracy']:.1%} right on test texts"
             curves.plot(epochs, smooth, color=colours[provider], label=label, **lines[provider])
-        curves.set_title(f"{model}: with equal parameters, losses differ by {result['largest_loss_difference']:.0e} at most")
+        apart = result["largest_loss_difference"]
+        curves.set_title(f"{model}: with equal parameters, losses differ by {apart:.0e} at most")
         curves.set_xlabel("epochs")
         curves.set_ylabel(f"training loss (mean of {window} steps)")
         curves.grid(alpha=0.3)
