@@ -2,7 +2,8 @@
 // directions.
 //
 // Work is cut by direction and by sequences: a thread runs all steps of its own sequences, so that no step needs a
-// barrier. Weights are packed once a call (gemm.h) and shared.
+// barrier. Weights are packed once a call (gemm.h) and shared; those that a call uses once only are packed as they are
+// read.
 //
 // Forward, for the sequences of one thread:
 //   for a block of steps whose gates fit kGateBytes:
@@ -12,6 +13,10 @@
 //       h_t, c_t = cell(gates)                      on them, while they are hot
 // Gates are stored [row][panel][slot][unit], so that a panel's slots are neighbours. States are kept in float scratch
 // (double for double) with rows padded to whole vectors; what is stored in the tensors' own dtype is never read back.
+// There are two of h, as h_t is written while h_{t-1} is still a product's operand.
+//
+// One Zen 3 core, which peaks at 103 GFLOP/s: the products run at 91 to 94; activations take 6 % of the time at
+// H = 512. Multiplying x panel by panel too, so that gates never leave the first-level cache, was no faster.
 //
 // Backward walks the steps the other way: dh_{t-1} = dgates W_hh. It stores dgates for all rows, [row][slot][unit],
 // from which the gradients of the weights and of x follow as large products.
@@ -92,16 +97,18 @@ struct Layer : RecurrentArguments {
     return before >= 0 && before < steps && b < active[before] ? first_row[before] + b : -1;
   }
 
-  // Calls body(direction, begin, end) for all sequences, in as many pieces as threads can use.
+  // Sequences are run through in pieces, as many as threads can use; this is the size of one.
+  int64_t piece_size() const {
+    const int64_t wanted = std::max(ceil_div(threads(), directions), ceil_div(batch, kMaxRows));
+    return std::max<int64_t>(1, ceil_div(batch, wanted));
+  }
+
+  // Calls body(direction, begin, end) for all pieces.
   template <typename Body>
   void for_each_piece(const Body& body) const {
-    const int64_t work = rows * gate_rows() * (inputs + features);
-    const int64_t threads = std::clamp<int64_t>(work / kMinWork, 1, at::get_num_threads());
-    const int64_t wanted = std::max(ceil_div(threads, directions), ceil_div(batch, kMaxRows));
-    const int64_t size = std::max<int64_t>(1, ceil_div(batch, wanted));
-    const int64_t pieces = ceil_div(batch, size);
+    const int64_t size = piece_size(), pieces = ceil_div(batch, size);
     // Pieces of one direction are neighbours, so that two threads take a direction each.
-    at::parallel_for(0, directions * pieces, threads > 1 ? 1 : directions * pieces, [&](int64_t first, int64_t last) {
+    at::parallel_for(0, directions * pieces, threads() > 1 ? 1 : directions * pieces, [&](int64_t first, int64_t last) {
       for (const auto i : c10::irange(first, last)) {
         const int64_t begin = (i % pieces) * size;
         body(i / pieces, begin, std::min(batch, begin + size));
@@ -110,6 +117,11 @@ struct Layer : RecurrentArguments {
   }
 
  private:
+  int64_t threads() const {
+    const int64_t work = rows * gate_rows() * (inputs + features);
+    return std::clamp<int64_t>(work / kMinWork, 1, at::get_num_threads());
+  }
+
   const T *x_, *h0_, *c0_;
   bool is_packed_;
 };
@@ -135,7 +147,14 @@ class Forward {
         keep ? at::empty({layer.directions, layer.rows, kSaved, layer.hidden}, options) : at::empty({0}, options);
     y_ = y.mutable_data_ptr<T>();
     kept_ = workspace.numel() > 0 ? workspace.mutable_data_ptr<T>() : nullptr;
-    for (const auto d : c10::irange(layer.directions)) directions_.push_back(std::make_unique<Direction>(layer, d));
+    advise_huge_pages(kept_, workspace.nbytes());
+    // Weights that are used once only are not stored in packed form.
+    const bool one_piece = layer.piece_size() >= layer.batch;
+    const bool one_block = one_piece && layer.rows <= block_rows(layer.batch);
+    const bool one_step = one_piece && layer.steps == 1;
+    for (const auto d : c10::irange(layer.directions)) {
+      directions_.push_back(std::make_unique<Direction>(layer, d, one_block, one_step));
+    }
   }
 
   Tensor y, h_n, c_n, workspace;
@@ -147,10 +166,10 @@ class Forward {
  private:
   // Packed weights, and the biases as the gates are stored: [panel][slot][unit].
   struct Direction {
-    Direction(const Layer<Cell, T>& layer, int64_t d)
-        : w_ih(layer.inputs, layer.hidden, Cell::gates),
-          w_hh(layer.features, layer.hidden, Cell::gates),
-          w_hr(layer.has_projection ? layer.hidden : 0, layer.features),
+    Direction(const Layer<Cell, T>& layer, int64_t d, bool one_block, bool one_step)
+        : w_ih(layer.inputs, layer.hidden, Cell::gates, !one_block),
+          w_hh(layer.features, layer.hidden, Cell::gates, !one_step),
+          w_hr(layer.has_projection ? layer.hidden : 0, layer.features, 1, !one_step),
           bias(kSlots * w_ih.panels.padded()) {
       w_ih.pack_transpose_of(layer.w_ih(d).template const_data_ptr<T>(), layer.inputs);
       w_hh.pack_transpose_of(layer.w_hh(d).template const_data_ptr<T>(), layer.features);
@@ -178,111 +197,138 @@ class Forward {
     Scratch<scalar> bias;
   };
 
+  int64_t gate_columns() const { return kSlots * Panels<scalar>{layer_.hidden}.padded(); }
+  int64_t gate_stride() const { return row_stride<scalar>(gate_columns()); }
+
+  // Rows of a block of steps of `batch` sequences.
+  int64_t block_rows(int64_t batch) const {
+    const int64_t fitting = kGateBytes / (gate_stride() * sizeof(scalar));
+    return std::min(std::max<int64_t>(batch, fitting), batch * layer_.steps);
+  }
+
   void run_piece(int64_t d, int64_t begin, int64_t end) const {
     const Direction& direction = *directions_[d];
     const int64_t batch = end - begin, hidden = layer_.hidden, features = layer_.features;
-    const int64_t gate_columns = kSlots * direction.w_ih.panels.padded();
-    const int64_t gate_stride = row_stride<scalar>(gate_columns);
-    const int64_t block_rows =
-        std::min(std::max<int64_t>(batch, kGateBytes / (gate_stride * sizeof(scalar))), batch * layer_.steps);
-
-    const Scratch<scalar> gates(block_rows * gate_stride), packed_x(block_rows * layer_.inputs);
-    const Scratch<scalar> packed_h(batch * std::max(features, hidden));
+    const int64_t gate_columns = this->gate_columns(), gate_stride = this->gate_stride();
+    const int64_t block_rows = this->block_rows(batch);
     const int64_t h_stride = row_stride<scalar>(features), c_stride = row_stride<scalar>(hidden);
-    const Scratch<scalar> h(batch * h_stride), c(batch * c_stride);
+    const int64_t x_stride = row_stride<scalar>(layer_.inputs);
+    const Scratch<scalar> gates(block_rows * gate_stride), copied_x(block_rows * x_stride);
+    const Scratch<scalar> states(2 * batch * h_stride), c(batch * c_stride);
     const Scratch<scalar> unprojected(layer_.has_projection ? batch * c_stride : 0);
     std::vector<const T*> x_rows(block_rows);
 
+    // h_{t-1} and h_t change places after each step. A sequence that has not begun, or has ended, stands in both.
+    scalar *h = states.data(), *h_next = h + batch * h_stride;
+    int64_t active_before = 0;
     for (const auto r : c10::irange(batch)) {
-      copy(h.data() + r * h_stride, layer_.h0_row(d, begin + r), features);
+      copy(h + r * h_stride, layer_.h0_row(d, begin + r), features);
+      copy(h_next + r * h_stride, layer_.h0_row(d, begin + r), features);
       if (Cell::has_c) copy(c.data() + r * c_stride, layer_.c0_row(d, begin + r), hidden);
     }
 
     for (int64_t i = 0; i < layer_.steps;) {
+      // The steps [i, stop) of the block; its rows are in the order of time.
       int64_t stop = i, count = 0;
       for (; stop < layer_.steps; ++stop) {
-        const int64_t t = layer_.step(d, stop), active = layer_.active_of(t, begin, end);
+        const int64_t active = layer_.active_of(layer_.step(d, stop), begin, end);
         if (count + active > block_rows) break;
-        for (const auto r : c10::irange(active)) x_rows[count++] = layer_.x_row(t, begin + r);
+        count += active;
+      }
+      count = 0;
+      for (const auto j : c10::irange(stop - i)) {
+        const int64_t t = layer_.step(d, d == 0 ? i + j : stop - 1 - j);
+        for (const auto r : c10::irange(layer_.active_of(t, begin, end))) x_rows[count++] = layer_.x_row(t, begin + r);
       }
       for (const auto r : c10::irange(count)) {
         std::copy(direction.bias.data(), direction.bias.data() + gate_columns, gates.data() + r * gate_stride);
       }
-      const RowTiles tiles(count);
-      pack_tiles(packed_x.data(), tiles, layer_.inputs, [&](int64_t r) { return x_rows[r]; });
-      multiply_panels(tiles, packed_x.data(), direction.w_ih, 0, direction.w_ih.panels.count(), gates.data(),
-                      gate_stride, kSlots, Cell::input_slot);
+      multiply_slices(RowTiles(count), read_rows(x_rows.data(), count, copied_x.data()), direction.w_ih, layer_.inputs,
+                      gates.data(), gate_stride, kSlots, Cell::input_slot);
 
-      scalar* step_gates = gates.data();
+      int64_t row = d == 0 ? 0 : count;
       for (; i < stop; ++i) {
         const int64_t t = layer_.step(d, i), active = layer_.active_of(t, begin, end);
+        if (active < active_before) {
+          std::copy(h + active * h_stride, h + active_before * h_stride, h_next + active * h_stride);
+        }
+        active_before = active;
         if (active == 0) continue;
-        run_step(d, layer_.first_row[t] + begin, active, step_gates, packed_h.data(), h.data(), c.data(),
+        if (d == 1) row -= active;
+        run_step(d, layer_.first_row[t] + begin, active, gates.data() + row * gate_stride, h, h_next, c.data(),
                  unprojected.data());
-        step_gates += active * gate_stride;
+        if (d == 0) row += active;
+        std::swap(h, h_next);
       }
     }
 
     for (const auto r : c10::irange(batch)) {
       const int64_t row = d * layer_.batch + begin + r;
-      copy(h_n.mutable_data_ptr<T>() + row * features, h.data() + r * h_stride, features);
+      copy(h_n.mutable_data_ptr<T>() + row * features, h + r * h_stride, features);
       if (Cell::has_c) copy(c_n.mutable_data_ptr<T>() + row * hidden, c.data() + r * c_stride, hidden);
     }
   }
 
+  // Rows of x as a left operand: where they lie if they are as far apart each, and otherwise copied.
+  LeftOperand<scalar> read_rows(const T* const* rows, int64_t count, scalar* copied) const {
+    const int64_t k = layer_.inputs, stride = row_stride<scalar>(k);
+    if constexpr (std::is_same_v<scalar, T>) {
+      const int64_t ld = count > 1 ? rows[1] - rows[0] : stride;
+      bool even = ld != 0;
+      for (int64_t r = 2; r < count && even; ++r) even = rows[r] - rows[r - 1] == ld;
+      if (even) return {rows[0], k, ld};
+    }
+    for (const auto r : c10::irange(count)) copy(copied + r * stride, rows[r], k);
+    return {copied, k, stride};
+  }
+
   // One step of the first `active` sequences of a piece, whose data is in the rows from first_row on.
-  void run_step(int64_t d, int64_t first_row, int64_t active, scalar* gates, scalar* packed_h, scalar* h, scalar* c,
+  void run_step(int64_t d, int64_t first_row, int64_t active, scalar* gates, const scalar* h, scalar* h_next, scalar* c,
                 scalar* unprojected) const {
     const Direction& direction = *directions_[d];
     const auto& panels = direction.w_hh.panels;
-    const int64_t features = layer_.features, gate_stride = row_stride<scalar>(kSlots * panels.padded());
+    const int64_t features = layer_.features, gate_stride = this->gate_stride();
     const int64_t h_stride = row_stride<scalar>(features), c_stride = row_stride<scalar>(layer_.hidden);
     const RowTiles tiles(active);
-    pack_tiles(packed_h, tiles, features, [&](int64_t r) { return h + r * h_stride; });
+    const LeftOperand<scalar> left{h, features, h_stride};
+    const auto slot_of = [](int64_t gate) { return gate; };
+    const int64_t last = last_slice<scalar>(tiles, features);
+    multiply_slices(tiles, left, direction.w_hh, last, gates, gate_stride, kSlots, slot_of);
     for (int64_t panel = 0; panel < panels.count(); panel += kPanelGroup) {
       const int64_t stop = std::min(panel + kPanelGroup, panels.count());
-      multiply_panels(tiles, packed_h, direction.w_hh, panel, stop, gates, gate_stride, kSlots,
-                      [](int64_t gate) { return gate; });
+      multiply_panels(tiles, left, direction.w_hh, panel, stop, {last, features}, gates + panels.begin(panel) * kSlots,
+                      gate_stride, kSlots, slot_of);
       for (int64_t p = panel; p < stop; ++p) {
         const int64_t column = panels.begin(p);
         for (const auto r : c10::irange(active)) {
           const scalar* a = gates + r * gate_stride + column * kSlots;
-          activate(d, first_row + r, column, panels.valid(p), panels.width(p), a, h + r * h_stride, c + r * c_stride,
-                   layer_.has_projection ? unprojected + r * c_stride : nullptr);
+          activate(d, first_row + r, column, panels.valid(p), panels.width(p), a, h + r * h_stride,
+                   layer_.has_projection ? unprojected + r * c_stride : h_next + r * h_stride, c + r * c_stride);
         }
       }
     }
     if (layer_.has_projection) {
-      pack_tiles(packed_h, tiles, layer_.hidden, [&](int64_t r) { return unprojected + r * c_stride; });
-      std::fill(h, h + active * h_stride, scalar(0));
-      multiply(tiles, packed_h, direction.w_hr, h, h_stride);
-      for (const auto r : c10::irange(active)) copy(y_row(d, first_row + r), h + r * h_stride, features);
+      std::fill(h_next, h_next + active * h_stride, scalar(0));
+      multiply(tiles, {unprojected, layer_.hidden, c_stride}, direction.w_hr, h_next, h_stride);
+      for (const auto r : c10::irange(active)) copy(y_row(d, first_row + r), h_next + r * h_stride, features);
     }
   }
 
-  // The cell, on one row of one panel.
-  void activate(int64_t d, int64_t row, int64_t column, int64_t valid, int64_t width, const scalar* gates, scalar* h,
-                scalar* c, scalar* unprojected) const {
+  // The cell, on one row of one panel. h is h_{t-1}; what the cell puts out goes to `h_next` and, unless it is still to
+  // be projected, to y.
+  void activate(int64_t d, int64_t row, int64_t column, int64_t valid, int64_t width, const scalar* gates,
+                const scalar* h, scalar* h_next, scalar* c) const {
     T* kept = kept_ == nullptr ? nullptr : kept_ + (d * layer_.rows + row) * kSaved * layer_.hidden;
-    T* out = y_row(d, row);
+    T* out = layer_.has_projection ? nullptr : y_row(d, row);
     for_each_vector<T>(valid, [&](int64_t j, int64_t n) {
       Vec<T> a[kSlots], saved[std::max<int64_t>(1, kSaved)], c_t(0);
 #pragma GCC unroll 4
       for (int64_t slot = 0; slot < kSlots; ++slot) a[slot] = load_vector(gates + slot * width + j);
-      Vec<T> h_t(0);
-      if constexpr (Cell::has_c) {
-        c_t = load_vector(c + column + j);
-      } else {
-        h_t = load_vector(h + column + j);
-      }
-      h_t = Cell::forward(a, h_t, c_t, saved);
+      if constexpr (Cell::has_c) c_t = load_vector(c + column + j);
+      const Vec<T> h_t = Cell::forward(a, Cell::has_c ? Vec<T>(0) : load_vector(h + column + j), c_t, saved);
       if constexpr (Cell::has_c) store_vector(c + column + j, c_t);
-      if (unprojected != nullptr) {
-        store_vector(unprojected + column + j, h_t);
-      } else {
-        store_vector(h + column + j, h_t);
-        store_vector(out + column + j, h_t, n);
-      }
+      store_vector(h_next + column + j, h_t);
+      if (out != nullptr) store_vector(out + column + j, h_t, n);
       if (kept != nullptr) {
 #pragma GCC unroll 5
         for (int64_t s = 0; s < kSaved; ++s) store_vector(kept + s * layer_.hidden + column + j, saved[s], n);
@@ -376,7 +422,6 @@ class Backward {
     const int64_t batch = end - begin, hidden = layer_.hidden, features = layer_.features;
     const int64_t h_stride = row_stride<scalar>(features), c_stride = row_stride<scalar>(hidden);
     const Scratch<scalar> dh(batch * h_stride), dc(batch * c_stride);
-    const Scratch<scalar> packed(batch * std::max(layer_.gate_rows(), features));
     const Scratch<scalar> unprojected(layer_.has_projection ? batch * c_stride : 0);
 
     for (const auto r : c10::irange(batch)) {
@@ -402,17 +447,16 @@ class Backward {
           const scalar* row = dh.data() + r * h_stride;
           std::copy(row, row + features, dprojected_.data() + (d * layer_.rows + first_row + r) * features);
         }
-        pack_tiles(packed.data(), tiles, features, [&](int64_t r) { return dh.data() + r * h_stride; });
         std::fill(unprojected.data(), unprojected.data() + active * c_stride, scalar(0));
-        multiply(tiles, packed.data(), direction.w_hr, unprojected.data(), c_stride);
+        multiply(tiles, {dh.data(), features, h_stride}, direction.w_hr, unprojected.data(), c_stride);
         std::fill(dh.data(), dh.data() + active * h_stride, scalar(0));
       }
       for (const auto r : c10::irange(active)) {
         scalar* projected = layer_.has_projection ? unprojected.data() + r * c_stride : nullptr;
         differentiate(d, t, begin + r, dh.data() + r * h_stride, projected, dc.data() + r * c_stride);
       }
-      pack_tiles(packed.data(), tiles, layer_.gate_rows(), [&](int64_t r) { return dgates_row(d, first_row + r); });
-      multiply(tiles, packed.data(), direction.w_hh, dh.data(), h_stride);
+      multiply(tiles, {dgates_row(d, first_row), layer_.gate_rows(), layer_.slot_stride()}, direction.w_hh, dh.data(),
+               h_stride);
     }
 
     for (const auto r : c10::irange(batch)) {
@@ -550,27 +594,24 @@ class Backward {
       std::unique_ptr<PackedMatrix<scalar>> w;
     };
     std::vector<Term> terms;
-    int64_t largest = 0;
     for (const auto d : c10::irange(layer_.directions)) {
       for (const GateRun& run : input_gate_runs<Cell>()) {
         terms.push_back({d, run.slot, std::make_unique<PackedMatrix<scalar>>(run.count * hidden, inputs)});
         terms.back().w->pack(layer_.w_ih(d).template const_data_ptr<T>() + run.gate * hidden * inputs, inputs);
-        largest = std::max(largest, run.count * hidden);
       }
     }
     const int64_t columns = row_stride<scalar>(inputs);
     const int64_t block = std::clamp<int64_t>(ceil_div(rows, at::get_num_threads()), 1, 96);
     T* out = dx.mutable_data_ptr<T>();
     at::parallel_for(0, ceil_div(rows, block), 1, [&](int64_t begin, int64_t end) {
-      const Scratch<scalar> packed(block * largest), sum(block * columns);
+      const Scratch<scalar> sum(block * columns);
       for (const auto i : c10::irange(begin, end)) {
         const int64_t first = i * block, count = std::min(block, rows - first);
         const RowTiles tiles(count);
         std::fill(sum.data(), sum.data() + count * columns, scalar(0));
         for (const Term& term : terms) {
-          pack_tiles(packed.data(), tiles, term.w->k,
-                     [&](int64_t r) { return dgates_row(term.direction, first + r) + term.slot * hidden; });
-          multiply(tiles, packed.data(), *term.w, sum.data(), columns);
+          const scalar* dgates = dgates_row(term.direction, first) + term.slot * hidden;
+          multiply(tiles, {dgates, term.w->k, layer_.slot_stride()}, *term.w, sum.data(), columns);
         }
         for (const auto r : c10::irange(count)) write(out + (first + r) * inputs, sum.data() + r * columns, inputs);
       }
