@@ -3,11 +3,53 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
 
+import nlpkernels
+
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+
+
+CUDA_HEADERS = """
+cuda_runtime.h ATen/cuda/CUDAContextLight.h c10/cuda/CUDAException.h c10/cuda/CUDAGuard.h c10/cuda/CUDAStream.h
+"""
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--emulated-cuda", action="store_true", help="compile csrc/cuda for the CPU, in place of csrc/cpu")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if config.getoption("emulated_cuda"):
+        load_emulated_cuda()
+
+
+def load_emulated_cuda() -> None:
+    """The kernels of csrc/cuda take CPU tensors from now on: see emulated_cuda.h."""
+    from torch.utils import cpp_extension
+
+    root = Path(__file__).resolve().parent.parent
+    build = root / "build" / f"emulated-cuda-torch-{torch.__version__}"
+    for header in CUDA_HEADERS.split():  # emulated_cuda.h has what would stand there
+        (build / "include" / header).parent.mkdir(parents=True, exist_ok=True)
+        (build / "include" / header).touch()
+    sources = []
+    for source in sorted((root / "csrc" / "cuda").glob("*.cu")):
+        sources.append(build / f"{source.stem}.cpp")
+        lines = f'#include "{root}/tests/emulated_cuda.h"\n#include "{source}"\n'
+        if not sources[-1].exists() or sources[-1].read_text() != lines:
+            sources[-1].write_text(lines)
+    cpp_extension.load(
+        "emulated_cuda",
+        [str(source) for source in sources],
+        extra_include_paths=[str(build / "include")],
+        extra_cflags=["-std=c++20", "-O1", "-g0", "-Wall", "-Wextra", "-Wno-unused-parameter", "-Wno-unknown-pragmas"],
+        build_directory=str(build),
+        is_python_module=False,
+    )
 
 
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=needs_cuda)])
