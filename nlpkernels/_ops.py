@@ -410,9 +410,11 @@ def _backward_embedding_bag(ctx: Any, grad: Tensor | None, _: Tensor | None) -> 
         if sparse:
             rows, values = _embedding_bag_sparse_backward(*arguments)
             size = (ctx.num_embeddings, grad.shape[1])
-            dweight = torch.sparse_coo_tensor(
-                rows.unsqueeze(0), values, size, is_coalesced=True, check_invariants=False
-            )
+            # What torch.sparse_coo_tensor calls; that warns in torch 2.11, whatever it is told to check.
+            dweight = torch.ops.aten._sparse_coo_tensor_with_dims_and_tensors(
+                1, 1, size, rows.unsqueeze(0), values, dtype=values.dtype, layout=torch.sparse_coo,
+                device=values.device, is_coalesced=True,
+            )  # fmt: skip
         else:
             dweight = _embedding_bag_backward(*arguments)
     if ctx.needs_input_grad[3]:

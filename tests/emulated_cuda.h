@@ -11,6 +11,7 @@
 
 #include <algorithm>
 #include <array>
+#include <cstdlib>
 #include <cstring>
 #include <memory>
 #include <vector>
@@ -19,6 +20,7 @@
 #define __device__
 #define __host__
 #define __forceinline__ inline
+#define __grid_constant__
 #define __launch_bounds__(...)
 
 // What csrc registers for CUDA serves CPU tensors.
@@ -187,10 +189,15 @@ inline cudaError_t cudaMemset2DAsync(void* data, size_t pitch, int value, size_t
   return 0;
 }
 
+constexpr unsigned cudaHostAllocPortable = 1;
+inline cudaError_t cudaHostAlloc(void** data, size_t size, unsigned) { return (*data = std::malloc(size)) == nullptr; }
+inline cudaError_t cudaStreamSynchronize(cudaStream_t) { return 0; }
+inline void __threadfence_system() {}
+
 template <typename T>
-T atomicMin(T* at, T value) {
+T atomicCAS(T* at, T expected, T value) {
   const T before = *at;
-  *at = std::min(before, value);
+  if (before == expected) *at = value;
   return before;
 }
 
@@ -207,13 +214,17 @@ T __shfl_xor_sync(unsigned mask, T value, int distance) {
 
 // torch's part -------------------------------------------------------------------------------------------------------
 
+#define C10_COMPILE_TIME_MAX_GPUS 1
 #define C10_CUDA_CHECK(expression) TORCH_CHECK((expression) == 0)
 
 namespace c10::cuda {
 struct CUDAGuard {
   explicit CUDAGuard(c10::Device /*device*/) {}
 };
+inline int current_device() { return 0; }
 inline cudaStream_t getCurrentCUDAStream() { return nullptr; }
+enum class CaptureStatus { None };
+inline CaptureStatus currentStreamCaptureStatusMayInitCtx() { return CaptureStatus::None; }
 }  // namespace c10::cuda
 
 // cuBLAS -------------------------------------------------------------------------------------------------------------

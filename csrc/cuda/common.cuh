@@ -6,11 +6,12 @@
 //
 // tests/emulated_cuda.h runs all of this on the CPU: what is new here must be declared there, too.
 //
-// These kernels have been compiled but never run: nlpkernels loads them only when told to.
+// These kernels have never run on a GPU: nlpkernels loads them only when told to.
 #pragma once
 
 #include <ATen/OpMathType.h>
 #include <c10/cuda/CUDAException.h>
+#include <c10/cuda/CUDAFunctions.h>
 #include <c10/cuda/CUDAGuard.h>
 #include <c10/cuda/CUDAStream.h>
 #include <cuda_runtime.h>

@@ -9,9 +9,11 @@
 // are the coalesced sparse gradient.
 //
 // Indices and offsets are checked on the device, by a kernel of its own, before they are used; what is wrong is read as
-// if it were not there, so that no kernel leaves a tensor's memory or ends the process, and the op then raises. To know
-// it must wait for the device: every op here synchronises once, and the sparse gradient twice, to learn its size. None
-// can be captured in a CUDA graph.
+// if it were not there, so that no kernel leaves a tensor's memory or ends the process. The first that is found is
+// written down in memory that the host reads too (Report), and an op raises. NLPKERNELS_CUDA_CHECK says when:
+//   later   (the default) at the next call of an op here that finds it written down; nothing waits for the device
+//   now     at once: every call waits for the device, unless it is being captured in a CUDA graph
+// But for that only the sparse gradient waits, to learn its size, and so cannot be captured.
 //
 // Letters are those of library.cpp.
 #include <ATen/Dispatch.h>
@@ -19,12 +21,15 @@
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/cumsum.h>
 #include <ATen/ops/empty.h>
-#include <ATen/ops/full.h>
 #include <ATen/ops/sort.h>
 #include <ATen/ops/zeros.h>
+#include <c10/cuda/CUDAGraphsC10Utils.h>
 #include <torch/library.h>
 
+#include <array>
+#include <cstdlib>
 #include <limits>
+#include <mutex>
 #include <string>
 #include <tuple>
 
@@ -92,31 +97,86 @@ __device__ __forceinline__ int64_t thread_index() {
 // A thread for each of `count` positions.
 Shape positions(int64_t count) { return {dim3(static_cast<unsigned>(ceil_div(count, kThreads))), dim3(kThreads)}; }
 
-__device__ __forceinline__ void keep_least(int64_t* least, int64_t value) {
-  atomicMin(reinterpret_cast<long long*>(least), static_cast<long long>(value));
+// What was found to be wrong, in page-locked memory of the host that the device can write to; one for each device.
+struct Report {
+  enum Kind : int { kIndex, kFirstOffset, kOffset };
+
+  int is_taken;           // by the first thread that has something to report
+  volatile int is_ready;  // for the host
+  Kind kind;
+  int64_t position, columns, value, least, most;
+
+  __device__ void take(Kind kind, int64_t position, int64_t columns, int64_t value, int64_t least, int64_t most) {
+    if (atomicCAS(&is_taken, 0, 1) != 0) return;
+    this->kind = kind;
+    this->position = position;
+    this->columns = columns;
+    this->value = value;
+    this->least = least;
+    this->most = most;
+    __threadfence_system();
+    is_ready = 1;
+  }
+
+  static Report& of_device(int device) {
+    static std::array<Report*, C10_COMPILE_TIME_MAX_GPUS> reports{};
+    static std::mutex mutex;
+    const std::lock_guard<std::mutex> lock(mutex);
+    Report*& report = reports.at(device);
+    if (report == nullptr) {
+      void* memory = nullptr;  // until the process ends: a kernel may still be writing to it
+      C10_CUDA_CHECK(cudaHostAlloc(&memory, sizeof(Report), cudaHostAllocPortable));
+      report = new (memory) Report{};
+    }
+    return *report;
+  }
+
+  // What was written down is forgotten when it is raised.
+  void raise(const char* op) {
+    if (is_ready == 0) return;
+    const Report found = *this;
+    is_ready = 0;
+    is_taken = 0;
+    TORCH_CHECK_VALUE(found.kind != kFirstOffset, op, ": expected offsets[0] to be 0, got ", found.value);
+    TORCH_CHECK_VALUE(found.kind != kOffset, op, ": expected offsets[", found.position, "] between ", found.least,
+                      " (the offset before it) and ", found.most, " (the number of indices), got ", found.value);
+    const std::string place = found.columns == 0 ? std::to_string(found.position)
+                                                 : std::to_string(found.position / found.columns) + "][" +
+                                                       std::to_string(found.position % found.columns);
+    TORCH_CHECK_INDEX(false, op, ": indices[", place, "] is ", found.value, ", expected a row from 0 to ", found.most,
+                      " of a table of ", found.most + 1);
+  }
+};
+
+bool raises_now() {
+  const char* given = std::getenv("NLPKERNELS_CUDA_CHECK");
+  const std::string when = given != nullptr ? given : "later";
+  TORCH_CHECK_VALUE(when == "now" || when == "later", "NLPKERNELS_CUDA_CHECK is '", when, "', expected now or later");
+  return when == "now";
 }
 
-// wrong[0], wrong[1]: the first offset and the first index that are.
+// columns: of the indices that the caller wrote, 0 if they are 1-D.
 template <typename index_t>
 __global__ void __launch_bounds__(kThreads)
-    check_values(const index_t* indices, const Bags bags, int64_t rows, int64_t* wrong) {
+    check_values(const index_t* indices, const Bags bags, int64_t columns, int64_t rows, Report* report) {
   const int64_t i = thread_index();
   if (i < bags.given) {
     const int64_t least = i == 0 ? 0 : bags.offsets[i - 1], most = i == 0 ? 0 : bags.total, value = bags.offsets[i];
-    if (value < least || value > most) keep_least(wrong, i);
+    if (value < least || value > most) {
+      report->take(i == 0 ? Report::kFirstOffset : Report::kOffset, i, 0, value, least, most);
+    }
   }
-  if (i < bags.total && i < bags.end() && (indices[i] < 0 || indices[i] >= rows)) keep_least(wrong + 1, i);
+  if (i < bags.total && i < bags.end() && (indices[i] < 0 || indices[i] >= rows)) {
+    report->take(Report::kIndex, i, columns, indices[i], 0, rows - 1);
+  }
 }
 
 // Indices and offsets as the caller wrote them, on their way through the check.
 class Input {
  public:
   Input(const char* op, const Tensor& indices, const OptionalTensor& offsets, bool include_last_offset, int64_t rows)
-      : op_(op),
-        columns_(indices.dim() == 2 ? indices.size(1) : 0),
-        rows_(rows),
-        indices_(indices.contiguous()),
-        wrong_(at::full({2}, kNone, indices.options().dtype(at::kLong))) {
+      : op_(op), report_(Report::of_device(c10::cuda::current_device())), indices_(indices.contiguous()) {
+    report_.raise(op);
     bags.total = indices.numel();
     if (offsets) {
       offsets_ = offsets->to(at::kLong).contiguous();
@@ -129,8 +189,8 @@ class Input {
       bags.length = indices.size(1);
     }
     AT_DISPATCH_INDEX_TYPES(indices.scalar_type(), "embedding_bag", [&] {
-      launch(check_values<index_t>, positions(std::max(bags.total, bags.given)), data<index_t>(), bags, rows_,
-             wrong_.mutable_data_ptr<int64_t>());
+      launch(check_values<index_t>, positions(std::max(bags.total, bags.given)), data<index_t>(), bags,
+             indices.dim() == 2 ? indices.size(1) : 0, rows, &report_);
     });
   }
 
@@ -143,35 +203,19 @@ class Input {
 
   at::ScalarType index_type() const { return indices_.scalar_type(); }
 
-  // Waits for the device.
+  // Once what uses the input is on its way.
   void raise_if_wrong() const {
-    const Tensor wrong = wrong_.to(at::kCPU);
-    const int64_t offset = wrong.const_data_ptr<int64_t>()[0], index = wrong.const_data_ptr<int64_t>()[1];
-    TORCH_CHECK_VALUE(offset != 0, op_, ": expected offsets[0] to be 0, got ", value_of(offsets_, 0));
-    TORCH_CHECK_VALUE(offset == kNone, op_, ": expected offsets[", offset, "] between ", value_of(offsets_, offset - 1),
-                      " (the offset before it) and ", bags.total, " (the number of indices), got ",
-                      value_of(offsets_, offset));
-    TORCH_CHECK_INDEX(index == kNone, op_, ": indices[", place(index), "] is ", value_of(indices_, index),
-                      ", expected a row from 0 to ", rows_ - 1, " of a table of ", rows_);
+    if (!raises_now()) return;
+    if (c10::cuda::currentStreamCaptureStatusMayInitCtx() != c10::cuda::CaptureStatus::None) return;
+    C10_CUDA_CHECK(cudaStreamSynchronize(c10::cuda::getCurrentCUDAStream()));
+    report_.raise(op_);
   }
 
  private:
-  static constexpr int64_t kNone = std::numeric_limits<int64_t>::max();
-
-  static int64_t value_of(const Tensor& tensor, int64_t position) {
-    return tensor.view({-1}).select(0, position).item().toLong();
-  }
-
-  std::string place(int64_t position) const {
-    if (columns_ == 0) return std::to_string(position);
-    return std::to_string(position / columns_) + "][" + std::to_string(position % columns_);
-  }
-
   const char* op_;
-  const int64_t columns_, rows_;
+  Report& report_;
   const Tensor indices_;
   Tensor offsets_;
-  const Tensor wrong_;
 };
 
 template <typename T>

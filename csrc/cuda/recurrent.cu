@@ -74,7 +74,7 @@ struct ForwardStep {
 };
 
 template <typename Cell, typename T>
-__global__ void __launch_bounds__(kThreads) forward_step(const ForwardStep<T> step) {
+__global__ void __launch_bounds__(kThreads) forward_step(const __grid_constant__ ForwardStep<T> step) {
   using scalar = acc_t<T>;
   const Turn& turn = step.turn;
   const int64_t d = blockIdx.z, b = row_of_thread(), hidden = turn.hidden, gate_rows = Cell::gates * hidden;
@@ -126,7 +126,7 @@ struct ProjectedStep {
 };
 
 template <typename T>
-__global__ void __launch_bounds__(kThreads) store_projected(const ProjectedStep<T> step) {
+__global__ void __launch_bounds__(kThreads) store_projected(const __grid_constant__ ProjectedStep<T> step) {
   const Turn& turn = step.turn;
   const int64_t d = blockIdx.z, b = row_of_thread(), features = turn.features;
   if (b >= turn.active[d]) return;
@@ -158,7 +158,7 @@ template <typename Cell>
 constexpr bool kHasDirect = std::is_same_v<Cell, Gru>;
 
 template <typename Cell, typename T>
-__global__ void __launch_bounds__(kThreads) backward_step(const BackwardStep<T> step) {
+__global__ void __launch_bounds__(kThreads) backward_step(const __grid_constant__ BackwardStep<T> step) {
   using scalar = acc_t<T>;
   const Turn& turn = step.turn;
   const int64_t d = blockIdx.z, b = row_of_thread(), hidden = turn.hidden, features = turn.features;
@@ -214,7 +214,7 @@ struct ProjectedBackwardStep {
 };
 
 template <typename T>
-__global__ void __launch_bounds__(kThreads) add_dy(const ProjectedBackwardStep<T> step) {
+__global__ void __launch_bounds__(kThreads) add_dy(const __grid_constant__ ProjectedBackwardStep<T> step) {
   const Turn& turn = step.turn;
   const int64_t d = blockIdx.z, b = row_of_thread(), features = turn.features;
   if (b >= turn.active[d]) return;
