@@ -128,7 +128,7 @@ def extensions() -> list[CppExtension]:
     cuda_sources = sources("cuda/*.cu")
     if wanted and cuda_sources:
         archs = os.environ["TORCH_CUDA_ARCH_LIST"] = cuda_archs()  # BuildExtension reads it
-        # cuBLAS's headers may be missing from a toolkit, but come with pip's torch; a toolkit's own are looked up first.
+        # cuBLAS's headers may be missing from a toolkit, but come with pip's torch. The toolkit's own go first.
         beside_torch = [str(path) for path in Path(torch.__path__[0]).parent.glob("nvidia/cu*/include")]
         after = [flag for path in beside_torch for flag in ("-idirafter", path)]
         host_flags = ["-Xcompiler", ",".join(["-fvisibility=hidden", *WARNINGS, *after])]

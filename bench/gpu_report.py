@@ -1,8 +1,8 @@
 """Everything about the CUDA kernels that needs a GPU, in one go: `make gpu-report`, or `python -m bench.gpu_report`.
 
 Builds in place with the interpreter that runs it, downloads nothing, and then: the tests on the GPU; compute-sanitizer
-(memcheck, racecheck, synccheck) over a short run; the benchmark against torch.nn until the time is up. A step that fails
-does not stop the others. Writes build.log, tests.log, sanitizer.log, bench.log, gpu.csv and summary.md to --out.
+(memcheck, racecheck, synccheck) over a short run; the benchmark against torch.nn until the time is up. A step that
+fails does not stop the others. Writes a log of each step, gpu.csv and summary.md to --out.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import itertools
 import os
 import random
 import shutil
+import signal
 import statistics
 import subprocess
 import sys
@@ -127,14 +128,19 @@ class Report:
     def start(self, log: str, command: Sequence[str], **environment: str) -> subprocess.Popen[bytes]:
         with (self.folder / log).open("ab") as file:
             return subprocess.Popen(
-                command, cwd=ROOT, env={**self.environment, **environment}, stdout=file, stderr=subprocess.STDOUT
+                command,
+                cwd=ROOT,
+                env={**self.environment, **environment},
+                stdout=file,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,  # to be stopped with its children
             )
 
     def finish(self, what: str, process: subprocess.Popen[bytes], log: str, seconds: float) -> bool:
         try:
             status = f"exit {code}" if (code := process.wait(max(1.0, seconds))) else "passed"
         except subprocess.TimeoutExpired:
-            process.kill()
+            os.killpg(process.pid, signal.SIGKILL)
             process.wait()
             status = f"stopped after {seconds:.0f} s"
         self.failed |= status != "passed"

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import tolerances
 import torch
 
 import nlpkernels  # noqa: F401 (the schemas, before --emulated-cuda registers kernels)
@@ -45,6 +46,7 @@ def load_emulated_cuda() -> None:
     """The kernels of csrc/cuda take CPU tensors from now on: see emulated_cuda.h."""
     from torch.utils import cpp_extension
 
+    tolerances.rounding_devices.add("cpu")
     root = Path(__file__).resolve().parent.parent
     build = root / "build" / f"emulated-cuda-torch-{torch.__version__}"
     for header in CUDA_HEADERS.split():  # emulated_cuda.h has what would stand there
