@@ -25,7 +25,7 @@ FLOOR = {
 }
 # Where states are rounded to half a precision before a product reads them (CUDA; the CPU's kernels keep them in float),
 # a unit of a ReLU that is almost 0 may fall on the other side of it than in exact arithmetic, and its gradient with it.
-# torch.nn's units do so too, but they are others. In a small layer one unit is a tenth of a gradient; that the equations
+# torch.nn's units do so too, but they are others. In a small layer one unit is a tenth of a gradient; that equations
 # are right shows in float32 and float64.
 FLOOR_OF_RELU = {torch.bfloat16: 0.3, torch.float16: 0.3}
 rounding_devices = {"cuda"}

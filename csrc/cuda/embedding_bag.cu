@@ -3,10 +3,10 @@
 // Forward: a group of threads (common.cuh) takes one bag, or one row of a lookup, and a thread 16 bytes of its columns
 // where they are aligned. It has kInFlight rows on their way before it adds the first one up, in float.
 //
-// Backward: the positions of the indices are sorted by row, stably, with those that count for no bag at the end. The
-// first of the uses of a row owns it: its group adds the uses up in the order of the indices and writes the row. No
-// atomics, and the same bits at every run. A row that is used very often is therefore slow. The sorted rows, numbered,
-// are the coalesced sparse gradient.
+// Backward: the positions of the indices are sorted by row, stably, with those that count for no bag at the end. A
+// group adds up a chunk of them, row by row, in the order of the indices; a row that goes on in the next chunk is left
+// in parts, which a second kernel adds up in order. No atomics, the same bits at every run, and a row that everyone
+// uses does not keep the others waiting. The sorted rows, numbered, are the coalesced sparse gradient.
 //
 // Indices and offsets are checked on the device, by a kernel of its own, before they are used; what is wrong is read as
 // if it were not there, so that no kernel leaves a tensor's memory or ends the process. The first that is found is
@@ -41,6 +41,8 @@ namespace {
 
 // Rows that a thread has asked for before it uses the first.
 constexpr int kInFlight = 4;
+// Sorted uses of rows that a group adds up.
+constexpr int kUses = 32;
 
 // Arguments ----------------------------------------------------------------------------------------------------------
 
@@ -468,39 +470,102 @@ struct RowGradients {
   const int64_t* aux;  // as forward gave it
   bool is_mean, scale_grad_by_freq;
   const int64_t* numbers;  // [total]: a row's place in `out`, plus 1; or nullptr: its place is the row
+  acc_t<T>* partial;       // [chunks, 2, E]: of the row that came in, and of the one that begins here and goes on
   T* out;                  // [V, E] or [R, E]
 };
 
-// A group of threads for each use of a row, of which the first use's does it all.
-template <typename T, typename key_t, int vector, bool is_max>
-__global__ void __launch_bounds__(kThreads) add_up_uses(const RowGradients<T, key_t> work) {
-  using scalar = acc_t<T>;
-  const int64_t first = row_of_thread(), columns = work.columns;
-  if (first >= work.total || !is_first_use(work.keys, first, work.rows)) return;
-  const int64_t end = end_of_run(work.keys, first, work.total);
-  const scalar share = work.scale_grad_by_freq ? scalar(1) / static_cast<scalar>(end - first) : scalar(1);
+template <typename T, typename key_t, int vector>
+__device__ __forceinline__ void store_row(const RowGradients<T, key_t>& work, int64_t first, int64_t end,
+                                          int64_t column, const acc_t<T>* sum) {
+  const auto share = work.scale_grad_by_freq ? acc_t<T>(1) / static_cast<acc_t<T>>(end - first) : acc_t<T>(1);
   const int64_t place = work.numbers != nullptr ? work.numbers[first] - 1 : static_cast<int64_t>(work.keys[first]);
+  Pack<T, vector> out;
+#pragma unroll
+  for (int v = 0; v < vector; ++v) out.values[v] = static_cast<T>(sum[v] * share);
+  store_pack(work.out + place * work.columns + column, out);
+}
+
+// A group of threads for each chunk of kUses sorted uses. Rows whose uses all lie in it are done; what it has of those
+// before and behind it is left in `partial`.
+template <typename T, typename key_t, int vector, bool is_max>
+__global__ void __launch_bounds__(kThreads) add_up_chunks(const RowGradients<T, key_t> work) {
+  using scalar = acc_t<T>;
+  const int64_t chunk = row_of_thread(), columns = work.columns;
+  const int64_t begin = chunk * kUses, end = begin + kUses < work.total ? begin + kUses : work.total;
   for (int64_t column = first_column<vector>(); column < columns; column += column_step<vector>()) {
-    scalar sum[vector];
+    int64_t i = begin;
+    while (i < end && work.keys[i] < work.rows) {
+      const key_t key = work.keys[i];
+      const int64_t first = i;
+      scalar sum[vector];
 #pragma unroll
-    for (int v = 0; v < vector; ++v) sum[v] = scalar(0);
-    for (int64_t i = first; i < end; ++i) {
-      const int64_t position = work.positions[i], bag = work.bag_of[position], at = bag * columns + column;
-      const Pack<T, vector> values = load_pack<vector>(work.grad + at);
-      scalar scale = share;
-      if (!is_max && work.is_mean) scale /= static_cast<scalar>(work.aux[bag]);
-      if (!is_max && work.factors != nullptr) scale *= static_cast<scalar>(work.factors[position]);
+      for (int v = 0; v < vector; ++v) sum[v] = scalar(0);
+      int count = kInFlight;
+      for (; count == kInFlight; i += count) {
+        Pack<T, vector> values[kInFlight];
+        scalar scale[kInFlight];
+        int64_t position[kInFlight], at[kInFlight];
+        count = 0;
 #pragma unroll
-      for (int v = 0; v < vector; ++v) {
-        // A column that another position won adds nothing, not even NaN times nothing.
-        const bool counts = !is_max || work.aux[at + v] == position;
-        sum[v] += counts ? scale * static_cast<scalar>(values.values[v]) : scalar(0);
+        for (int j = 0; j < kInFlight; ++j) {
+          if (count < j || i + j >= end || work.keys[i + j] != key) continue;
+          ++count;
+          position[j] = work.positions[i + j];
+          const int64_t bag = work.bag_of[position[j]];
+          at[j] = bag * columns + column;
+          values[j] = load_pack<vector>(work.grad + at[j]);
+          scale[j] = scalar(1);
+          if (!is_max && work.is_mean) scale[j] /= static_cast<scalar>(work.aux[bag]);
+          if (!is_max && work.factors != nullptr) scale[j] *= static_cast<scalar>(work.factors[position[j]]);
+        }
+#pragma unroll
+        for (int j = 0; j < kInFlight; ++j) {
+          if (j >= count) continue;
+#pragma unroll
+          for (int v = 0; v < vector; ++v) {
+            // A column that another position won adds nothing, not even NaN times nothing.
+            const bool counts = !is_max || work.aux[at[j] + v] == position[j];
+            sum[v] += counts ? scale[j] * static_cast<scalar>(values[j].values[v]) : scalar(0);
+          }
+        }
+      }
+      const bool came_in = first == begin && begin > 0 && work.keys[begin - 1] == key;
+      const bool goes_on = i == end && end < work.total && work.keys[end] == key;
+      if (came_in || goes_on) {
+        Pack<scalar, vector> part;
+#pragma unroll
+        for (int v = 0; v < vector; ++v) part.values[v] = sum[v];
+        store_pack(work.partial + (chunk * 2 + (came_in ? 0 : 1)) * columns + column, part);
+      } else {
+        store_row<T, key_t, vector>(work, first, i, column, sum);
       }
     }
-    Pack<T, vector> out;
+  }
+}
+
+// Rows whose uses lie in several chunks: the group of the first of them adds up the others' parts, in their order.
+template <typename T, typename key_t, int vector>
+__global__ void __launch_bounds__(kThreads) join_chunks(const RowGradients<T, key_t> work) {
+  using scalar = acc_t<T>;
+  const int64_t chunk = row_of_thread(), columns = work.columns, begin = chunk * kUses, behind = begin + kUses;
+  if (behind >= work.total) return;
+  const key_t key = work.keys[behind];
+  int64_t first = behind;
+  while (first > begin && work.keys[first - 1] == key) --first;
+  if (key >= work.rows || first == behind || (first == begin && begin > 0 && work.keys[begin - 1] == key)) return;
+  const int64_t end = end_of_run(work.keys, behind, work.total), last = (end - 1) / kUses;
+  for (int64_t column = first_column<vector>(); column < columns; column += column_step<vector>()) {
+    const auto own = load_pack<vector>(work.partial + (chunk * 2 + 1) * columns + column);
+    scalar sum[vector];
 #pragma unroll
-    for (int v = 0; v < vector; ++v) out.values[v] = static_cast<T>(sum[v]);
-    store_pack(work.out + place * columns + column, out);
+    for (int v = 0; v < vector; ++v) sum[v] = own.values[v];
+#pragma unroll 4
+    for (int64_t other = chunk + 1; other <= last; ++other) {
+      const auto part = load_pack<vector>(work.partial + other * 2 * columns + column);
+#pragma unroll
+      for (int v = 0; v < vector; ++v) sum[v] += part.values[v];
+    }
+    store_row<T, key_t, vector>(work, first, end, column, sum);
   }
 }
 
@@ -579,7 +644,8 @@ struct BackwardArguments {
 
   // The gradient of each row in use, to its place in `out`.
   void add_up(const OptionalTensor& numbers, const Tensor& out) const {
-    const int64_t columns = grad.size(1);
+    const int64_t columns = grad.size(1), chunks = ceil_div(uses.total, kUses);
+    const Tensor partial = at::empty({chunks, 2, columns}, grad.options().dtype(at::toOpMathType(grad.scalar_type())));
     AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, grad.scalar_type(), "embedding_bag_backward", [&] {
       SortedUses::dispatch_keys(uses.keys, [&](auto key) {
         using key_t = decltype(key);
@@ -596,15 +662,17 @@ struct BackwardArguments {
         work.is_mean = mode == Mode::mean;
         work.scale_grad_by_freq = scale_grad_by_freq;
         work.numbers = data<int64_t>(numbers);
+        work.partial = partial.mutable_data_ptr<acc_t<scalar_t>>();
         work.out = out.mutable_data_ptr<scalar_t>();
         dispatch_vector<scalar_t>(has_aligned_rows(work.grad, columns), [&](auto size) {
           constexpr int vector = decltype(size)::value;
-          const Shape shape = rows_by_columns(work.total, columns, vector);
+          const Shape shape = rows_by_columns(chunks, columns, vector);
           if (mode == Mode::max) {
-            launch(add_up_uses<scalar_t, key_t, vector, true>, shape, work);
+            launch(add_up_chunks<scalar_t, key_t, vector, true>, shape, work);
           } else {
-            launch(add_up_uses<scalar_t, key_t, vector, false>, shape, work);
+            launch(add_up_chunks<scalar_t, key_t, vector, false>, shape, work);
           }
+          launch(join_chunks<scalar_t, key_t, vector>, shape, work);
         });
       });
     });
