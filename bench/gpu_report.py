@@ -32,7 +32,9 @@ from .workloads import BAGS, Workload
 ROOT = Path(__file__).resolve().parent.parent
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 CELLS = ("lstm", "gru", "rnn")
-NEEDS = ("numpy", "pytest", "setuptools", "ninja")
+NEEDS = ("numpy", "pytest", "setuptools")
+# Those that need nothing else: of the others' tests none is of a GPU.
+TESTS = [f"tests/test_{name}.py" for name in ("cuda", "recurrent", "embedding", "ops", "convert")]
 TOOLS = ("memcheck", "racecheck", "synccheck")
 LIMITS = {"build": 200, "tests": 150, "sanitizer": 150}  # seconds; tests and sanitizer run side by side
 SLOWER = 0.95
@@ -204,7 +206,7 @@ def run(folder: Path, seconds: float) -> int:
     report.say(f"```\n{facts.stdout or facts.stderr}```")
     if facts.returncode == 0:
         side = time.monotonic()
-        tests = report.start("tests.log", [python, "-m", "pytest", "-q", "-k", "cuda", "tests"])
+        tests = report.start("tests.log", [python, "-m", "pytest", "-q", "-k", "cuda", *TESTS])
         sanitizer = shutil.which("compute-sanitizer") or shutil.which("compute-sanitizer", path="/usr/local/cuda/bin")
         if sanitizer:
             # Without a cache of memory each tensor is an allocation, beyond whose ends nothing may be touched.
@@ -245,8 +247,7 @@ def main() -> int:
         return 0
     if not torch.cuda.is_available():
         sys.exit(f"gpu_report: torch {torch.__version__} finds no CUDA device on this machine")
-    missing = [name for name in NEEDS if not machine.version(name)]
-    if "pytest" in missing or "numpy" in missing or "setuptools" in missing:
+    if missing := [name for name in NEEDS if not machine.version(name)]:
         sys.exit(f"gpu_report: {sys.executable} lacks {', '.join(missing)}")
     if options.only_bench is not None:
         benchmark(options.out / "gpu.csv", options.only_bench)

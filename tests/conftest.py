@@ -14,7 +14,6 @@ import nlpkernels  # noqa: F401 (the schemas, before --emulated-cuda registers k
 
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 
-
 CUDA_HEADERS = """
 cuda_runtime.h ATen/cuda/CUDAContextLight.h c10/cuda/CUDAException.h c10/cuda/CUDAFunctions.h
 c10/cuda/CUDAGraphsC10Utils.h c10/cuda/CUDAGuard.h c10/cuda/CUDAStream.h
@@ -22,6 +21,7 @@ c10/cuda/CUDAGraphsC10Utils.h c10/cuda/CUDAGuard.h c10/cuda/CUDAStream.h
 OF_CPU_KERNELS = ("test_bits_depend_on_neither", "test_other_instruction_sets", "test_instruction_set")
 
 os.environ.setdefault("NLPKERNELS_CUDA_CHECK", "now")  # tests of errors expect them at once
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # or poisoned memory, below, makes torch's products warn
 # Tests compare float32 with exact arithmetic; that TF32 follows its flag has its own.
 torch.backends.cudnn.allow_tf32 = False
 

@@ -187,6 +187,7 @@ class TestOnGpu:
     def test_can_be_captured(self, steps: dict[str, Callable[[], list[Tensor]]]) -> None:
         for name, step in steps.items():
             side = torch.cuda.Stream()
+            torch.cuda.synchronize()
             with torch.cuda.stream(side):
                 expected = bits(step())
             torch.cuda.synchronize()
