@@ -490,6 +490,7 @@ __device__ __forceinline__ void store_row(const RowGradients<T, key_t>& work, in
 template <typename T, typename key_t, int vector, bool is_max>
 __global__ void __launch_bounds__(kThreads) add_up_chunks(const RowGradients<T, key_t> work) {
   using scalar = acc_t<T>;
+  constexpr int in_flight = is_max ? 2 : kInFlight;  // max reads who won besides, and with more it spills
   const int64_t chunk = row_of_thread(), columns = work.columns;
   const int64_t begin = chunk * kUses, end = begin + kUses < work.total ? begin + kUses : work.total;
   for (int64_t column = first_column<vector>(); column < columns; column += column_step<vector>()) {
@@ -500,33 +501,35 @@ __global__ void __launch_bounds__(kThreads) add_up_chunks(const RowGradients<T, 
       scalar sum[vector];
 #pragma unroll
       for (int v = 0; v < vector; ++v) sum[v] = scalar(0);
-      int count = kInFlight;
-      for (; count == kInFlight; i += count) {
-        Pack<T, vector> values[kInFlight];
-        scalar scale[kInFlight];
-        int64_t position[kInFlight], at[kInFlight];
-        count = 0;
+      bool is_use = true;
+      while (is_use) {
+        Pack<T, vector> values[in_flight];
+        scalar scale[in_flight];
 #pragma unroll
-        for (int j = 0; j < kInFlight; ++j) {
-          if (count < j || i + j >= end || work.keys[i + j] != key) continue;
-          ++count;
-          position[j] = work.positions[i + j];
-          const int64_t bag = work.bag_of[position[j]];
-          at[j] = bag * columns + column;
-          values[j] = load_pack<vector>(work.grad + at[j]);
+        for (int j = 0; j < in_flight; ++j) {
+          is_use = is_use && i < end && work.keys[i] == key;
+          values[j] = {};
+          scale[j] = scalar(0);
+          if (!is_use) continue;
+          const int64_t position = work.positions[i], bag = work.bag_of[position], at = bag * columns + column;
+          values[j] = load_pack<vector>(work.grad + at);
           scale[j] = scalar(1);
-          if (!is_max && work.is_mean) scale[j] /= static_cast<scalar>(work.aux[bag]);
-          if (!is_max && work.factors != nullptr) scale[j] *= static_cast<scalar>(work.factors[position[j]]);
+          if constexpr (is_max) {
+            // A column that another position won adds nothing, not even NaN times nothing.
+#pragma unroll
+            for (int v = 0; v < vector; ++v) {
+              if (work.aux[at + v] != position) values[j].values[v] = T(0);
+            }
+          } else {
+            if (work.is_mean) scale[j] /= static_cast<scalar>(work.aux[bag]);
+            if (work.factors != nullptr) scale[j] *= static_cast<scalar>(work.factors[position]);
+          }
+          ++i;
         }
 #pragma unroll
-        for (int j = 0; j < kInFlight; ++j) {
-          if (j >= count) continue;
+        for (int j = 0; j < in_flight; ++j) {
 #pragma unroll
-          for (int v = 0; v < vector; ++v) {
-            // A column that another position won adds nothing, not even NaN times nothing.
-            const bool counts = !is_max || work.aux[at[j] + v] == position[j];
-            sum[v] += counts ? scale[j] * static_cast<scalar>(values[j].values[v]) : scalar(0);
-          }
+          for (int v = 0; v < vector; ++v) sum[v] += scale[j] * static_cast<scalar>(values[j].values[v]);
         }
       }
       const bool came_in = first == begin && begin > 0 && work.keys[begin - 1] == key;
