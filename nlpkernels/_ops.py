@@ -470,6 +470,13 @@ _embedding_bag = _differentiable("embedding_bag", _save_embedding_bag, _backward
 # --- What the rest of the package calls ------------------------------------------------------------------------------
 
 
+def autocast_dtype(device: str) -> torch.dtype | None:
+    """The dtype that autocast wants on a type of device; None where it is off, and where there is no such thing."""
+    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+        return torch.get_autocast_dtype(device)
+    return None
+
+
 def recurrent(
     x: Tensor,
     batch_sizes: Tensor | None,
@@ -483,9 +490,8 @@ def recurrent(
 
     c of all steps is empty, [0], unless return_cell_states and the cell has one. Autocast casts all, as in torch.
     """
-    device = x.device.type
-    if torch.is_autocast_enabled(device):
-        dtype = torch.get_autocast_dtype(device)
+    dtype = autocast_dtype(x.device.type)
+    if dtype is not None:
         x, h0, c0 = x.to(dtype), h0.to(dtype), None if c0 is None else c0.to(dtype)
         weights = [weight.to(dtype) for weight in weights]
     wants_c = return_cell_states and c0 is not None

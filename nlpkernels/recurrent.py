@@ -58,6 +58,8 @@ class _Layers(RNNBase):
             batch = x.size(batch_dim)
         elif packed.sorted_indices is not None:
             batch = packed.sorted_indices.size(0)
+        elif states is not None and torch.compiler.is_compiling():  # which cannot compare sizes with data
+            batch = states[0].size(1)
         else:
             batch = int(packed.batch_sizes[0])
         states = self._checked_states(x, batch, states)
@@ -112,7 +114,7 @@ class _Layers(RNNBase):
         )
 
     def _check_x(self, x: Tensor, weight: Tensor, is_packed: bool) -> None:
-        if x.dtype != weight.dtype and not torch.is_autocast_enabled(x.device.type):
+        if x.dtype != weight.dtype and _ops.autocast_dtype(x.device.type) is None:
             raise ValueError(
                 f"RNN input dtype ({x.dtype}) does not match weight dtype ({weight.dtype}). "
                 f"Convert input: input.to({weight.dtype}), or convert model: model.to({x.dtype})"

@@ -67,7 +67,7 @@ def cell_step(cell: str, from_x: Tensor, from_h: Tensor, h: Tensor, c: Tensor) -
 
 
 def cell_states(workspace: Tensor) -> Tensor:
-    """c after each step of an LSTM, [D, N, H], from its workspace, [D, N, S, H]: the last of the values saved."""
+    """Return c after each step of an LSTM, [D, N, H], from its workspace, [D, N, S, H]: the last value saved."""
     return workspace[:, :, -1]
 
 

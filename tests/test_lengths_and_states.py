@@ -155,7 +155,7 @@ def test_derivatives_of_the_state_sequence(device: str) -> None:
 
 
 def test_dropconnect(device: str) -> None:
-    """Dropout on the recurrent weights (Wan et al. 2013, Merity et al. 2018), one mask for all steps, by parametrize."""
+    """Dropout on the recurrent weights (Wan et al. 2013), one mask for all steps, by parametrize."""
     _, layer = pair("lstm", 6, 5, 2, device=device)
     weight = layer.weight_hh_l0
     torch.nn.utils.parametrize.register_parametrization(layer, "weight_hh_l0", nn.Dropout(0.5))
