@@ -141,7 +141,7 @@ class _Layers(RNNBase):
 
 
 class _Padding(NamedTuple):
-    """Where the real rows of a padded batch are. Packed as PackedSequence packs: step by step, longest sequence first."""
+    """Where the real rows of a padded batch are, and their order when packed: step by step, longest sequence first."""
 
     rows: Tensor
     """[N], places in the T B rows of the padded batch, in packed order."""

@@ -60,7 +60,7 @@ def worker() -> None:
         train(wrapped, ids[:, 3 * rank : 3 * rank + 3])
         for (key, got), want in zip(model.named_parameters(), expected.parameters(), strict=True):
             whole = got.full_tensor() if hasattr(got, "full_tensor") else got
-            torch.testing.assert_close(whole.detach(), want.detach(), msg=lambda text, key=key: f"{name} {key}: {text}")
+            torch.testing.assert_close(whole.detach(), want.detach(), msg=f"{name}: {key} differs")
         if rank == 0:
             print(f"{name} agrees")
     torch.distributed.destroy_process_group()
