@@ -57,12 +57,11 @@ def _swap(
     for name, module in model.named_modules():
         new = classes.get(type(module))
         if new is None:
+            why = f"a subclass: {_qualified_name(type(module))}"
+            if parametrize.is_parametrized(module):
+                why = "parametrized, remove_parametrizations before and register them after"
             if isinstance(module, tuple(classes)) and type(module) not in classes.values():
-                done.left[name] = (
-                    "parametrized, remove_parametrizations before and register them after"
-                    if parametrize.is_parametrized(module)
-                    else f"a subclass: {_qualified_name(type(module))}"
-                )
+                done.left[name] = why
         elif predicate is None or predicate(name, module):
             module.__class__ = new
             done.swapped[name] = _qualified_name(new)
