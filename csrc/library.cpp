@@ -36,6 +36,12 @@ TORCH_LIBRARY(nlpkernels, m) {
       " Tensor[] weights, str cell, Tensor y, Tensor workspace, bool need_dx, bool need_dweights)"
       " -> (Tensor dx, Tensor dh0, Tensor dc0, Tensor[] dweights)");
 
+  // The same of an LSTM, given a gradient of the workspace as well: of the cell states between the steps.
+  m.def(
+      "recurrent_states_backward(Tensor? dy, Tensor? dh_n, Tensor? dc_n, Tensor dworkspace, Tensor x,"
+      " Tensor? batch_sizes, Tensor h0, Tensor c0, Tensor[] weights, str cell, bool need_dx, bool need_dweights)"
+      " -> (Tensor dx, Tensor dh0, Tensor dc0, Tensor[] dweights)");
+
   // Rows of a table, pooled by bag.
   //   weight       [V, E]
   //   indices      [B, L] with offsets None: B bags of L; or [N] with offsets

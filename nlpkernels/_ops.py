@@ -67,6 +67,7 @@ _ops = torch.ops.nlpkernels
 for _name in (
     "recurrent",
     "recurrent_backward",
+    "recurrent_states_backward",
     "embedding_bag",
     "embedding_bag_backward",
     "embedding_bag_sparse_backward",
@@ -113,6 +114,29 @@ def _(
         x.new_empty(x.shape if need_dx else (0,)),
         x.new_empty(h0.shape),
         x.new_empty(c0.shape if c0 is not None else (0,)),
+        [x.new_empty(weight.shape if need_dweights else (0,)) for weight in weights],
+    )
+
+
+@torch.library.register_fake("nlpkernels::recurrent_states_backward")
+def _(
+    dy: Tensor | None,
+    dh_n: Tensor | None,
+    dc_n: Tensor | None,
+    dworkspace: Tensor,
+    x: Tensor,
+    batch_sizes: Tensor | None,
+    h0: Tensor,
+    c0: Tensor,
+    weights: list[Tensor],
+    cell: str,
+    need_dx: bool,
+    need_dweights: bool,
+) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
+    return (
+        x.new_empty(x.shape if need_dx else (0,)),
+        x.new_empty(h0.shape),
+        x.new_empty(c0.shape),
         [x.new_empty(weight.shape if need_dweights else (0,)) for weight in weights],
     )
 
@@ -350,6 +374,7 @@ def _differentiable_by_reference(name: str) -> Callable[..., Any]:
 
 
 _recurrent_backward = _differentiable_by_reference("recurrent_backward")
+_recurrent_states_backward = _differentiable_by_reference("recurrent_states_backward")
 _embedding_bag_backward = _differentiable_by_reference("embedding_bag_backward")
 _embedding_bag_per_sample_backward = _differentiable_by_reference("embedding_bag_per_sample_backward")
 
@@ -361,18 +386,24 @@ def _save_recurrent(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...
 
 
 def _backward_recurrent(
-    ctx: Any, dy: Tensor | None, dh_n: Tensor | None, dc_n: Tensor | None, _: Tensor | None
+    ctx: Any, dy: Tensor | None, dh_n: Tensor | None, dc_n: Tensor | None, dworkspace: Tensor | None
 ) -> tuple[Any, ...]:
     x, batch_sizes, h0, c0, y, workspace, *weights = ctx.saved_tensors
     need_dx, need_dweights = ctx.needs_input_grad[0], any(ctx.needs_input_grad[4])
-    if workspace.dim() == 1:  # forward was told that nothing need be kept
-        y, *_, workspace = _ops.recurrent(
-            x.detach(), batch_sizes, h0.detach(), _detach(c0), [w.detach() for w in weights], ctx.cell, True
+    was_kept = workspace.dim() == 4
+    if was_kept and dworkspace is not None:  # of the cell states of all steps, which recurrent_backward does not take
+        dx, dh0, dc0, dweights = _recurrent_states_backward(
+            dy, dh_n, dc_n, dworkspace, x, batch_sizes, h0, c0, weights, ctx.cell, need_dx, need_dweights
         )
-    dx, dh0, dc0, dweights = _recurrent_backward(
-        dy, dh_n, dc_n if c0 is not None else None, x, batch_sizes, h0, c0, weights, ctx.cell, y.detach(), workspace,
-        need_dx, need_dweights,
-    )  # fmt: skip
+    else:
+        if not was_kept:
+            y, *_, workspace = _ops.recurrent(
+                x.detach(), batch_sizes, h0.detach(), _detach(c0), [w.detach() for w in weights], ctx.cell, True
+            )
+        dx, dh0, dc0, dweights = _recurrent_backward(
+            dy, dh_n, dc_n if c0 is not None else None, x, batch_sizes, h0, c0, weights, ctx.cell, y.detach(),
+            workspace.detach(), need_dx, need_dweights,
+        )  # fmt: skip
     return (
         dx if need_dx else None,
         None,
@@ -434,27 +465,46 @@ _embedding_bag_sparse_backward = _differentiable(
     "embedding_bag_sparse_backward", _save_nothing, _refuse_backward, lambda inputs: (0,)
 )
 _recurrent = _differentiable(
-    "recurrent", _save_recurrent, _backward_recurrent, lambda inputs: (2, 3) if inputs[3] is None else (3,)
+    "recurrent", _save_recurrent, _backward_recurrent, lambda inputs: (2, 3) if inputs[3] is None else ()
 )
 _embedding_bag = _differentiable("embedding_bag", _save_embedding_bag, _backward_embedding_bag, lambda inputs: (1,))
 
 # --- What the rest of the package calls ------------------------------------------------------------------------------
 
 
+def autocast_dtype(device: str) -> torch.dtype | None:
+    """The dtype that autocast wants on a type of device; None where it is off, and where there is no such thing."""
+    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+        return torch.get_autocast_dtype(device)
+    return None
+
+
 def recurrent(
-    x: Tensor, batch_sizes: Tensor | None, h0: Tensor, c0: Tensor | None, weights: list[Tensor], cell: str
-) -> tuple[Tensor, Tensor, Tensor]:
-    """One layer: y, h_n and c_n of `reference.recurrent`, with derivatives. Autocast casts all, as in torch."""
-    device = x.device.type
-    if torch.is_autocast_enabled(device):
-        dtype = torch.get_autocast_dtype(device)
+    x: Tensor,
+    batch_sizes: Tensor | None,
+    h0: Tensor,
+    c0: Tensor | None,
+    weights: list[Tensor],
+    cell: str,
+    return_cell_states: bool = False,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """One layer: y, h_n and c_n of `reference.recurrent`, with derivatives, and c of all steps, [D, T, B, H].
+
+    c of all steps is empty, [0], unless return_cell_states and the cell has one. Autocast casts all, as in torch.
+    """
+    dtype = autocast_dtype(x.device.type)
+    if dtype is not None:
         x, h0, c0 = x.to(dtype), h0.to(dtype), None if c0 is None else c0.to(dtype)
         weights = [weight.to(dtype) for weight in weights]
-    keep = torch.is_grad_enabled() and any(
-        tensor is not None and tensor.requires_grad for tensor in (x, h0, c0, *weights)
+    wants_c = return_cell_states and c0 is not None
+    keep = wants_c or (
+        torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in (x, h0, c0, *weights))
     )
-    y, h_n, c_n, _ = _recurrent(x, batch_sizes, h0, c0, weights, cell, keep)
-    return y, h_n, c_n
+    y, h_n, c_n, workspace = _recurrent(x, batch_sizes, h0, c0, weights, cell, keep)
+    if not wants_c:
+        return y, h_n, c_n, x.new_empty(0)
+    c = reference.cell_states(workspace)
+    return y, h_n, c_n, c.reshape(c.shape[0], *x.shape[:-1], c.shape[-1])
 
 
 def embedding_bag(

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,8 @@ import tolerances
 import torch
 
 import nlpkernels  # noqa: F401 (the schemas, before --emulated-cuda registers kernels)
+
+CONFORMANCE = pytest.StashKey[Counter[str]]()
 
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 
@@ -96,3 +99,26 @@ def restored_threads() -> Iterator[None]:
     threads = torch.get_num_threads()
     yield
     torch.set_num_threads(threads)
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--thorough", action="store_true", help="second derivatives of every one of torch's own cases")
+
+
+@pytest.fixture
+def count_conformance(request: pytest.FixtureRequest) -> Callable[[str], None]:
+    """Counts a case of torch's own that ours passed."""
+    counts = request.config.stash.setdefault(CONFORMANCE, Counter())
+
+    def count(kind: str) -> None:
+        counts[kind] += 1
+
+    return count
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    """How many of torch's own cases were run."""
+    counts = config.stash.get(CONFORMANCE, None)
+    if counts:
+        of = ", ".join(f"{number} of {kind}" for kind, number in counts.items())
+        terminalreporter.write_line(f"conformance with torch.nn: {sum(counts.values())} cases passed ({of})")
