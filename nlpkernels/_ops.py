@@ -12,13 +12,15 @@ csrc holds schemas (`library.cpp` says what each argument is) and kernels. Here 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+import weakref
+from collections.abc import Callable, MutableMapping, Sequence
 from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakIdKeyDictionary
 
 from nlpkernels import _C, reference  # _C registers the schemas
 
@@ -72,6 +74,7 @@ for _name in (
     "embedding_bag_backward",
     "embedding_bag_sparse_backward",
     "embedding_bag_per_sample_backward",
+    "embedding_bag_update",
 ):
     torch.library.impl(f"nlpkernels::{_name}", "CompositeExplicitAutograd")(getattr(reference, _name))
 
@@ -176,6 +179,11 @@ def _(grad: Tensor, num_embeddings: int, *others: Any) -> tuple[Tensor, Tensor]:
 @torch.library.register_fake("nlpkernels::embedding_bag_per_sample_backward")
 def _(grad: Tensor, weight: Tensor, indices: Tensor, *others: Any) -> Tensor:
     return weight.new_empty(indices.shape)
+
+
+@torch.library.register_fake("nlpkernels::embedding_bag_update")
+def _(*args: Any) -> None:
+    pass
 
 
 # --- Derivatives -----------------------------------------------------------------------------------------------------
@@ -469,6 +477,70 @@ _recurrent = _differentiable(
 )
 _embedding_bag = _differentiable("embedding_bag", _save_embedding_bag, _backward_embedding_bag, lambda inputs: (1,))
 
+# --- Tables that are updated in backward -----------------------------------------------------------------------------
+
+# Which optimizer of optim.py has which table, for as long as it lives.
+UPDATED_IN_BACKWARD: MutableMapping[Tensor, weakref.ref[Any]] = WeakIdKeyDictionary()
+
+
+def optimizer_of(table: Tensor) -> Any:
+    """The optimizer that updates a table in backward, or None."""
+    found = UPDATED_IN_BACKWARD.get(table)
+    return None if found is None else found()
+
+
+class _EmbeddingBagWithUpdate(torch.autograd.Function):
+    """An embedding_bag whose table gets no gradient: backward hands what it is made of to the table's optimizer."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        weight: Tensor,
+        per_sample_weights: Tensor | None,
+        indices: Tensor,
+        offsets: Tensor | None,
+        *settings: Any,
+    ) -> Tensor:
+        ctx.set_materialize_grads(False)
+        output: Tensor
+        output, aux = _ops.embedding_bag(weight, indices, offsets, per_sample_weights, *settings, False)
+        needs_weight = per_sample_weights is not None and per_sample_weights.requires_grad
+        ctx.save_for_backward(weight if needs_weight else None, indices, offsets, per_sample_weights, aux)
+        ctx.table, ctx.settings, ctx.used = weight, settings, False
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor | None) -> Any:
+        if torch.is_grad_enabled():
+            raise RuntimeError("a gradient that is applied in backward (nlpkernels.optim) cannot be differentiated")
+        if ctx.used:
+            raise RuntimeError(
+                "a second backward pass through one graph: the first one has updated the table (nlpkernels.optim), "
+                "and this one's gradient would be that of the table as it was"
+            )
+        if grad is None:
+            return (None,) * 8
+        weight, indices, offsets, per_sample_weights, aux = ctx.saved_tensors
+        _, padding_idx, include_last_offset, _ = ctx.settings
+        dfactors = None
+        if ctx.needs_input_grad[1]:
+            dfactors = _ops.embedding_bag_per_sample_backward(
+                grad, weight, indices, offsets, padding_idx, include_last_offset
+            )
+        optimizer = optimizer_of(ctx.table)
+        if optimizer is None:
+            raise RuntimeError("the optimizer (nlpkernels.optim) that was to update a table in backward is gone")
+        optimizer.collect(ctx.table, grad, indices, offsets, per_sample_weights, aux, *ctx.settings)
+        ctx.used = True
+        return (None, dfactors, *(None,) * 6)
+
+
+def embedding_bag_update(grad: Tensor, table: Tensor, *args: Any) -> None:
+    """`reference.embedding_bag_update`, of which autograd is told that the table has changed."""
+    _ops.embedding_bag_update(grad, table.detach(), *args)
+    torch.autograd.graph.increment_version(table)
+
+
 # --- What the rest of the package calls ------------------------------------------------------------------------------
 
 
@@ -519,6 +591,11 @@ def embedding_bag(
     sparse: bool,
 ) -> Tensor:
     """Pooled rows of a table: the first output of `reference.embedding_bag`, with derivatives."""
+    if not torch.compiler.is_compiling() and UPDATED_IN_BACKWARD and optimizer_of(weight) is not None:
+        pooled: Tensor = _EmbeddingBagWithUpdate.apply(
+            weight, per_sample_weights, indices, offsets, mode, padding_idx, include_last_offset, scale_grad_by_freq
+        )
+        return pooled
     result: Tensor = _embedding_bag(
         weight, indices, offsets, per_sample_weights, mode, padding_idx, include_last_offset, scale_grad_by_freq, sparse
     )[0]

@@ -281,7 +281,9 @@ def embedding_bag(
         scale_grad_by_freq: divide a row's gradient by the number of its uses (not for "max").
         mode: "mean", "sum" or "max".
         sparse: return weight's gradient as a coalesced sparse tensor (not for "max").
-        per_sample_weights: a factor for each index, shaped like input (for "sum").
+        per_sample_weights: a factor w for each index, shaped like input. Beyond torch, which takes it for "sum" only:
+            "mean" is then the weighted mean, sum(w row) / sum(w), the divisor being 1 where sum(w) is 0, and "max" is
+            the maximum of w row, for which the rows are stored one by one.
         include_last_offset: see offsets.
         padding_idx: indices that are in no bag, and do not count in a mean; negative counts from the end.
 
@@ -292,7 +294,6 @@ def embedding_bag(
         IndexError: an index is not a row of weight; it is named with its position.
         TypeError: input or offsets are not int32 or int64.
         ValueError: a shape, an offset or mode does not fit.
-        NotImplementedError: per_sample_weights with a mode other than "sum".
     """
     if per_sample_weights is not None and input.size() != per_sample_weights.size():
         raise ValueError(
@@ -307,10 +308,6 @@ def embedding_bag(
         raise ValueError("max mode does not support scaling the gradient by the frequency")
     if mode == "max" and sparse:
         raise ValueError("max mode does not support sparse weights")
-    if per_sample_weights is not None and mode != "sum":
-        raise NotImplementedError(
-            f"embedding_bag: per_sample_weights is only supported for mode='sum' (got mode={mode!r})"
-        )
     if input.is_nested:  # jagged: its own offsets are those of the bags, the last one included
         if per_sample_weights is not None and not per_sample_weights.is_nested:
             raise ValueError("If input is nested, then per_sample_weights must be nested if specified")
@@ -334,6 +331,29 @@ def embedding_bag(
     padding = _wrap_padding("embedding_bag", padding_idx, weight.shape[0])
     if max_norm is not None:
         _renormalise(weight, input.reshape(-1), max_norm, norm_type)
+    if per_sample_weights is not None and mode != "sum":
+        if not per_sample_weights.is_floating_point() or per_sample_weights.dtype != weight.dtype:
+            raise RuntimeError(
+                f"embedding_bag: expected per_sample_weights of dtype {weight.dtype} like weight, "
+                f"got {per_sample_weights.dtype}"
+            )
+        position = torch.arange(input.numel(), device=input.device).reshape(input.shape)
+        if mode == "max":
+            rows = _ops.embedding_bag(
+                weight, input.reshape(-1, 1), None, None, "lookup", padding, False, False, False
+            ) * per_sample_weights.reshape(-1, 1)
+            # Each index is a row of its own, and the padding one more, in which nothing stands.
+            rows = torch.cat([rows, rows.new_zeros(1, rows.shape[1])])
+            position = torch.where(input == padding, input.numel(), position)
+            return _ops.embedding_bag(
+                rows, position, offsets, None, "max", input.numel(), include_last_offset, False, False
+            )
+        counted = per_sample_weights.masked_fill(input == padding, 0).reshape(-1, 1)
+        divisor = _ops.embedding_bag(counted, position, offsets, None, "sum", -1, include_last_offset, False, False)
+        pooled = _ops.embedding_bag(
+            weight, input, offsets, per_sample_weights, "sum", padding, include_last_offset, scale_grad_by_freq, sparse
+        )
+        return pooled / divisor.masked_fill(divisor == 0, 1)
     return _ops.embedding_bag(
         weight, input, offsets, per_sample_weights, mode, padding, include_last_offset, scale_grad_by_freq, sparse
     )

@@ -335,6 +335,46 @@ def embedding_bag_sparse_backward(
     return rows, dense[rows]
 
 
+def embedding_bag_update(
+    grad: Tensor,
+    weight: Tensor,
+    first: Tensor | None,
+    second: Tensor | None,
+    indices: Tensor,
+    offsets: Tensor | None,
+    per_sample_weights: Tensor | None,
+    aux: Tensor,
+    pooling: str,
+    padding_idx: int,
+    include_last_offset: bool,
+    scale_grad_by_freq: bool,
+    rule: str,
+    settings: list[float],
+) -> None:
+    """A step of an optimizer for the rows in use, in place; `csrc/library.cpp` says what each rule does."""
+    rows, g = embedding_bag_sparse_backward(
+        grad, weight.shape[0], indices, offsets, per_sample_weights, aux, pooling, padding_idx, include_last_offset,
+        scale_grad_by_freq,
+    )  # fmt: skip
+    g = g.to(_arithmetic_dtype(g.dtype))
+    rate, eps, beta1, beta2 = (*settings, 0.0, 0.0, 0.0)[:4]
+    if rule == "sgd":
+        change = rate * g
+    elif rule == "rowwise_adagrad" and first is not None:
+        first[rows] += g.square().mean(1)
+        change = rate * g / (first[rows].sqrt() + eps).unsqueeze(1)
+    elif rule == "adagrad" and first is not None:
+        first[rows] += g.square()
+        change = rate * g / (first[rows].sqrt() + eps)
+    elif rule == "adam" and first is not None and second is not None:
+        first[rows] += (g - first[rows]) * (1 - beta1)
+        second[rows] += (g.square() - second[rows]) * (1 - beta2)
+        change = rate * first[rows] / (second[rows].sqrt() + eps)
+    else:
+        raise ValueError(f"embedding_bag_update: a state is missing, or there is no such rule: {rule!r}")
+    weight[rows] = (weight[rows].to(g.dtype) - change).to(weight.dtype)
+
+
 def embedding_bag_per_sample_backward(
     grad: Tensor,
     weight: Tensor,

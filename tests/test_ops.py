@@ -111,7 +111,7 @@ def test_every_op_is_listed() -> None:
     registered = {
         name.split("::")[1] for name in torch._C._dispatch_get_all_op_names() if name.startswith("nlpkernels::")
     }
-    assert registered == set(ALL_OPS)
+    assert registered == {*ALL_OPS, "embedding_bag_update"}  # which changes its arguments: see test_optim.py
 
 
 # The other one always runs reference.py, whose torch.func the modes of opcheck cannot look into.
@@ -188,5 +188,5 @@ def test_report() -> None:
 def test_public_names() -> None:
     assert set(nlpkernels.__all__) == {
         "RNN", "LSTM", "GRU", "RNNCell", "LSTMCell", "GRUCell", "Embedding", "EmbeddingBag", "functional", "convert",
-        "revert",
+        "revert", "optim",
     }  # fmt: skip
