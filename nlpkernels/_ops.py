@@ -11,6 +11,7 @@ csrc holds schemas (`library.cpp` says what each argument is) and kernels. Here 
 
 from __future__ import annotations
 
+import inspect
 import os
 import weakref
 from collections.abc import Callable, MutableMapping, Sequence
@@ -266,6 +267,13 @@ def _differentiable(
     outputs_of = _Flat([result.type for result in op._schema.returns])
     has_one_output = outputs_of.length == 1
 
+    def call_kernel(*args: Any) -> Any:
+        # Past the dispatcher's autograd, which is in Python and has nothing to do here; torch.func needs it.
+        if torch._C._are_functorch_transforms_active():
+            return op(*args)
+        with torch._C._AutoDispatchBelowAutograd():
+            return op(*args)
+
     def call_flat(function: Callable[..., Any], flat: Sequence[Any]) -> Any:
         result = function(*inputs_of.unflatten(flat))
         return result if has_one_output else outputs_of.flatten(result)
@@ -284,7 +292,7 @@ def _differentiable(
     class Function(torch.autograd.Function):
         @staticmethod
         def forward(*flat: Any) -> Any:
-            return call_flat(op, flat)
+            return call_flat(call_kernel, flat)
 
         @staticmethod
         def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -332,6 +340,8 @@ def _differentiable(
         result, out_dims = Function.vmap(info, inputs_of.flatten(in_dims), *inputs_of.flatten(args))
         return (result, out_dims) if has_one_output else (outputs_of.unflatten(result), outputs_of.unflatten(out_dims))
 
+    # apply() binds its arguments to forward's signature: known once, it need not be found out at every call.
+    Function.forward.__signature__ = inspect.signature(Function.forward)
     torch.library.register_autograd(op, backward, setup_context=setup_context)
     torch.library.register_vmap(op, vmap_op)
 
@@ -342,7 +352,7 @@ def _differentiable(
         if _wants_derivative(flat):
             result = Function.apply(*flat)
             return result if has_one_output else outputs_of.unflatten(result)
-        return op(*args)
+        return call_kernel(*args)
 
     return call
 
