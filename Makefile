@@ -8,17 +8,22 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 CSRC := $(shell find csrc -type f)
-CXX_FILES := $(filter %.h %.cpp %.cu %.cuh,$(CSRC)) $(wildcard bench/*.cpp)
+CXX_FILES := $(filter %.h %.cpp %.cu %.cuh,$(CSRC)) $(wildcard bench/*.cpp tests/*.h)
 PY_FILES := setup.py $(wildcard nlpkernels tests bench examples)
 # What was built depends on these; when one changes, it is built again.
 SETTINGS := $(TORCH) $(FORCE_CUDA) $(TORCH_CUDA_ARCH_LIST)
 
-.PHONY: help demo test bench lint format build clean distclean FORCE
+# What CUDA is held to, on a machine without a GPU: a torch whose build on PyPI is for CUDA 13.0.
+CUDA_TORCH := torch==2.11.0
+CUDA_HOME ?= /usr/local/cuda
+export CUDA_HOME
+
+.PHONY: help demo test bench lint format build cuda-check gpu-report clean distclean FORCE
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
 
 help:  ## list the targets
-	@sed -n 's/^\([a-z]*\):.*## \(.*\)/make \1\t\2/p' Makefile | expand -t 18
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/make \1\t\2/p' Makefile | expand -t 18
 	@echo
 	@echo 'ARGS="..." goes to the command; PYTHON=python3.12 picks the interpreter; for a torch without CUDA,'
 	@echo 'TORCH="torch==2.13.0 --index-url https://download.pytorch.org/whl/cpu"'
@@ -46,12 +51,33 @@ format: $(VENV)/.lint  ## apply the style
 build: $(VENV)/.torch  ## compile, and show what the compiler says
 	@$(BIN)/python setup.py build_ext --inplace
 
+cuda-check:  ## compile the CUDA kernels and check all that can be without a GPU
+	@test -x '$(CUDA_HOME)/bin/nvcc' || { echo 'nlpkernels: no nvcc in $(CUDA_HOME): set CUDA_HOME' >&2; exit 1; }
+	@$(MAKE) --no-print-directory VENV=.venv-cuda TORCH='$(CUDA_TORCH)' .cuda-check
+
+# Into a place of its own, beside which the package in place is not seen. Warnings are errors, and spills are warnings.
+.cuda-check: $(VENV)/.torch
+	@$(PIP) 'pytest>=8' numpy
+	@echo 'Compiling for sm_80 and sm_90'
+	FORCE_CUDA=1 TORCH_CUDA_ARCH_LIST='8.0;9.0' NLPKERNELS_BUILD_CPU=default \
+	  NVCC_APPEND_FLAGS='-Werror all-warnings -Xptxas -warn-spills,-Werror' \
+	  $(BIN)/python setup.py --quiet build --build-lib '$(VENV)/nlpkernels'
+	$(BIN)/python tests/kernel_resources.py $(VENV)/nlpkernels/nlpkernels/_cuda*.so
+	@cd tests && PYTHONPATH='$(CURDIR)/$(VENV)/nlpkernels' NLPKERNELS_CUDA=1 ../$(BIN)/pytest -q test_cuda.py
+	@echo 'The same code compiled for the CPU, in place of the kernels of csrc/cpu'
+	@cd tests && PYTHONPATH='$(CURDIR)/$(VENV)/nlpkernels' ../$(BIN)/pytest -q -r fE --emulated-cuda \
+	  test_recurrent.py test_embedding.py test_ops.py test_cuda.py
+
+# Takes the interpreter as it is, and installs nothing.
+gpu-report:  ## build, test, sanitise and time the CUDA kernels on a GPU, with what $(PYTHON) has
+	@$(PYTHON) -m bench.gpu_report $(if $(OUT),--out '$(OUT)') $(ARGS)
+
 clean:  ## delete what was built
 	@rm -rf build dist *.egg-info nlpkernels/*.so .*_cache $(VENV)/.demo $(VENV)/.test $(VENV)/.bench $(VENV)/.lint
 	@find nlpkernels tests bench examples -name __pycache__ -prune -exec rm -rf {} + 2>/dev/null || true
 
 distclean: clean  ## delete the environment too
-	@rm -rf $(VENV)
+	@rm -rf $(VENV) .venv-cuda
 
 # The package in place, with an extra. Only objects whose sources changed are compiled.
 $(VENV)/.demo $(VENV)/.test $(VENV)/.bench $(VENV)/.lint: $(VENV)/.%: $(VENV)/.torch pyproject.toml setup.py $(CSRC)

@@ -24,6 +24,8 @@ if platform.machine().lower() in ("x86_64", "amd64"):
     INSTRUCTION_SETS["avx2"] = ["-mavx2", "-mfma", "-mf16c"]
     INSTRUCTION_SETS["avx512"] = ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma", "-mf16c"]
     INSTRUCTION_SETS["avx512"] += ["-Wno-maybe-uninitialized"]  # GCC warns of its own AVX-512 header
+if only := os.environ.get("NLPKERNELS_BUILD_CPU"):  # for a check of something else
+    INSTRUCTION_SETS = {only: INSTRUCTION_SETS[only]}
 
 OPTIMISE = ["-O3", "-g0", "-fvisibility=hidden"]
 WARNINGS = ["-Wall", "-Wextra", "-Wno-unused-parameter", "-Wno-unknown-pragmas"]  # the last two are torch's headers'
@@ -126,7 +128,10 @@ def extensions() -> list[CppExtension]:
     cuda_sources = sources("cuda/*.cu")
     if wanted and cuda_sources:
         archs = os.environ["TORCH_CUDA_ARCH_LIST"] = cuda_archs()  # BuildExtension reads it
-        host_flags = ["-Xcompiler", ",".join(["-fvisibility=hidden", *WARNINGS])]
+        # cuBLAS's headers may be missing from a toolkit, but come with pip's torch. The toolkit's own go first.
+        beside_torch = [str(path) for path in Path(torch.__path__[0]).parent.glob("nvidia/cu*/include")]
+        after = [flag for path in beside_torch for flag in ("-idirafter", path)]
+        host_flags = ["-Xcompiler", ",".join(["-fvisibility=hidden", *WARNINGS, *after])]
         cuda.append(
             CUDAExtension(
                 "nlpkernels._cuda",
@@ -163,9 +168,10 @@ class BuildLibraries(BuildExtension):
 
         By default all extensions share one folder, in which a source compiled for one instruction set would pass for
         the same source compiled for another; and an editable install takes a temporary one, so that nothing is reused.
+        Each torch has its own, too: environments may stand side by side in one tree.
         """
         command = copy.copy(self)  # the others are being built with theirs
-        command.build_temp = str(Path("build", sys.implementation.cache_tag, ext.name))
+        command.build_temp = str(Path("build", f"{sys.implementation.cache_tag}-torch-{torch.__version__}", ext.name))
         super(BuildLibraries, command).build_extension(ext)
 
 

@@ -35,7 +35,7 @@ from .workloads import RNNS, SUBJECTS, WORKLOADS, Workload
 
 RESULTS = Path(__file__).resolve().parent / "results"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-MODES = ("inference", "train", "sparse")
+MODES = ("inference", "train", "sparse", "update")
 console = Console(stderr=True, highlight=False, markup=False)
 
 
@@ -152,9 +152,9 @@ def expected_seconds(case: Case, plan: Plan) -> float:
     flops = 2 * work.T * work.B * gates * work.H * work.directions * (work.I + 2 * work.layers * work.H)
     rate = 2e13 if case.device == "cuda" else 6e10 * case.threads
     idle = ("onnxruntime", "openvino") * case.train + ("compile",) * (work.kind == "sequence")
-    providers = sum(concerned(name, work.kind) and name not in idle for name in plan.providers)
+    providers = sum(concerned(name, work.kind, case.mode) and name not in idle for name in plan.providers)
     calls = 6 * max(1, providers)  # a check, its memory, an estimate, and three rounds
-    once = (3 if case.train else 1) * flops / rate + (case.mode == "train") * work.V * work.D * 4 / 1e9
+    once = (3 if case.train else 1) * flops / rate + (case.mode in ("train", "update")) * work.V * work.D * 4 / 1e9
     return 0.6 + max(plan.effort.seconds, calls * once)
 
 
@@ -169,7 +169,7 @@ def measured(case: Case, problem: Problem | None, plan: Plan) -> tuple[list[Row]
         status = f"skipped: {reason}"
     except Exception as error:  # this case is lost, the run is not
         status = f"failed: {explain(error)}"
-    names = [name for name in plan.providers if concerned(name, case.workload.kind)]
+    names = [name for name in plan.providers if concerned(name, case.workload.kind, case.mode)]
     return [blank_row(case, name, status) for name in names], problem
 
 

@@ -316,7 +316,7 @@ def measure(
     reference = problem.reference
     if case.device == "cpu":
         torch.set_num_threads(case.threads)
-    rows = {name: blank_row(case, name) for name in names if concerned(name, case.workload.kind)}
+    rows = {name: blank_row(case, name) for name in names if concerned(name, case.workload.kind, case.mode)}
     ready: dict[str, Prepared] = {}
     gc.collect()
     mode = torch.inference_mode if not case.train else contextlib.nullcontext

@@ -24,6 +24,7 @@ from .workloads import RNNS, Workload, draw_indices, draw_lengths
 Results = dict[str, Tensor]
 GATES = {"rnn": 1, "gru": 3, "lstm": 4}
 PADDING = 0  # the row of padding_idx
+RATE = 0.1  # of SGD, in mode "update"
 
 
 class WrongResult(Exception):
@@ -302,15 +303,24 @@ class PoolProblem(Problem):
         kind = library.Embedding if self.workload.kind == "embedding" else library.EmbeddingBag
         return self.layer(kind, self.table if dtype is None else self.table[self.touched].to(dtype))
 
-    def layer(self, kind: Any, table: Tensor) -> torch.nn.Module:
-        options: dict[str, Any] = {"freeze": not self.train, "sparse": self.mode == "sparse"}
+    def layer(self, kind: Any, table: Tensor, sparse: bool | None = None) -> torch.nn.Module:
+        """In mode "update" over a copy of the table, with sparse gradients unless told otherwise."""
+        sparse = self.mode in ("sparse", "update") if sparse is None else sparse
+        options: dict[str, Any] = {"freeze": not self.train, "sparse": sparse}
+        table = table.clone() if self.mode == "update" else table
         idiom = kind.__name__ == "Embedding"
         if self.workload.padding or (idiom and self.masked):
             options["padding_idx"] = PADDING
         layer = kind.from_pretrained(table, **options) if idiom else kind.from_pretrained(table, mode="mean", **options)
         return (MeanOfEmbedding(layer, self.masked) if idiom else layer).train(self.train)
 
-    def bind(self, module: torch.nn.Module, run: Callable[..., Any] | None = None) -> Bound:
+    def bind(
+        self,
+        module: torch.nn.Module,
+        run: Callable[..., Any] | None = None,
+        optimizer: Callable[..., torch.optim.Optimizer] = torch.optim.SGD,
+    ) -> Bound:
+        """In mode "update", `optimizer` makes the step; what is right of the table is its rows after the first one."""
         run = module if run is None else run  # a compiled module has a truth value of its own, and it raises
         weight = next(module.parameters())
         compact = weight.shape[0] != self.workload.V
@@ -326,6 +336,22 @@ class PoolProblem(Problem):
         def step() -> Any:
             output = forward()
             return output, torch.autograd.grad(output, weight, gradient)
+
+        if self.mode == "update":
+            steps = optimizer(module.parameters(), lr=RATE)
+
+            def update() -> Any:
+                steps.zero_grad()
+                output = forward()
+                output.backward(gradient)
+                steps.step()
+                return output
+
+            def updated(output: Any) -> Results:
+                rows = weight if compact else weight[self.touched]
+                return {"y": output, "rows after": rows.detach().clone()}
+
+            return Bound(update, updated)
 
         def results(value: Any) -> Results:
             output, gradients = value if self.train else (value, ())
@@ -382,6 +408,8 @@ class PoolProblem(Problem):
         forward = touched + self.flat.nbytes + self.gradient.nbytes
         if self.mode == "inference":
             return forward
+        if self.mode == "update":
+            return forward + self.flat.nbytes + self.gradient.nbytes + touched
         written = touched if self.mode == "sparse" else self.table.nbytes
         return forward + self.flat.nbytes + self.gradient.nbytes + written
 
@@ -390,7 +418,7 @@ class PoolProblem(Problem):
         work, size = case.workload, case.dtype.itemsize
         table = work.V * work.D * size
         gathered = work.B * work.L * work.D * (size + 8)
-        return table * (3 if case.mode == "train" else 1) + 2 * gathered + work.V * 16
+        return table * {"train": 3, "update": 5}.get(case.mode, 1) + 2 * gathered + work.V * 16
 
 
 def make_problem(case: Case) -> Problem:

@@ -57,11 +57,21 @@ def _prepared(bound: Bound) -> Prepared:
 
 
 def nlpkernels(problem: Problem, case: Case) -> Prepared:
+    if case.mode == "update":
+        assert isinstance(problem, PoolProblem)
+        library = load("nlpkernels")
+        return _prepared(problem.bind(problem.module(library), optimizer=library.optim.SGD))
     return _prepared(problem.bind(problem.module(load("nlpkernels"))))
 
 
 def torch_eager(problem: Problem, case: Case) -> Prepared:
     return _prepared(problem.bind(problem.module(torch.nn)))
+
+
+def dense(problem: Problem, case: Case) -> Prepared:
+    """A training step with SGD whose gradient is dense, which is what torch's layers give unless told otherwise."""
+    assert isinstance(problem, PoolProblem)
+    return _prepared(problem.bind(problem.layer(torch.nn.EmbeddingBag, problem.table, sparse=False)))
 
 
 def _compiled(problem: Problem, module: torch.nn.Module) -> Prepared:
@@ -181,8 +191,10 @@ def fbgemm(problem: Problem, case: Case) -> Prepared:
         raise Unsupported("its CPU wheel is measured on CPU only")
     if case.dtype != torch.float32:
         raise Unsupported("measured in float32 only")
-    if case.mode == "sparse":
-        raise Unsupported("its sparse path updates the table and returns no gradient")
+    if case.mode in ("sparse", "update"):
+        raise Unsupported(
+            "measured with a dense gradient only: its sparse path updates the table and returns no gradient"
+        )
     rows, columns = problem.table.shape
     if columns % 4:
         raise Unsupported("needs a width that is a multiple of 4")
@@ -217,6 +229,7 @@ def fbgemm(problem: Problem, case: Case) -> Prepared:
 PROVIDERS: dict[str, Provider] = {
     OURS: nlpkernels,
     "torch": torch_eager,
+    "dense": dense,
     "compile": torch_compile,
     "idiom": idiom,
     "idiom-compile": idiom_compile,
@@ -228,9 +241,14 @@ PACKAGES = {OURS: "nlpkernels", "onnxruntime": "onnxruntime", "openvino": "openv
 BAG_ONLY = ("idiom", "idiom-compile", "fbgemm")  # an Embedding and a mean: as a subject of its own, that is `torch`
 
 
-def concerned(name: str, kind: str) -> bool:
-    """Whether a provider has anything to do with a kind of layer."""
-    return kind == "bag" or name not in BAG_ONLY
+UPDATE = (OURS, "torch", "dense", "fbgemm")  # who makes a step with an optimizer; `dense` does nothing else
+
+
+def concerned(name: str, kind: str, mode: str) -> bool:
+    """Whether a provider has anything to do with a kind of layer in a mode."""
+    if mode == "update":
+        return name in UPDATE
+    return name != "dense" and (kind == "bag" or name not in BAG_ONLY)
 
 
 def availability(names: tuple[str, ...]) -> dict[str, str]:

@@ -23,7 +23,12 @@ from .providers import OURS, PROVIDERS
 CASE = ["subject", "workload", "kind", "cell", "mode", "shape", "dtype", "device", "clock", "threads"]
 PLACE = ["device", "dtype", "clock"]  # what one table, or one set of plots, is about
 BUSY = 0.05  # beyond this share of the machine, others disturb
-MODES = {"inference": "inference", "train": "training step", "sparse": "training step, sparse gradient"}
+MODES = {
+    "inference": "inference",
+    "train": "training step",
+    "sparse": "training step, sparse gradient",
+    "update": "training step with SGD",
+}
 BEGIN, END = "<!-- bench: begin -->", "<!-- bench: end -->"
 STYLE = {  # colours that stay apart for colour-blind eyes; the peer that everybody has is black
     OURS: ("#d55e00", "D"),

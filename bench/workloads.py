@@ -14,6 +14,7 @@ import numpy as np
 RNNS = ("rnn", "gru", "lstm")
 RECURRENT_MODES = ("inference", "train")
 POOL_MODES = ("inference", "train", "sparse")  # train: a dense gradient; sparse: a sparse one
+UPDATE_MODES = ("inference", "sparse", "update")  # update: a training step with SGD, where a table is large
 
 
 @dataclass(frozen=True)
@@ -143,6 +144,14 @@ BAGS = (
     _pool(
         "bag", "click logs", "a hashed feature in a large batch: caches do not help",
         V=1_000_000, D=128, B=512, L=100, draw="uniform", heavy=True,
+    ),
+    _pool(
+        "bag", "recommender", "items of a user's history, two million of them: what an update costs beside the table",
+        V=2_000_000, D=64, B=512, L=25, draw="words", modes=UPDATE_MODES,
+    ),
+    _pool(
+        "bag", "small recommender", "the same from a hundredth of the items: an update's cost should not differ much",
+        V=20_000, D=64, B=512, L=25, draw="words", modes=("update",),
     ),
 )
 

@@ -216,4 +216,43 @@ inline void check_embedding_bag_backward(const char* op, const Tensor& grad, int
   if (mode == Mode::max) check_shape(op, "aux", aux, grad.sizes());
 }
 
+// The optimizers whose step embedding_bag_update takes; see library.cpp.
+enum class Rule { sgd, rowwise_adagrad, adagrad, adam };
+
+inline Rule parse_rule(c10::string_view rule) {
+  if (rule == "sgd") return Rule::sgd;
+  if (rule == "rowwise_adagrad") return Rule::rowwise_adagrad;
+  if (rule == "adagrad") return Rule::adagrad;
+  if (rule == "adam") return Rule::adam;
+  TORCH_CHECK_VALUE(false, "embedding_bag_update: expected rule 'sgd', 'rowwise_adagrad', 'adagrad' or 'adam', got '",
+                    rule, "'");
+}
+
+// What the update takes beside the arguments of the gradient of weight.
+inline void check_embedding_bag_update(const char* op, const Tensor& weight, const Tensor& grad,
+                                       const OptionalTensor& first, const OptionalTensor& second, Rule rule,
+                                       at::ArrayRef<double> settings) {
+  TORCH_CHECK_VALUE(weight.dim() == 2, op, ": expected 2-D weight, got ", weight.sizes());
+  TORCH_CHECK_VALUE(weight.is_contiguous(), op, ": expected contiguous weight, got strides ", weight.strides());
+  TORCH_CHECK_VALUE(grad.dim() == 2 && grad.size(1) == weight.size(1), op, ": expected grad of shape [bags, ",
+                    weight.size(1), "], got ", grad.sizes());
+  check_like(op, "grad", grad, "weight", weight);
+  const size_t wanted = rule == Rule::sgd ? 1 : rule == Rule::adam ? 4 : 2;
+  TORCH_CHECK_VALUE(settings.size() == wanted, op, ": expected ", wanted, " settings, got ", settings.size());
+  const auto check_state = [&](const char* name, const OptionalTensor& state, bool needed, at::IntArrayRef sizes) {
+    TORCH_CHECK_VALUE(state.has_value() == needed, op, ": ", name, " is ", needed ? "needed" : "not wanted",
+                      " by this rule");
+    if (!needed) return;
+    check_shape(op, name, *state, sizes);
+    const auto dtype = weight.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
+    TORCH_CHECK_TYPE(state->scalar_type() == dtype, op, ": expected ", name, " of dtype ", dtype, ", got ",
+                     state->scalar_type());
+    TORCH_CHECK_VALUE(state->is_contiguous() && state->device() == weight.device(), op, ": expected contiguous ", name,
+                      " on ", weight.device(), " like weight");
+  };
+  const at::IntArrayRef by_row = weight.sizes().slice(0, 1);
+  check_state("first", first, rule != Rule::sgd, rule == Rule::rowwise_adagrad ? by_row : weight.sizes());
+  check_state("second", second, rule == Rule::adam, weight.sizes());
+}
+
 }  // namespace nlpkernels

@@ -1,7 +1,8 @@
 // The schemas of every op, in the only TORCH_LIBRARY block, and the pybind11 module with the facts of the build.
 //
-// An op is functional: it changes no argument, and no two of its outputs share memory. Kernels are registered by
-// csrc/cpu and csrc/cuda, behaviour (fake kernels, autograd, autocast, vmap) by nlpkernels/_ops.py.
+// An op is functional, but for the one that says otherwise: it changes no argument, and no two of its outputs share
+// memory. Kernels are registered by csrc/cpu and csrc/cuda, behaviour (fake kernels, autograd, autocast, vmap) by
+// nlpkernels/_ops.py.
 //
 // Letters in shapes: T steps, B sequences, N = rows of data (T * B, or the sum of batch_sizes for packed data),
 // I input features, H hidden units, P features of h (proj_size if there is one, else H), D directions (1 or 2),
@@ -36,6 +37,12 @@ TORCH_LIBRARY(nlpkernels, m) {
       " Tensor[] weights, str cell, Tensor y, Tensor workspace, bool need_dx, bool need_dweights)"
       " -> (Tensor dx, Tensor dh0, Tensor dc0, Tensor[] dweights)");
 
+  // The same of an LSTM, given a gradient of the workspace as well: of the cell states between the steps.
+  m.def(
+      "recurrent_states_backward(Tensor? dy, Tensor? dh_n, Tensor? dc_n, Tensor dworkspace, Tensor x,"
+      " Tensor? batch_sizes, Tensor h0, Tensor c0, Tensor[] weights, str cell, bool need_dx, bool need_dweights)"
+      " -> (Tensor dx, Tensor dh0, Tensor dc0, Tensor[] dweights)");
+
   // Rows of a table, pooled by bag.
   //   weight       [V, E]
   //   indices      [B, L] with offsets None: B bags of L; or [N] with offsets
@@ -65,6 +72,21 @@ TORCH_LIBRARY(nlpkernels, m) {
       "embedding_bag_sparse_backward(Tensor grad, SymInt num_embeddings, Tensor indices, Tensor? offsets,"
       " Tensor? per_sample_weights, Tensor aux, str mode, int padding_idx, bool include_last_offset,"
       " bool scale_grad_by_freq) -> (Tensor rows, Tensor values)");
+
+  // A step of an optimizer with that gradient, row by row, in place; the gradient itself is never stored. The only op
+  // that changes its arguments: weight, and the states of its rows.
+  //   rule         "sgd"               settings lr;                     w -= lr g
+  //                "rowwise_adagrad"   lr, eps; first [V];              first += mean(g^2), w -= lr g / (first^.5 +
+  //                eps) "adagrad"           lr, eps; first [V, E];           first += g^2, w -= lr g / (first^.5 + eps)
+  //                "adam"              lr, eps, beta1, beta2; first, second [V, E]: moving means of g and g^2 that
+  //                                    stand still for rows not in use; w -= lr first / (second^.5 + eps)
+  //   first, second   float32, or float64 if weight is
+  //   pooling      mode, under a name that torch's functionalisation does not take for its own
+  m.def(
+      "embedding_bag_update(Tensor grad, Tensor(a!) weight, Tensor(b!)? first, Tensor(c!)? second, Tensor indices,"
+      " Tensor? offsets, Tensor? per_sample_weights, Tensor aux, str pooling, int padding_idx, bool "
+      "include_last_offset,"
+      " bool scale_grad_by_freq, str rule, float[] settings) -> ()");
 
   // Gradient of per_sample_weights (mode "sum"), shaped like indices.
   m.def(

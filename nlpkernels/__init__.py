@@ -1,6 +1,6 @@
 """Recurrent and embedding layers for PyTorch from compiled kernels: names, parameters and results of torch.nn."""
 
-from nlpkernels import functional
+from nlpkernels import functional, optim
 from nlpkernels.convert import convert, revert
 from nlpkernels.embedding import Embedding, EmbeddingBag
 from nlpkernels.recurrent import GRU, LSTM, RNN, GRUCell, LSTMCell, RNNCell
@@ -16,5 +16,6 @@ __all__ = [
     "RNNCell",
     "convert",
     "functional",
+    "optim",
     "revert",
 ]

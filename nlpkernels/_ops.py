@@ -11,14 +11,17 @@ csrc holds schemas (`library.cpp` says what each argument is) and kernels. Here 
 
 from __future__ import annotations
 
+import inspect
 import os
-from collections.abc import Callable, Sequence
+import weakref
+from collections.abc import Callable, MutableMapping, Sequence
 from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakIdKeyDictionary
 
 from nlpkernels import _C, reference  # _C registers the schemas
 
@@ -67,10 +70,12 @@ _ops = torch.ops.nlpkernels
 for _name in (
     "recurrent",
     "recurrent_backward",
+    "recurrent_states_backward",
     "embedding_bag",
     "embedding_bag_backward",
     "embedding_bag_sparse_backward",
     "embedding_bag_per_sample_backward",
+    "embedding_bag_update",
 ):
     torch.library.impl(f"nlpkernels::{_name}", "CompositeExplicitAutograd")(getattr(reference, _name))
 
@@ -117,6 +122,29 @@ def _(
     )
 
 
+@torch.library.register_fake("nlpkernels::recurrent_states_backward")
+def _(
+    dy: Tensor | None,
+    dh_n: Tensor | None,
+    dc_n: Tensor | None,
+    dworkspace: Tensor,
+    x: Tensor,
+    batch_sizes: Tensor | None,
+    h0: Tensor,
+    c0: Tensor,
+    weights: list[Tensor],
+    cell: str,
+    need_dx: bool,
+    need_dweights: bool,
+) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
+    return (
+        x.new_empty(x.shape if need_dx else (0,)),
+        x.new_empty(h0.shape),
+        x.new_empty(c0.shape),
+        [x.new_empty(weight.shape if need_dweights else (0,)) for weight in weights],
+    )
+
+
 def _number_of_bags(indices: Tensor, offsets: Tensor | None, include_last_offset: bool) -> int:
     return indices.shape[0] if offsets is None else offsets.shape[0] - int(include_last_offset)
 
@@ -152,6 +180,11 @@ def _(grad: Tensor, num_embeddings: int, *others: Any) -> tuple[Tensor, Tensor]:
 @torch.library.register_fake("nlpkernels::embedding_bag_per_sample_backward")
 def _(grad: Tensor, weight: Tensor, indices: Tensor, *others: Any) -> Tensor:
     return weight.new_empty(indices.shape)
+
+
+@torch.library.register_fake("nlpkernels::embedding_bag_update")
+def _(*args: Any) -> None:
+    pass
 
 
 # --- Derivatives -----------------------------------------------------------------------------------------------------
@@ -234,6 +267,13 @@ def _differentiable(
     outputs_of = _Flat([result.type for result in op._schema.returns])
     has_one_output = outputs_of.length == 1
 
+    def call_kernel(*args: Any) -> Any:
+        # Past the dispatcher's autograd, which is in Python and has nothing to do here; torch.func needs it.
+        if torch._C._are_functorch_transforms_active():
+            return op(*args)
+        with torch._C._AutoDispatchBelowAutograd():
+            return op(*args)
+
     def call_flat(function: Callable[..., Any], flat: Sequence[Any]) -> Any:
         result = function(*inputs_of.unflatten(flat))
         return result if has_one_output else outputs_of.flatten(result)
@@ -252,7 +292,7 @@ def _differentiable(
     class Function(torch.autograd.Function):
         @staticmethod
         def forward(*flat: Any) -> Any:
-            return call_flat(op, flat)
+            return call_flat(call_kernel, flat)
 
         @staticmethod
         def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -300,6 +340,8 @@ def _differentiable(
         result, out_dims = Function.vmap(info, inputs_of.flatten(in_dims), *inputs_of.flatten(args))
         return (result, out_dims) if has_one_output else (outputs_of.unflatten(result), outputs_of.unflatten(out_dims))
 
+    # apply() binds its arguments to forward's signature: known once, it need not be found out at every call.
+    Function.forward.__signature__ = inspect.signature(Function.forward)
     torch.library.register_autograd(op, backward, setup_context=setup_context)
     torch.library.register_vmap(op, vmap_op)
 
@@ -310,7 +352,7 @@ def _differentiable(
         if _wants_derivative(flat):
             result = Function.apply(*flat)
             return result if has_one_output else outputs_of.unflatten(result)
-        return op(*args)
+        return call_kernel(*args)
 
     return call
 
@@ -350,6 +392,7 @@ def _differentiable_by_reference(name: str) -> Callable[..., Any]:
 
 
 _recurrent_backward = _differentiable_by_reference("recurrent_backward")
+_recurrent_states_backward = _differentiable_by_reference("recurrent_states_backward")
 _embedding_bag_backward = _differentiable_by_reference("embedding_bag_backward")
 _embedding_bag_per_sample_backward = _differentiable_by_reference("embedding_bag_per_sample_backward")
 
@@ -361,18 +404,24 @@ def _save_recurrent(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...
 
 
 def _backward_recurrent(
-    ctx: Any, dy: Tensor | None, dh_n: Tensor | None, dc_n: Tensor | None, _: Tensor | None
+    ctx: Any, dy: Tensor | None, dh_n: Tensor | None, dc_n: Tensor | None, dworkspace: Tensor | None
 ) -> tuple[Any, ...]:
     x, batch_sizes, h0, c0, y, workspace, *weights = ctx.saved_tensors
     need_dx, need_dweights = ctx.needs_input_grad[0], any(ctx.needs_input_grad[4])
-    if workspace.dim() == 1:  # forward was told that nothing need be kept
-        y, *_, workspace = _ops.recurrent(
-            x.detach(), batch_sizes, h0.detach(), _detach(c0), [w.detach() for w in weights], ctx.cell, True
+    was_kept = workspace.dim() == 4
+    if was_kept and dworkspace is not None:  # of the cell states of all steps, which recurrent_backward does not take
+        dx, dh0, dc0, dweights = _recurrent_states_backward(
+            dy, dh_n, dc_n, dworkspace, x, batch_sizes, h0, c0, weights, ctx.cell, need_dx, need_dweights
         )
-    dx, dh0, dc0, dweights = _recurrent_backward(
-        dy, dh_n, dc_n if c0 is not None else None, x, batch_sizes, h0, c0, weights, ctx.cell, y.detach(), workspace,
-        need_dx, need_dweights,
-    )  # fmt: skip
+    else:
+        if not was_kept:
+            y, *_, workspace = _ops.recurrent(
+                x.detach(), batch_sizes, h0.detach(), _detach(c0), [w.detach() for w in weights], ctx.cell, True
+            )
+        dx, dh0, dc0, dweights = _recurrent_backward(
+            dy, dh_n, dc_n if c0 is not None else None, x, batch_sizes, h0, c0, weights, ctx.cell, y.detach(),
+            workspace.detach(), need_dx, need_dweights,
+        )  # fmt: skip
     return (
         dx if need_dx else None,
         None,
@@ -410,9 +459,11 @@ def _backward_embedding_bag(ctx: Any, grad: Tensor | None, _: Tensor | None) -> 
         if sparse:
             rows, values = _embedding_bag_sparse_backward(*arguments)
             size = (ctx.num_embeddings, grad.shape[1])
-            dweight = torch.sparse_coo_tensor(
-                rows.unsqueeze(0), values, size, is_coalesced=True, check_invariants=False
-            )
+            # What torch.sparse_coo_tensor calls; that warns in torch 2.11, whatever it is told to check.
+            dweight = torch.ops.aten._sparse_coo_tensor_with_dims_and_tensors(
+                1, 1, size, rows.unsqueeze(0), values, dtype=values.dtype, layout=torch.sparse_coo,
+                device=values.device, is_coalesced=True,
+            )  # fmt: skip
         else:
             dweight = _embedding_bag_backward(*arguments)
     if ctx.needs_input_grad[3]:
@@ -432,27 +483,110 @@ _embedding_bag_sparse_backward = _differentiable(
     "embedding_bag_sparse_backward", _save_nothing, _refuse_backward, lambda inputs: (0,)
 )
 _recurrent = _differentiable(
-    "recurrent", _save_recurrent, _backward_recurrent, lambda inputs: (2, 3) if inputs[3] is None else (3,)
+    "recurrent", _save_recurrent, _backward_recurrent, lambda inputs: (2, 3) if inputs[3] is None else ()
 )
 _embedding_bag = _differentiable("embedding_bag", _save_embedding_bag, _backward_embedding_bag, lambda inputs: (1,))
+
+# --- Tables that are updated in backward -----------------------------------------------------------------------------
+
+# Which optimizer of optim.py has which table, for as long as it lives.
+UPDATED_IN_BACKWARD: MutableMapping[Tensor, weakref.ref[Any]] = WeakIdKeyDictionary()
+
+
+def optimizer_of(table: Tensor) -> Any:
+    """The optimizer that updates a table in backward, or None."""
+    found = UPDATED_IN_BACKWARD.get(table)
+    return None if found is None else found()
+
+
+class _EmbeddingBagWithUpdate(torch.autograd.Function):
+    """An embedding_bag whose table gets no gradient: backward hands what it is made of to the table's optimizer."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        weight: Tensor,
+        per_sample_weights: Tensor | None,
+        indices: Tensor,
+        offsets: Tensor | None,
+        *settings: Any,
+    ) -> Tensor:
+        ctx.set_materialize_grads(False)
+        output: Tensor
+        output, aux = _ops.embedding_bag(weight, indices, offsets, per_sample_weights, *settings, False)
+        needs_weight = per_sample_weights is not None and per_sample_weights.requires_grad
+        ctx.save_for_backward(weight if needs_weight else None, indices, offsets, per_sample_weights, aux)
+        ctx.table, ctx.settings, ctx.used = weight, settings, False
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor | None) -> Any:
+        if torch.is_grad_enabled():
+            raise RuntimeError("a gradient that is applied in backward (nlpkernels.optim) cannot be differentiated")
+        if ctx.used:
+            raise RuntimeError(
+                "a second backward pass through one graph: the first one has updated the table (nlpkernels.optim), "
+                "and this one's gradient would be that of the table as it was"
+            )
+        if grad is None:
+            return (None,) * 8
+        weight, indices, offsets, per_sample_weights, aux = ctx.saved_tensors
+        _, padding_idx, include_last_offset, _ = ctx.settings
+        dfactors = None
+        if ctx.needs_input_grad[1]:
+            dfactors = _ops.embedding_bag_per_sample_backward(
+                grad, weight, indices, offsets, padding_idx, include_last_offset
+            )
+        optimizer = optimizer_of(ctx.table)
+        if optimizer is None:
+            raise RuntimeError("the optimizer (nlpkernels.optim) that was to update a table in backward is gone")
+        optimizer.collect(ctx.table, grad, indices, offsets, per_sample_weights, aux, *ctx.settings)
+        ctx.used = True
+        return (None, dfactors, *(None,) * 6)
+
+
+def embedding_bag_update(grad: Tensor, table: Tensor, *args: Any) -> None:
+    """`reference.embedding_bag_update`, of which autograd is told that the table has changed."""
+    _ops.embedding_bag_update(grad, table.detach(), *args)
+    torch.autograd.graph.increment_version(table)
+
 
 # --- What the rest of the package calls ------------------------------------------------------------------------------
 
 
+def autocast_dtype(device: str) -> torch.dtype | None:
+    """The dtype that autocast wants on a type of device; None where it is off, and where there is no such thing."""
+    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+        return torch.get_autocast_dtype(device)
+    return None
+
+
 def recurrent(
-    x: Tensor, batch_sizes: Tensor | None, h0: Tensor, c0: Tensor | None, weights: list[Tensor], cell: str
-) -> tuple[Tensor, Tensor, Tensor]:
-    """One layer: y, h_n and c_n of `reference.recurrent`, with derivatives. Autocast casts all, as in torch."""
-    device = x.device.type
-    if torch.is_autocast_enabled(device):
-        dtype = torch.get_autocast_dtype(device)
+    x: Tensor,
+    batch_sizes: Tensor | None,
+    h0: Tensor,
+    c0: Tensor | None,
+    weights: list[Tensor],
+    cell: str,
+    return_cell_states: bool = False,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """One layer: y, h_n and c_n of `reference.recurrent`, with derivatives, and c of all steps, [D, T, B, H].
+
+    c of all steps is empty, [0], unless return_cell_states and the cell has one. Autocast casts all, as in torch.
+    """
+    dtype = autocast_dtype(x.device.type)
+    if dtype is not None:
         x, h0, c0 = x.to(dtype), h0.to(dtype), None if c0 is None else c0.to(dtype)
         weights = [weight.to(dtype) for weight in weights]
-    keep = torch.is_grad_enabled() and any(
-        tensor is not None and tensor.requires_grad for tensor in (x, h0, c0, *weights)
+    wants_c = return_cell_states and c0 is not None
+    keep = wants_c or (
+        torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in (x, h0, c0, *weights))
     )
-    y, h_n, c_n, _ = _recurrent(x, batch_sizes, h0, c0, weights, cell, keep)
-    return y, h_n, c_n
+    y, h_n, c_n, workspace = _recurrent(x, batch_sizes, h0, c0, weights, cell, keep)
+    if not wants_c:
+        return y, h_n, c_n, x.new_empty(0)
+    c = reference.cell_states(workspace)
+    return y, h_n, c_n, c.reshape(c.shape[0], *x.shape[:-1], c.shape[-1])
 
 
 def embedding_bag(
@@ -467,6 +601,11 @@ def embedding_bag(
     sparse: bool,
 ) -> Tensor:
     """Pooled rows of a table: the first output of `reference.embedding_bag`, with derivatives."""
+    if not torch.compiler.is_compiling() and UPDATED_IN_BACKWARD and optimizer_of(weight) is not None:
+        pooled: Tensor = _EmbeddingBagWithUpdate.apply(
+            weight, per_sample_weights, indices, offsets, mode, padding_idx, include_last_offset, scale_grad_by_freq
+        )
+        return pooled
     result: Tensor = _embedding_bag(
         weight, indices, offsets, per_sample_weights, mode, padding_idx, include_last_offset, scale_grad_by_freq, sparse
     )[0]

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from torch import nn
+from torch.nn.utils import parametrize
 
 from nlpkernels.embedding import Embedding, EmbeddingBag
 from nlpkernels.recurrent import GRU, LSTM, RNN, GRUCell, LSTMCell, RNNCell
@@ -35,11 +36,11 @@ class Swaps:
     swapped: dict[str, str] = field(default_factory=dict)
     """Names of the modules that were swapped, with their new class."""
     left: dict[str, str] = field(default_factory=dict)
-    """Subclasses of a layer, which may do things of their own and were left alone, with their class."""
+    """Layers that were left alone, with the reason: subclasses, which may do things of their own."""
 
     def __str__(self) -> str:
         lines = [f"{name or '(the model)'}: now {new}" for name, new in self.swapped.items()]
-        lines += [f"{name or '(the model)'}: left alone, a subclass: {old}" for name, old in self.left.items()]
+        lines += [f"{name or '(the model)'}: left alone, {reason}" for name, reason in self.left.items()]
         return "\n".join(lines) or "no layer to swap"
 
 
@@ -56,8 +57,11 @@ def _swap(
     for name, module in model.named_modules():
         new = classes.get(type(module))
         if new is None:
+            why = f"a subclass: {_qualified_name(type(module))}"
+            if parametrize.is_parametrized(module):
+                why = "parametrized, remove_parametrizations before and register them after"
             if isinstance(module, tuple(classes)) and type(module) not in classes.values():
-                done.left[name] = _qualified_name(type(module))
+                done.left[name] = why
         elif predicate is None or predicate(name, module):
             module.__class__ = new
             done.swapped[name] = _qualified_name(new)

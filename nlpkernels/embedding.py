@@ -41,7 +41,9 @@ class EmbeddingBag(torch.nn.EmbeddingBag):
     Shape: input [B, L], or [N] with offsets [B] (or [B + 1] with include_last_offset), int32 or int64; output
     [B, embedding_dim] in weight's dtype, zeros for an empty bag. Indices equal to padding_idx are in no bag.
 
-    Sparse gradients come out coalesced. An index that is not a row raises an IndexError that names it and its position.
+    per_sample_weights are taken with all modes: "mean" is then the weighted mean, "max" the maximum of weighted rows.
+    Sparse gradients come out coalesced; an optimizer of `nlpkernels.optim` needs no gradient at all. An index that is
+    not a row raises an IndexError that names it and its position.
 
     Example:
         >>> import torch

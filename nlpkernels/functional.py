@@ -29,6 +29,7 @@ def _layers(
     bidirectional: bool,
     batch_first: bool,
     batch_sizes: Tensor | None,
+    return_state_sequence: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     directions = 2 if bidirectional else 1
     per_layer = len(params) // num_layers
@@ -52,7 +53,13 @@ def _layers(
             x = torch.dropout(x, dropout, True)
         own = slice(layer * directions, (layer + 1) * directions)
         weights = list(params[layer * per_layer : (layer + 1) * per_layer])
-        x, h_n, c_n = _ops.recurrent(x, batch_sizes, h0[own], None if c0 is None else c0[own], weights, cell)
+        x, h_n, c_n, c = _ops.recurrent(
+            x, batch_sizes, h0[own], None if c0 is None else c0[own], weights, cell, return_state_sequence
+        )
+        if return_state_sequence:  # a layer's output is its h: [T, B, D P] -> [D, T, B, P]
+            h_n, c_n = x.unflatten(-1, (directions, -1)).movedim(-2, 0), c
+            if transposed:
+                h_n, c_n = h_n.transpose(1, 2), c_n.transpose(1, 2) if c0 is not None else c_n
         h_ns.append(h_n)
         c_ns.append(c_n)
     y = x.transpose(0, 1) if transposed else x
@@ -73,6 +80,7 @@ def lstm(
     batch_first: bool = False,
     *,
     batch_sizes: Tensor | None = None,
+    return_state_sequence: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Run the layers of an LSTM over a sequence: `torch.lstm`.
 
@@ -91,6 +99,8 @@ def lstm(
         bidirectional: whether there are two directions; their outputs are concatenated.
         batch_first: whether input and output have the batch in front.
         batch_sizes: of a PackedSequence, int64 [T] on the CPU.
+        return_state_sequence: whether to return, in the place of h_n and c_n, the states after every step of every
+            layer (haste's name for it): [L D, T, B, P] and [L D, T, B, H], with steps and batch laid out as in output.
 
     Returns:
         output [T, B, D P] (or as the input is laid out), h_n and c_n like hx, all in input's dtype: float32, float64,
@@ -102,7 +112,7 @@ def lstm(
     """
     return _layers(
         "lstm", input, hx[0], hx[1], params, has_biases, num_layers, dropout, train, bidirectional, batch_first,
-        batch_sizes,
+        batch_sizes, return_state_sequence,
     )  # fmt: skip
 
 
@@ -118,6 +128,7 @@ def gru(
     batch_first: bool = False,
     *,
     batch_sizes: Tensor | None = None,
+    return_state_sequence: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Run the layers of a GRU over a sequence: `torch.gru`.
 
@@ -125,8 +136,9 @@ def gru(
     Arguments as for `lstm`, with hx a tensor [L D, B, H] and weights of 3 H rows; returns output and h_n.
     """
     return _layers(
-        "gru", input, hx, None, params, has_biases, num_layers, dropout, train, bidirectional, batch_first, batch_sizes
-    )[:2]
+        "gru", input, hx, None, params, has_biases, num_layers, dropout, train, bidirectional, batch_first,
+        batch_sizes, return_state_sequence,
+    )[:2]  # fmt: skip
 
 
 def rnn_tanh(
@@ -141,6 +153,7 @@ def rnn_tanh(
     batch_first: bool = False,
     *,
     batch_sizes: Tensor | None = None,
+    return_state_sequence: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Run the layers of an Elman RNN (Elman 1990) with tanh over a sequence: `torch.rnn_tanh`.
 
@@ -148,7 +161,7 @@ def rnn_tanh(
     """
     return _layers(
         "rnn_tanh", input, hx, None, params, has_biases, num_layers, dropout, train, bidirectional, batch_first,
-        batch_sizes,
+        batch_sizes, return_state_sequence,
     )[:2]  # fmt: skip
 
 
@@ -164,11 +177,12 @@ def rnn_relu(
     batch_first: bool = False,
     *,
     batch_sizes: Tensor | None = None,
+    return_state_sequence: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Run the layers of an Elman RNN with max(x, 0) in the place of tanh: `torch.rnn_relu`; see `rnn_tanh`."""
     return _layers(
         "rnn_relu", input, hx, None, params, has_biases, num_layers, dropout, train, bidirectional, batch_first,
-        batch_sizes,
+        batch_sizes, return_state_sequence,
     )[:2]  # fmt: skip
 
 
@@ -267,7 +281,9 @@ def embedding_bag(
         scale_grad_by_freq: divide a row's gradient by the number of its uses (not for "max").
         mode: "mean", "sum" or "max".
         sparse: return weight's gradient as a coalesced sparse tensor (not for "max").
-        per_sample_weights: a factor for each index, shaped like input (for "sum").
+        per_sample_weights: a factor w for each index, shaped like input. Beyond torch, which takes it for "sum" only:
+            "mean" is then the weighted mean, sum(w row) / sum(w), the divisor being 1 where sum(w) is 0, and "max" is
+            the maximum of w row, for which the rows are stored one by one.
         include_last_offset: see offsets.
         padding_idx: indices that are in no bag, and do not count in a mean; negative counts from the end.
 
@@ -278,7 +294,6 @@ def embedding_bag(
         IndexError: an index is not a row of weight; it is named with its position.
         TypeError: input or offsets are not int32 or int64.
         ValueError: a shape, an offset or mode does not fit.
-        NotImplementedError: per_sample_weights with a mode other than "sum".
     """
     if per_sample_weights is not None and input.size() != per_sample_weights.size():
         raise ValueError(
@@ -293,10 +308,6 @@ def embedding_bag(
         raise ValueError("max mode does not support scaling the gradient by the frequency")
     if mode == "max" and sparse:
         raise ValueError("max mode does not support sparse weights")
-    if per_sample_weights is not None and mode != "sum":
-        raise NotImplementedError(
-            f"embedding_bag: per_sample_weights is only supported for mode='sum' (got mode={mode!r})"
-        )
     if input.is_nested:  # jagged: its own offsets are those of the bags, the last one included
         if per_sample_weights is not None and not per_sample_weights.is_nested:
             raise ValueError("If input is nested, then per_sample_weights must be nested if specified")
@@ -320,6 +331,29 @@ def embedding_bag(
     padding = _wrap_padding("embedding_bag", padding_idx, weight.shape[0])
     if max_norm is not None:
         _renormalise(weight, input.reshape(-1), max_norm, norm_type)
+    if per_sample_weights is not None and mode != "sum":
+        if not per_sample_weights.is_floating_point() or per_sample_weights.dtype != weight.dtype:
+            raise RuntimeError(
+                f"embedding_bag: expected per_sample_weights of dtype {weight.dtype} like weight, "
+                f"got {per_sample_weights.dtype}"
+            )
+        position = torch.arange(input.numel(), device=input.device).reshape(input.shape)
+        if mode == "max":
+            rows = _ops.embedding_bag(
+                weight, input.reshape(-1, 1), None, None, "lookup", padding, False, False, False
+            ) * per_sample_weights.reshape(-1, 1)
+            # Each index is a row of its own, and the padding one more, in which nothing stands.
+            rows = torch.cat([rows, rows.new_zeros(1, rows.shape[1])])
+            position = torch.where(input == padding, input.numel(), position)
+            return _ops.embedding_bag(
+                rows, position, offsets, None, "max", input.numel(), include_last_offset, False, False
+            )
+        counted = per_sample_weights.masked_fill(input == padding, 0).reshape(-1, 1)
+        divisor = _ops.embedding_bag(counted, position, offsets, None, "sum", -1, include_last_offset, False, False)
+        pooled = _ops.embedding_bag(
+            weight, input, offsets, per_sample_weights, "sum", padding, include_last_offset, scale_grad_by_freq, sparse
+        )
+        return pooled / divisor.masked_fill(divisor == 0, 1)
     return _ops.embedding_bag(
         weight, input, offsets, per_sample_weights, mode, padding, include_last_offset, scale_grad_by_freq, sparse
     )

@@ -10,6 +10,9 @@ L layers.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 from torch.nn.modules.rnn import RNNBase, RNNCellBase
@@ -27,9 +30,13 @@ class _Layers(RNNBase):
         """Do nothing: the kernels need no flat copy of the parameters."""
 
     def _run(
-        self, input: Tensor | PackedSequence, states: tuple[Tensor, ...] | None
+        self,
+        input: Tensor | PackedSequence,
+        states: tuple[Tensor, ...] | None,
+        lengths: Tensor | Sequence[int] | None,
+        return_state_sequence: bool,
     ) -> tuple[Tensor | PackedSequence, tuple[Tensor, ...]]:
-        """Output and final states; `states` are (h_0,), or (h_0, c_0) for the LSTM, or None for zeros."""
+        """Output and final states, or those of all steps; `states` are (h_0,), or (h_0, c_0), or None for zeros."""
         weights = [getattr(self, name) for name in self._flat_weights_names]
         packed = input if isinstance(input, PackedSequence) else None
         x = input if isinstance(input, Tensor) else input.data
@@ -39,19 +46,32 @@ class _Layers(RNNBase):
             if x.dim() not in (2, 3):
                 raise ValueError(f"{name}: Expected input to be 2D or 3D, got {x.dim()}D instead")
             is_batched = x.dim() == 3
-            if states is not None and any(state.dim() != x.dim() for state in states):
-                raise RuntimeError(
-                    f"For {'' if is_batched else 'un'}batched {x.dim()}-D input, hx should also be {x.dim()}-D "
-                    f"but got {', '.join(f'{state.dim()}-D' for state in states)}"
-                )
+            self._check_dimensions(x.dim(), states)
             if not is_batched:
                 x = x.unsqueeze(batch_dim)
                 states = None if states is None else tuple(state.unsqueeze(1) for state in states)
+        if lengths is not None and (packed is not None or not is_batched):
+            what = "a PackedSequence, which has its own" if packed is not None else "an unbatched sequence"
+            raise ValueError(f"{name}: lengths are for padded batches, expected a 3D input, got {what}")
         self._check_x(x, weights[0], packed is not None)
-        batch_sizes = None if packed is None else packed.batch_sizes
-        states = self._checked_states(x, batch_sizes, states)
-        if packed is not None and packed.sorted_indices is not None:
-            states = tuple(state.index_select(1, packed.sorted_indices) for state in states)
+        if packed is None:
+            batch = x.size(batch_dim)
+        elif packed.sorted_indices is not None:
+            batch = packed.sorted_indices.size(0)
+        elif states is not None and torch.compiler.is_compiling():  # which cannot compare sizes with data
+            batch = states[0].size(1)
+        else:
+            batch = int(packed.batch_sizes[0])
+        states = self._checked_states(x, batch, states)
+
+        padding = None if lengths is None else _Padding.of(lengths, x, self.batch_first)
+        batch_sizes = order = inverse = None
+        if padding is not None:
+            x, batch_sizes, order, inverse = padding.pack(x), padding.batch_sizes, padding.order, padding.inverse
+        elif packed is not None:
+            batch_sizes, order, inverse = packed.batch_sizes, packed.sorted_indices, packed.unsorted_indices
+        if order is not None:
+            states = tuple(state.index_select(1, order) for state in states)
 
         run = getattr(functional, self.mode.lower())
         output, *final = run(
@@ -65,18 +85,36 @@ class _Layers(RNNBase):
             self.bidirectional,
             self.batch_first,
             batch_sizes=batch_sizes,
+            return_state_sequence=return_state_sequence,
         )
 
+        if padding is not None:
+            output = padding.unpack(output)
+        if return_state_sequence:
+            if padding is not None:
+                final = [padding.unpack(state) for state in final]
+        elif inverse is not None:
+            final = [state.index_select(1, inverse) for state in final]
         if packed is not None:
-            if packed.unsorted_indices is not None:
-                final = [state.index_select(1, packed.unsorted_indices) for state in final]
-            return PackedSequence(output, batch_sizes, packed.sorted_indices, packed.unsorted_indices), tuple(final)
+            return PackedSequence(output, batch_sizes, order, inverse), tuple(final)
         if not is_batched:
-            return output.squeeze(batch_dim), tuple(state.squeeze(1) for state in final)
+            output = output.squeeze(batch_dim)
+            final = [state.squeeze(batch_dim + 1 if return_state_sequence else 1) for state in final]
         return output, tuple(final)
 
+    def _check_dimensions(self, expected: int, states: tuple[Tensor, ...] | None) -> None:
+        if states is None or all(state.dim() == expected for state in states):
+            return
+        names, got = "hx", f"{states[0].dim()}-D tensor"
+        if self.mode == "LSTM":
+            names, got = "hx and cx", f"({', '.join(f'{state.dim()}-D' for state in states)}) tensors"
+        raise RuntimeError(
+            f"For {'' if expected == 3 else 'un'}batched {expected}-D input, {names} should also be {expected}-D "
+            f"but got {got}"
+        )
+
     def _check_x(self, x: Tensor, weight: Tensor, is_packed: bool) -> None:
-        if x.dtype != weight.dtype and not torch.is_autocast_enabled(x.device.type):
+        if x.dtype != weight.dtype and _ops.autocast_dtype(x.device.type) is None:
             raise ValueError(
                 f"RNN input dtype ({x.dtype}) does not match weight dtype ({weight.dtype}). "
                 f"Convert input: input.to({weight.dtype}), or convert model: model.to({x.dtype})"
@@ -88,13 +126,7 @@ class _Layers(RNNBase):
                 f"input.size(-1) must be equal to input_size. Expected {self.input_size}, got {x.size(-1)}"
             )
 
-    def _checked_states(
-        self, x: Tensor, batch_sizes: Tensor | None, states: tuple[Tensor, ...] | None
-    ) -> tuple[Tensor, ...]:
-        if batch_sizes is None:
-            batch = x.size(0) if self.batch_first else x.size(1)
-        else:
-            batch = int(batch_sizes[0])
+    def _checked_states(self, x: Tensor, batch: int, states: tuple[Tensor, ...] | None) -> tuple[Tensor, ...]:
         rows = self.num_layers * (2 if self.bidirectional else 1)
         expected = [(rows, batch, self.proj_size or self.hidden_size)]
         if self.mode == "LSTM":
@@ -108,6 +140,55 @@ class _Layers(RNNBase):
         return states
 
 
+class _Padding(NamedTuple):
+    """Where the real rows of a padded batch are, and their order when packed: step by step, longest sequence first."""
+
+    rows: Tensor
+    """[N], places in the T B rows of the padded batch, in packed order."""
+    batch_sizes: Tensor
+    """[T], how many sequences have a step t."""
+    order: Tensor
+    """[B], longest first."""
+    inverse: Tensor
+    shape: tuple[int, int]
+    """(T, B), or (B, T) if batch_first."""
+
+    @staticmethod
+    def of(lengths: Tensor | Sequence[int], x: Tensor, batch_first: bool) -> _Padding:
+        """The padding of x, [T, B, I] or [B, T, I], by the lengths, [B]."""
+        steps, batch = (x.size(1), x.size(0)) if batch_first else (x.size(0), x.size(1))
+        lengths = torch.as_tensor(lengths)
+        if lengths.dim() != 1 or lengths.size(0) != batch or lengths.dtype not in (torch.int32, torch.int64):
+            raise ValueError(
+                f"expected lengths to be {batch} integers (int32 or int64), one for each sequence, "
+                f"got shape {list(lengths.shape)} of {lengths.dtype}"
+            )
+        lengths = lengths.cpu().long()
+        if not torch.compiler.is_compiling() and bool(((lengths < 0) | (lengths > steps)).any()):
+            raise ValueError(f"expected lengths from 0 to {steps}, the steps of input, got {lengths.tolist()}")
+        ordered, order = lengths.sort(descending=True, stable=True)
+        step = torch.arange(steps).unsqueeze(1)  # [T, 1]
+        is_real = step < ordered  # [T, B]
+        rows = (order * steps + step) if batch_first else (step * batch + order)
+        return _Padding(
+            rows[is_real].to(x.device),
+            is_real.sum(1),
+            order.to(x.device),
+            order.argsort().to(x.device),
+            (x.size(0), x.size(1)),
+        )
+
+    def pack(self, x: Tensor) -> Tensor:
+        """[T, B, I] or [B, T, I] -> [N, I]."""
+        return x.reshape(-1, x.size(-1)).index_select(0, self.rows)
+
+    def unpack(self, data: Tensor) -> Tensor:
+        """[..., N, F] -> [..., T, B, F] or [..., B, T, F], zeros where there is padding."""
+        lead, features = data.shape[:-2], data.size(-1)
+        padded = data.new_zeros(*lead, self.shape[0] * self.shape[1], features)
+        return padded.index_copy(-2, self.rows, data).reshape(*lead, *self.shape, features)
+
+
 class _OneState(_Layers):
     """RNN and GRU, whose only state is h."""
 
@@ -117,10 +198,15 @@ class _OneState(_Layers):
             raise ValueError(f"proj_size argument is only supported for LSTM, not RNN or GRU; got {proj_size}")
 
     def forward(
-        self, input: Tensor | PackedSequence, hx: Tensor | None = None
+        self,
+        input: Tensor | PackedSequence,
+        hx: Tensor | None = None,
+        *,
+        lengths: Tensor | Sequence[int] | None = None,
+        return_state_sequence: bool = False,
     ) -> tuple[Tensor | PackedSequence, Tensor]:
         """Run all layers; see the class."""
-        output, (h_n,) = self._run(input, None if hx is None else (hx,))
+        output, (h_n,) = self._run(input, None if hx is None else (hx,), lengths, return_state_sequence)
         return output, h_n
 
 
@@ -142,13 +228,27 @@ class RNN(_OneState):
         device: of the parameters.
         dtype: of the parameters: float32, float64, bfloat16 or float16 (with float32 arithmetic).
 
+    Call:
+        `layer(input, hx=None)` as in torch.nn, and by keyword, for all layers:
+
+        lengths (the argument of `torch.nn.utils.rnn.pack_padded_sequence`): how many steps of each sequence of a padded
+        batch are real, [B] integers from 0 to T, in any order, a list or a tensor on any device. Padding is not read
+        and costs nothing; output is zero there, the reverse direction starts at each sequence's own end, and h_n holds
+        the states at the ends; a sequence of length 0 keeps its initial states. The lengths are read by the CPU.
+
+        return_state_sequence (haste's name): return in the place of the final states those after every step of every
+        layer, [L D, T, B, H], with steps and batch laid out as in output ([L D, N, H] for a PackedSequence).
+
     Shape:
         input [T, B, I], [T, I] for one sequence, or a PackedSequence; hx [L D, B, H] or [L D, H], zeros if None.
-        Returns output [T, B, D H] (or like input) and h_n like hx.
+        Returns output [T, B, D H] (or like input) and h_n like hx. With T = 0, h_n is hx.
 
     Raises:
-        ValueError: input has a wrong number of dimensions or a dtype other than the parameters'.
+        ValueError: input has a wrong number of dimensions or a dtype other than the parameters'; lengths do not fit.
         RuntimeError: a size does not fit.
+
+    Dropout on the recurrent weights, one mask for all steps (Wan et al. 2013), is
+    `torch.nn.utils.parametrize.register_parametrization(layer, "weight_hh_l0", torch.nn.Dropout(0.5))`.
 
     Example:
         >>> import torch
@@ -156,6 +256,13 @@ class RNN(_OneState):
         >>> output, h_n = RNN(10, 20, num_layers=2)(torch.randn(5, 3, 10))
         >>> output.shape, h_n.shape
         (torch.Size([5, 3, 20]), torch.Size([2, 3, 20]))
+        >>> rnn = RNN(10, 20, num_layers=2, batch_first=True)
+        >>> output, h_n = rnn(torch.randn(3, 5, 10), lengths=[2, 5, 0])
+        >>> bool(output[0, 2:].any())
+        False
+        >>> output, h = rnn(torch.randn(3, 5, 10), return_state_sequence=True)
+        >>> h.shape
+        torch.Size([2, 3, 5, 20])
     """
 
     def __init__(
@@ -200,7 +307,7 @@ class GRU(_OneState):
         n_t = \tanh(W_{in} x_t + b_{in} + r_t (W_{hn} h_{t-1} + b_{hn})) \\
         h_t = (1 - z_t) n_t + z_t h_{t-1}
 
-    Arguments (but for nonlinearity), shapes and errors are those of `RNN`.
+    Arguments (but for nonlinearity), those of a call, shapes and errors are those of `RNN`.
 
     Example:
         >>> import torch
@@ -264,6 +371,11 @@ class LSTM(_Layers):
         device: of the parameters.
         dtype: of the parameters: float32, float64, bfloat16 or float16 (with float32 arithmetic and c).
 
+    Call:
+        `layer(input, hx=None, *, lengths=None, return_state_sequence=False)`: see `RNN`. The state sequences are
+        (h [L D, T, B, P], c [L D, T, B, H]). A gradient of c between the steps comes from plain torch operations, step
+        by step, and is slow; gradients of h and of the final c are not.
+
     Shape:
         input [T, B, I], [T, I] for one sequence, or a PackedSequence; hx = (h_0 [L D, B, P], c_0 [L D, B, H]) or
         without the B, zeros if None. Returns output [T, B, D P] (or like input) and (h_n, c_n) like hx.
@@ -308,10 +420,15 @@ class LSTM(_Layers):
         )
 
     def forward(
-        self, input: Tensor | PackedSequence, hx: tuple[Tensor, Tensor] | None = None
+        self,
+        input: Tensor | PackedSequence,
+        hx: tuple[Tensor, Tensor] | None = None,
+        *,
+        lengths: Tensor | Sequence[int] | None = None,
+        return_state_sequence: bool = False,
     ) -> tuple[Tensor | PackedSequence, tuple[Tensor, Tensor]]:
         """Run all layers; see the class."""
-        output, (h_n, c_n) = self._run(input, None if hx is None else tuple(hx))
+        output, (h_n, c_n) = self._run(input, None if hx is None else tuple(hx), lengths, return_state_sequence)
         return output, (h_n, c_n)
 
 
@@ -330,17 +447,19 @@ class _Cell(RNNCellBase):
         is_batched = input.dim() == 2
         x = input if is_batched else input.unsqueeze(0)
         if x.size(1) != self.input_size:
-            raise RuntimeError(f"input has inconsistent input_size: got {x.size(1)}, expected {self.input_size}")
+            raise RuntimeError(f"input has inconsistent input_size: got {x.size(1)} expected {self.input_size}")
         if states is None:
             zeros = x.new_zeros(x.size(0), self.hidden_size)
             states = (zeros, zeros) if cell == "lstm" else (zeros,)
         elif not is_batched:
             states = tuple(state.unsqueeze(0) for state in states)
         for i, state in enumerate(states):
-            if state.shape != (x.size(0), self.hidden_size):
+            if state.dim() != 2 or state.size(0) != x.size(0):
+                got = state.size(0) if state.dim() == 2 else list(state.shape)
+                raise RuntimeError(f"Input batch size {x.size(0)} doesn't match hidden{i} batch size {got}")
+            if state.size(1) != self.hidden_size:
                 raise RuntimeError(
-                    f"hidden{i} has inconsistent shape: got {list(state.shape)}, "
-                    f"expected {[x.size(0), self.hidden_size]}"
+                    f"hidden{i} has inconsistent hidden_size: got {state.size(1)}, expected {self.hidden_size}"
                 )
         weights = [self.weight_ih, self.weight_hh]
         if self.bias_ih is not None and self.bias_hh is not None:

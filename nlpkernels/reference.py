@@ -66,6 +66,11 @@ def cell_step(cell: str, from_x: Tensor, from_h: Tensor, h: Tensor, c: Tensor) -
     raise ValueError(f"recurrent: expected cell {', '.join(map(repr, CELLS))}, got {cell!r}")
 
 
+def cell_states(workspace: Tensor) -> Tensor:
+    """Return c after each step of an LSTM, [D, N, H], from its workspace, [D, N, S, H]: the last value saved."""
+    return workspace[:, :, -1]
+
+
 def vjp(function: Callable[..., Any], *primals: Any) -> tuple[Any, Callable[..., Any]]:
     """`torch.func.vjp`, which is declared to return more than it does."""
     outputs, pull, *_ = torch.func.vjp(function, *primals)
@@ -154,23 +159,56 @@ def recurrent_backward(
     need_dweights: bool,
 ) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
     """Gradients of `recurrent`; y and workspace, being functions of the other arguments, are computed anew."""
-    has_c = CELLS[cell].has_c
+    gradients = (dy, dh_n, dc_n, None)
+    return _recurrent_gradients(gradients, x, batch_sizes, h0, c0, weights, cell, need_dx, need_dweights)
+
+
+def recurrent_states_backward(
+    dy: Tensor | None,
+    dh_n: Tensor | None,
+    dc_n: Tensor | None,
+    dworkspace: Tensor,
+    x: Tensor,
+    batch_sizes: Tensor | None,
+    h0: Tensor,
+    c0: Tensor,
+    weights: list[Tensor],
+    cell: str,
+    need_dx: bool,
+    need_dweights: bool,
+) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
+    """The same, given a gradient of the workspace too."""
+    gradients = (dy, dh_n, dc_n, dworkspace)
+    return _recurrent_gradients(gradients, x, batch_sizes, h0, c0, weights, cell, need_dx, need_dweights)
+
+
+def _recurrent_gradients(
+    gradients: tuple[Tensor | None, ...],
+    x: Tensor,
+    batch_sizes: Tensor | None,
+    h0: Tensor,
+    c0: Tensor | None,
+    weights: list[Tensor],
+    cell: str,
+    need_dx: bool,
+    need_dweights: bool,
+) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
+    """Gradients of `recurrent`, given those of its outputs, None for zeros."""
 
     def outputs(x: Tensor, h0: Tensor, c0: Tensor | None, weights: list[Tensor]) -> tuple[Tensor, ...]:
-        y, h_n, c_n, _ = recurrent(x, batch_sizes, h0, c0, weights, cell, False)
-        return (y, h_n, c_n) if has_c else (y, h_n)
+        return recurrent(x, batch_sizes, h0, c0, weights, cell, gradients[3] is not None)
 
-    primals = (x, h0, c0, weights) if has_c else (x, h0, weights)
-    call = outputs if has_c else lambda x, h0, weights: outputs(x, h0, None, weights)
-    values, pull = vjp(call, *primals)
-    given = (dy, dh_n, dc_n) if has_c else (dy, dh_n)
-    gradients = pull(tuple(g if g is not None else torch.zeros_like(v) for g, v in zip(given, values, strict=True)))
-    dx, dh0, *dc0, dweights = gradients
-    empty = x.new_empty(0)
+    if c0 is not None:
+        values, pull = vjp(outputs, x, h0, c0, weights)
+    else:
+        values, pull = vjp(lambda x, h0, weights: outputs(x, h0, None, weights), x, h0, weights)
+    dx, dh0, *dc0, dweights = pull(
+        tuple(torch.zeros_like(v) if g is None else g for g, v in zip(gradients, values, strict=True))
+    )
     return (
-        dx if need_dx else empty,
+        dx if need_dx else x.new_empty(0),
         dh0,
-        dc0[0] if has_c else x.new_empty(0),
+        dc0[0] if dc0 else x.new_empty(0),
         list(dweights) if need_dweights else [x.new_empty(0) for _ in weights],
     )
 
@@ -295,6 +333,46 @@ def embedding_bag_sparse_backward(
         scale_grad_by_freq,
     )  # fmt: skip
     return rows, dense[rows]
+
+
+def embedding_bag_update(
+    grad: Tensor,
+    weight: Tensor,
+    first: Tensor | None,
+    second: Tensor | None,
+    indices: Tensor,
+    offsets: Tensor | None,
+    per_sample_weights: Tensor | None,
+    aux: Tensor,
+    pooling: str,
+    padding_idx: int,
+    include_last_offset: bool,
+    scale_grad_by_freq: bool,
+    rule: str,
+    settings: list[float],
+) -> None:
+    """A step of an optimizer for the rows in use, in place; `csrc/library.cpp` says what each rule does."""
+    rows, g = embedding_bag_sparse_backward(
+        grad, weight.shape[0], indices, offsets, per_sample_weights, aux, pooling, padding_idx, include_last_offset,
+        scale_grad_by_freq,
+    )  # fmt: skip
+    g = g.to(_arithmetic_dtype(g.dtype))
+    rate, eps, beta1, beta2 = (*settings, 0.0, 0.0, 0.0)[:4]
+    if rule == "sgd":
+        change = rate * g
+    elif rule == "rowwise_adagrad" and first is not None:
+        first[rows] += g.square().mean(1)
+        change = rate * g / (first[rows].sqrt() + eps).unsqueeze(1)
+    elif rule == "adagrad" and first is not None:
+        first[rows] += g.square()
+        change = rate * g / (first[rows].sqrt() + eps)
+    elif rule == "adam" and first is not None and second is not None:
+        first[rows] += (g - first[rows]) * (1 - beta1)
+        second[rows] += (g.square() - second[rows]) * (1 - beta2)
+        change = rate * first[rows] / (second[rows].sqrt() + eps)
+    else:
+        raise ValueError(f"embedding_bag_update: a state is missing, or there is no such rule: {rule!r}")
+    weight[rows] = (weight[rows].to(g.dtype) - change).to(weight.dtype)
 
 
 def embedding_bag_per_sample_backward(

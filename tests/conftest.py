@@ -2,12 +2,73 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import os
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
+import tolerances
 import torch
 
+import nlpkernels  # noqa: F401 (the schemas, before --emulated-cuda registers kernels)
+
+CONFORMANCE = pytest.StashKey[Counter[str]]()
+
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+
+CUDA_HEADERS = """
+cuda_runtime.h ATen/cuda/CUDAContextLight.h c10/cuda/CUDAException.h c10/cuda/CUDAFunctions.h
+c10/cuda/CUDAGraphsC10Utils.h c10/cuda/CUDAGuard.h c10/cuda/CUDAStream.h
+"""
+OF_CPU_KERNELS = ("test_bits_depend_on_neither", "test_other_instruction_sets", "test_instruction_set")
+
+os.environ.setdefault("NLPKERNELS_CUDA_CHECK", "now")  # tests of errors expect them at once
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # or poisoned memory, below, makes torch's products warn
+# Tests compare float32 with exact arithmetic; that TF32 follows its flag has its own.
+torch.backends.cudnn.allow_tf32 = False
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--emulated-cuda", action="store_true", help="compile csrc/cuda for the CPU, in place of csrc/cpu")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if config.getoption("emulated_cuda"):
+        load_emulated_cuda()
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if config.getoption("emulated_cuda"):
+        for item in items:
+            if item.name.startswith(OF_CPU_KERNELS):
+                item.add_marker(pytest.mark.skip(reason="a promise of csrc/cpu"))
+
+
+def load_emulated_cuda() -> None:
+    """The kernels of csrc/cuda take CPU tensors from now on: see emulated_cuda.h."""
+    from torch.utils import cpp_extension
+
+    tolerances.rounding_devices.add("cpu")
+    root = Path(__file__).resolve().parent.parent
+    build = root / "build" / f"emulated-cuda-torch-{torch.__version__}"
+    for header in CUDA_HEADERS.split():  # emulated_cuda.h has what would stand there
+        (build / "include" / header).parent.mkdir(parents=True, exist_ok=True)
+        (build / "include" / header).touch()
+    sources = []
+    for source in sorted((root / "csrc" / "cuda").glob("*.cu")):
+        sources.append(build / f"{source.stem}.cpp")
+        lines = f'#include "{root}/tests/emulated_cuda.h"\n#include "{source}"\n'
+        if not sources[-1].exists() or sources[-1].read_text() != lines:
+            sources[-1].write_text(lines)
+    cpp_extension.load(
+        "emulated_cuda",
+        [str(source) for source in sources],
+        extra_include_paths=[str(build / "include")],
+        extra_cflags=["-std=c++20", "-O1", "-g0", "-Wall", "-Wextra", "-Wno-unused-parameter", "-Wno-unknown-pragmas"],
+        build_directory=str(build),
+        is_python_module=False,
+    )
 
 
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=needs_cuda)])
@@ -38,3 +99,26 @@ def restored_threads() -> Iterator[None]:
     threads = torch.get_num_threads()
     yield
     torch.set_num_threads(threads)
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--thorough", action="store_true", help="second derivatives of every one of torch's own cases")
+
+
+@pytest.fixture
+def count_conformance(request: pytest.FixtureRequest) -> Callable[[str], None]:
+    """Counts a case of torch's own that ours passed."""
+    counts = request.config.stash.setdefault(CONFORMANCE, Counter())
+
+    def count(kind: str) -> None:
+        counts[kind] += 1
+
+    return count
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    """How many of torch's own cases were run."""
+    counts = config.stash.get(CONFORMANCE, None)
+    if counts:
+        of = ", ".join(f"{number} of {kind}" for kind, number in counts.items())
+        terminalreporter.write_line(f"conformance with torch.nn: {sum(counts.values())} cases passed ({of})")

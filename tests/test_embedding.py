@@ -86,6 +86,46 @@ def test_per_sample_weights(layout: str, dtype: torch.dtype, device: str) -> Non
         compare(theirs, ours, ids.reshape(-1), torch.tensor([0, 3, 3, 20], device=device), factors.reshape(-1))
 
 
+@pytest.mark.parametrize("layout", ["matrix", "offsets"])
+@pytest.mark.parametrize("mode", ["mean", "max"])
+def test_per_sample_weights_of_mean_and_max(mode: str, layout: str, device: str) -> None:
+    """Against the definition, written with one bag after the other, padding left out, one bag empty."""
+    weight = torch.randn(8, 5, dtype=torch.float64, device=device, requires_grad=True)
+    ids = torch.tensor([1, 2, 3, 2, 4, 2, 7, 1, 2, 2, 2, 2], device=device)
+    factors = (torch.rand(12, dtype=torch.float64, device=device) + 0.5).requires_grad_()
+    starts = [0, 4, 8] if layout == "matrix" else [0, 3, 3]
+
+    def defined(weight: Tensor, factors: Tensor) -> Tensor:
+        bags = []
+        for start, end in zip(starts, [*starts[1:], 12], strict=True):
+            kept = [i for i in range(start, end) if ids[i] != 2]
+            if not kept:
+                bags.append(weight.new_zeros(5))
+                continue
+            rows = weight[ids[kept]] * factors[kept].unsqueeze(1)
+            bags.append(rows.sum(0) / factors[kept].sum() if mode == "mean" else rows.amax(0))
+        return torch.stack(bags)
+
+    def ours(weight: Tensor, factors: Tensor) -> Tensor:
+        if layout == "matrix":
+            given, offsets, scales = ids.reshape(3, 4), None, factors.reshape(3, 4)
+        else:
+            given, offsets, scales = ids, torch.tensor(starts, device=device), factors
+        return functional.embedding_bag(given, weight, offsets, mode=mode, per_sample_weights=scales, padding_idx=2)
+
+    cotangent = torch.randn(3, 5, dtype=torch.float64, device=device)
+    for function, expected in zip(
+        (
+            lambda: ours(weight, factors),
+            lambda: torch.autograd.grad(ours(weight, factors), (weight, factors), cotangent),
+        ),
+        (defined(weight, factors), torch.autograd.grad(defined(weight, factors), (weight, factors), cotangent)),
+        strict=True,
+    ):
+        torch.testing.assert_close(function(), expected)
+    assert torch.autograd.gradgradcheck(ours, (weight, factors))
+
+
 @pytest.mark.parametrize("mode", ["mean", "sum"])
 @pytest.mark.parametrize("sparse", [False, True], ids=["dense", "sparse"])
 def test_scale_grad_by_freq(mode: str, sparse: bool, device: str) -> None:
@@ -320,7 +360,8 @@ BAD_BAGS: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"mode": "max", "scale_grad_by_freq": True}, ValueError, "frequency"),
     ({"mode": "sum", "per_sample_weights": torch.zeros(3, 2)}, ValueError, "same shape"),
     ({"mode": "sum", "per_sample_weights": torch.zeros(2, 3).double()}, RuntimeError, "dtype"),
-    ({"mode": "mean", "per_sample_weights": torch.zeros(2, 3)}, NotImplementedError, "sum"),
+    ({"mode": "mean", "per_sample_weights": torch.zeros(2, 3).double()}, RuntimeError, "dtype"),
+    ({"mode": "max", "per_sample_weights": torch.zeros(2, 3).half()}, RuntimeError, "dtype"),
 ]
 BAD_OFFSETS: list[tuple[Any, bool, type[Exception], str]] = [
     (torch.tensor([1, 2]), False, ValueError, "offsets"),

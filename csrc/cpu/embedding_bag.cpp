@@ -1,20 +1,25 @@
-// Embedding-bag pooling on the CPU, forward and backward.
+// Embedding-bag pooling on the CPU: forward, backward, and backward with the optimizer's step in it.
 //
-// Forward: a thread takes whole bags. It reads a bag's indices once to check and count them, then adds the rows up,
-// kBlock vectors of columns at a time, in registers.
+// Forward: a thread takes whole bags and reads each index once: checks it, skips it if it is the padding, and collects
+// kGroup rows, which are added together in registers. A table that no cache holds costs one miss a row: the row that
+// comes kAhead indices later, in whichever bag, is asked for before this one is needed.
 //
-// Backward: positions are sorted by row (radix sort, as many bits as the table needs), and a thread takes whole rows.
-// Every gradient row is written once, by one thread, its terms added in the order of the indices: no atomics, and the
-// same bits for any number of threads. The sorted rows are the coalesced sparse gradient as they are.
+// Backward: positions are sorted by row (radix sort of 8-byte keys, as many bits as the table needs), and a thread
+// takes whole rows. Every gradient row is written once, by one thread, its terms added in the order of the indices: no
+// atomics, and the same bits for any number of threads. The sorted rows are the coalesced sparse gradient as they are,
+// and what an optimizer's step fused into backward (embedding_bag_update) goes over, one row's gradient at a time.
 #include <ATen/Dispatch.h>
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
+#include <ATen/ops/from_blob.h>
 #include <ATen/ops/zeros.h>
 #include <torch/library.h>
 
 #include <algorithm>
 #include <array>
+#include <cmath>
+#include <cstdlib>
 #include <tuple>
 #include <vector>
 
@@ -25,8 +30,10 @@ namespace nlpkernels {
 inline namespace CPU_CAPABILITY {
 namespace {
 
-// Vectors of columns that are added up together.
-constexpr int kBlock = 8;
+// Rows that are added up together, and vectors of columns.
+constexpr int kGroup = 16, kBlock = 8;
+// How many indices ahead a row is asked for.
+constexpr int64_t kAhead = 32;
 // Values that a thread takes at least.
 constexpr int64_t kGrain = 1 << 14;
 
@@ -42,26 +49,34 @@ class Bags {
       length_ = indices.size(1);
       return;
     }
-    const int64_t given = offsets->numel(), end = indices.numel();
-    const Tensor starts = offsets->to(at::kLong).contiguous();
-    begin_.assign(starts.const_data_ptr<int64_t>(), starts.const_data_ptr<int64_t>() + given);
-    if (!include_last_offset) begin_.push_back(end);
-    count_ = static_cast<int64_t>(begin_.size()) - 1;
-    TORCH_CHECK_VALUE(begin_[0] == 0 || given == 0, op, ": expected offsets[0] to be 0, got ", begin_[0]);
-    for (const auto i : c10::irange(given)) {
-      const int64_t least = i == 0 ? 0 : begin_[i - 1];
-      TORCH_CHECK_VALUE(begin_[i] >= least && begin_[i] <= end, op, ": expected offsets[", i, "] between ", least,
-                        " (the offset before it) and ", end, " (the number of indices), got ", begin_[i]);
+    starts_ = offsets->to(at::kLong).contiguous();
+    data_ = starts_.const_data_ptr<int64_t>();
+    given_ = starts_.numel();
+    end_ = indices.numel();
+    count_ = given_ - (include_last_offset ? 1 : 0);
+    TORCH_CHECK_VALUE(given_ == 0 || data_[0] == 0, op, ": expected offsets[0] to be 0, got ", data_[0]);
+    for (const auto i : c10::irange(given_)) {
+      const int64_t least = i == 0 ? 0 : data_[i - 1];
+      TORCH_CHECK_VALUE(data_[i] >= least && data_[i] <= end_, op, ": expected offsets[", i, "] between ", least,
+                        " (the offset before it) and ", end_, " (the number of indices), got ", data_[i]);
     }
   }
 
   int64_t count() const { return count_; }
-  int64_t begin(int64_t bag) const { return begin_.empty() ? bag * length_ : begin_[bag]; }
-  int64_t end(int64_t bag) const { return begin_.empty() ? (bag + 1) * length_ : begin_[bag + 1]; }
+  int64_t begin(int64_t bag) const { return data_ == nullptr ? bag * length_ : data_[bag]; }
+  int64_t end(int64_t bag) const {
+    if (data_ == nullptr) return (bag + 1) * length_;
+    return bag + 1 < given_ ? data_[bag + 1] : end_;
+  }
+  // Indices that are in a bag; with include_last_offset there may be more.
+  int64_t total() const { return count_ == 0 ? 0 : end(count_ - 1); }
+  // The length of every bag, or -1.
+  int64_t length() const { return data_ == nullptr ? length_ : -1; }
 
  private:
-  int64_t count_ = 0, length_ = 0;
-  std::vector<int64_t> begin_;
+  int64_t count_ = 0, length_ = 0, given_ = 0, end_ = 0;
+  Tensor starts_;
+  const int64_t* data_ = nullptr;
 };
 
 // indices as the caller wrote them, flattened; every index is checked before it is used.
@@ -69,12 +84,31 @@ template <typename index_t>
 class Indices {
  public:
   Indices(const char* op, const Tensor& indices, int64_t rows)
-      : op_(op), tensor_(indices.contiguous()), data_(tensor_.const_data_ptr<index_t>()), rows_(rows) {}
+      : op_(op),
+        tensor_(indices.contiguous()),
+        data_(tensor_.const_data_ptr<index_t>()),
+        rows_(rows),
+        count_(tensor_.numel()) {}
 
   int64_t operator[](int64_t position) const {
     const int64_t index = data_[position];
     if (C10_UNLIKELY(index < 0 || index >= rows_)) fail(position);
     return index;
+  }
+
+  // Brings the row at `position` of a table near, if there is one; `bytes` is a row's size.
+  template <typename T>
+  NLPKERNELS_INLINE void prefetch(const T* table, int64_t columns, int64_t position) const {
+    if (position >= count_) return;
+    const int64_t index = data_[position];
+    if (C10_UNLIKELY(index < 0 || index >= rows_)) return;
+    prefetch_row(table + index * columns, columns);
+  }
+
+  template <typename T>
+  static NLPKERNELS_INLINE void prefetch_row(const T* row, int64_t columns) {
+    const char* end = reinterpret_cast<const char*>(row + columns);
+    for (const char* line = reinterpret_cast<const char*>(row); line < end; line += 64) __builtin_prefetch(line);
   }
 
  private:
@@ -90,74 +124,134 @@ class Indices {
   const char* op_;
   const Tensor tensor_;
   const index_t* data_;
-  const int64_t rows_;
+  const int64_t rows_, count_;
 };
 
-// out[0 .. columns) = sum over terms of scale * row, then `finish`; next(i) is {row, scale}.
-template <typename T, typename Out, typename Next, typename Finish>
-void add_rows(Out* out, int64_t columns, int64_t terms, const Next& next, const Finish& finish) {
-  constexpr int64_t vector = Vec<T>::size(), block = kBlock * vector;
-  int64_t begin = 0;
-  for (; begin + block <= columns; begin += block) {
-    Vec<T> sum[kBlock];
+// The sum of rows of `columns` values, each times a factor, added one after the other: kGroup rows at a time, and of
+// them up to kBlock vectors of columns, whose sums are in registers meanwhile.
+//
+// sums_ has a slot for each vector. The last one may begin before the one in front of it ends, so that every load is of
+// a whole vector: what both hold is the same, added in the same order.
+template <typename T>
+class RowSum {
+ public:
+  using scalar = acc_t<T>;
+  using V = Vec<T>;
+  static constexpr int64_t kSize = V::size();
+
+  explicit RowSum(int64_t columns)
+      : columns_(columns), slots_((columns + kSize - 1) / kSize), sums_(std::max<int64_t>(1, slots_) * kSize) {}
+
+  void clear() {
+    std::fill(sums_.begin(), sums_.end(), scalar(0));
+    waiting_ = 0;
+  }
+
+  template <bool kWeighted>
+  NLPKERNELS_INLINE void add(const T* row, scalar factor) {
+    rows_[waiting_] = row;
+    if constexpr (kWeighted) factors_[waiting_] = factor;
+    if (++waiting_ == kGroup) add_group<kWeighted>();
+  }
+
+  // finish(sum) of what was added, to out.
+  template <bool kWeighted, typename Out, typename Finish>
+  NLPKERNELS_INLINE void write(Out* out, const Finish& finish) {
+    if (waiting_ > 0) add_group<kWeighted>();
+    const scalar* sum = sums_.data();
+    if (columns_ < kSize) return store_vector(out, finish(V::loadu(sum)), columns_);
+    for (int64_t slot = 0; slot < slots_; ++slot) {
+      store_vector(out + std::min(slot * kSize, columns_ - kSize), finish(V::loadu(sum + slot * kSize)));
+    }
+  }
+
+ private:
+  template <bool kWeighted>
+  void add_group() {
+    if (columns_ < kSize) {
+      V total = V::loadu(sums_.data());
+      for (int i = 0; i < waiting_; ++i) {
+        const V row = load_vector(rows_[i], columns_);
+        total = kWeighted ? at::vec::fmadd(row, V(factors_[i]), total) : total + row;
+      }
+      total.store(sums_.data());
+    } else {
+      int64_t slot = 0;
+      for (; slot + kBlock < slots_; slot += kBlock) add_block<kBlock, kWeighted>(slot);
+      switch (slots_ - slot) {
+          // clang-format off
+        case 1: add_block<1, kWeighted>(slot); break;
+        case 2: add_block<2, kWeighted>(slot); break;
+        case 3: add_block<3, kWeighted>(slot); break;
+        case 4: add_block<4, kWeighted>(slot); break;
+        case 5: add_block<5, kWeighted>(slot); break;
+        case 6: add_block<6, kWeighted>(slot); break;
+        case 7: add_block<7, kWeighted>(slot); break;
+        case 8: add_block<8, kWeighted>(slot); break;
+          // clang-format on
+      }
+    }
+    waiting_ = 0;
+  }
+
+  template <int kVectors, bool kWeighted>
+  void add_block(int64_t slot) {
+    scalar* sum = sums_.data() + slot * kSize;
+    const int64_t first = slot * kSize, last = std::min(first + (kVectors - 1) * kSize, columns_ - kSize);
+    V total[kVectors];
 #pragma GCC unroll 8
-    for (int v = 0; v < kBlock; ++v) sum[v] = Vec<T>(0);
-    for (const auto i : c10::irange(terms)) {
-      const auto [row, scale] = next(i);
-      const Vec<T> factor(scale);
+    for (int v = 0; v < kVectors; ++v) total[v] = V::loadu(sum + v * kSize);
+    for (int i = 0; i < waiting_; ++i) {
+      const T* row = rows_[i];
+      const V factor(kWeighted ? factors_[i] : scalar(1));
 #pragma GCC unroll 8
-      for (int v = 0; v < kBlock; ++v) {
-        sum[v] = at::vec::fmadd(load_vector(row + begin + v * vector), factor, sum[v]);
+      for (int v = 0; v < kVectors; ++v) {
+        const V value = load_vector(row + (v == kVectors - 1 ? last : first + v * kSize));
+        total[v] = kWeighted ? at::vec::fmadd(value, factor, total[v]) : total[v] + value;
       }
     }
 #pragma GCC unroll 8
-    for (int v = 0; v < kBlock; ++v) store_vector(out + begin + v * vector, finish(sum[v]));
+    for (int v = 0; v < kVectors; ++v) total[v].store(sum + v * kSize);
   }
-  for (; begin < columns; begin += vector) {
-    const int64_t n = std::min(vector, columns - begin);
-    Vec<T> sum(0);
-    for (const auto i : c10::irange(terms)) {
-      const auto [row, scale] = next(i);
-      sum = at::vec::fmadd(load_vector(row + begin, n), Vec<T>(scale), sum);
-    }
-    store_vector(out + begin, finish(sum), n);
-  }
-}
+
+  const int64_t columns_, slots_;
+  std::vector<scalar> sums_;
+  std::array<const T*, kGroup> rows_;
+  std::array<scalar, kGroup> factors_;
+  int waiting_ = 0;
+};
 
 // Forward ------------------------------------------------------------------------------------------------------------
 
-template <typename T, typename index_t>
-void pool(const Tensor& weight, const Indices<index_t>& indices, const Bags& bags,
-          const OptionalTensor& per_sample_weights, Mode mode, int64_t padding_idx, const Tensor& out,
-          const Tensor& aux) {
+template <bool kWeighted, typename T, typename index_t>
+void pool(const Tensor& weight, const Indices<index_t>& indices, const Bags& bags, const T* factors, Mode mode,
+          int64_t padding_idx, const Tensor& out, const Tensor& aux) {
   using scalar = acc_t<T>;
   const int64_t columns = weight.size(1);
   const T* table = weight.const_data_ptr<T>();
-  const T* factors = per_sample_weights ? per_sample_weights->const_data_ptr<T>() : nullptr;
   T* out_data = out.mutable_data_ptr<T>();
   int64_t* aux_data = aux.mutable_data_ptr<int64_t>();
-  const int64_t length = bags.count() == 0 ? 0 : bags.end(bags.count() - 1) / bags.count();
+  const int64_t length = bags.count() == 0 ? 0 : bags.total() / bags.count();
 
   at::parallel_for(0, bags.count(), grain((length + 1) * columns), [&](int64_t first, int64_t last) {
-    std::vector<int64_t> kept;  // positions of one bag, without the padding
-    std::vector<scalar> best(mode == Mode::max ? columns : 0);
-    for (const auto bag : c10::irange(first, last)) {
-      T* out_row = out_data + bag * columns;
-      if (mode == Mode::lookup) {
-        std::copy_n(table + indices[bags.begin(bag)] * columns, columns, out_row);
-        continue;
+    if (mode == Mode::lookup) {
+      for (const auto bag : c10::irange(first, last)) {
+        indices.prefetch(table, columns, bag + kAhead);
+        std::copy_n(table + indices[bag] * columns, columns, out_data + bag * columns);
       }
-      kept.clear();
-      for (const auto i : c10::irange(bags.begin(bag), bags.end(bag))) {
-        if (indices[i] != padding_idx) kept.push_back(i);
-      }
-      const int64_t count = static_cast<int64_t>(kept.size());
-      if (mode == Mode::max) {
+      return;
+    }
+    if (mode == Mode::max) {
+      std::vector<scalar> best(columns);
+      for (const auto bag : c10::irange(first, last)) {
         int64_t* winner = aux_data + bag * columns;
         std::fill_n(winner, columns, -1);
         std::fill(best.begin(), best.end(), scalar(0));
-        for (const int64_t i : kept) {
-          const T* row = table + indices[i] * columns;
+        for (const auto i : c10::irange(bags.begin(bag), bags.end(bag))) {
+          const int64_t index = indices[i];
+          indices.prefetch(table, columns, i + kAhead);
+          if (index == padding_idx) continue;
+          const T* row = table + index * columns;
           for (const auto j : c10::irange(columns)) {
             const scalar value = static_cast<scalar>(row[j]);
             const bool wins = winner[j] < 0 || value > best[j];
@@ -165,19 +259,28 @@ void pool(const Tensor& weight, const Indices<index_t>& indices, const Bags& bag
             winner[j] = wins ? i : winner[j];
           }
         }
-        for (const auto j : c10::irange(columns)) out_row[j] = static_cast<T>(best[j]);
-        continue;
+        for (const auto j : c10::irange(columns)) out_data[bag * columns + j] = static_cast<T>(best[j]);
       }
-      const auto term = [&](int64_t i) {
-        return std::pair(table + indices[kept[i]] * columns,
-                         factors != nullptr ? static_cast<scalar>(factors[kept[i]]) : scalar(1));
-      };
+      return;
+    }
+    RowSum<T> sum(columns);
+    for (const auto bag : c10::irange(first, last)) {
+      sum.clear();
+      int64_t count = 0;
+      for (const auto i : c10::irange(bags.begin(bag), bags.end(bag))) {
+        const int64_t index = indices[i];
+        indices.prefetch(table, columns, i + kAhead);
+        if (index == padding_idx) continue;
+        ++count;
+        sum.template add<kWeighted>(table + index * columns, kWeighted ? static_cast<scalar>(factors[i]) : scalar(1));
+      }
+      T* out_row = out_data + bag * columns;
       if (mode == Mode::mean) {
         aux_data[bag] = count;
         const Vec<T> divisor(static_cast<scalar>(std::max<int64_t>(1, count)));
-        add_rows<T>(out_row, columns, count, term, [&](const Vec<T>& sum) { return sum / divisor; });
+        sum.template write<kWeighted>(out_row, [&](const Vec<T>& total) { return total / divisor; });
       } else {
-        add_rows<T>(out_row, columns, count, term, [](const Vec<T>& sum) { return sum; });
+        sum.template write<kWeighted>(out_row, [](const Vec<T>& total) { return total; });
       }
     }
   });
@@ -201,8 +304,12 @@ std::tuple<Tensor, Tensor> embedding_bag(const Tensor& weight, const Tensor& ind
                                          : at::empty({0}, integers);
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, weight.scalar_type(), "embedding_bag", [&] {
     AT_DISPATCH_INDEX_TYPES(indices.scalar_type(), "embedding_bag", [&] {
-      pool<scalar_t, index_t>(table, Indices<index_t>(op, indices, weight.size(0)), bags, factors, mode, padding_idx,
-                              out, aux);
+      const Indices<index_t> checked(op, indices, weight.size(0));
+      if (factors) {
+        pool<true>(table, checked, bags, factors->const_data_ptr<scalar_t>(), mode, padding_idx, out, aux);
+      } else {
+        pool<false, scalar_t>(table, checked, bags, nullptr, mode, padding_idx, out, aux);
+      }
     });
   });
   return {out, aux};
@@ -210,150 +317,303 @@ std::tuple<Tensor, Tensor> embedding_bag(const Tensor& weight, const Tensor& ind
 
 // Backward -----------------------------------------------------------------------------------------------------------
 
-// One use of a row: where it stands in the flattened indices, and in which bag.
-struct Use {
-  int64_t row, position, bag;
-};
-
-// Stable sort by row, kDigit bits at a time.
-void sort_by_row(std::vector<Use>& uses, int64_t rows) {
-  constexpr int kDigit = 11;
-  std::vector<Use> buffer(uses.size());
-  for (int shift = 0; (rows - 1) >> shift > 0; shift += kDigit) {
-    std::array<size_t, (1 << kDigit) + 1> place{};
-    const auto digit = [&](const Use& use) { return (use.row >> shift) & ((1 << kDigit) - 1); };
-    for (const Use& use : uses) ++place[digit(use) + 1];
-    for (size_t i = 1; i < place.size(); ++i) place[i] += place[i - 1];
-    for (const Use& use : uses) buffer[place[digit(use)]++] = use;
-    uses.swap(buffer);
-  }
+// The bits that hold 0 .. count - 1.
+int bits(int64_t count) {
+  int needed = 0;
+  while (count - 1 > 0 && (count - 1) >> needed > 0) ++needed;
+  return needed;
 }
 
-// All uses of rows, but of the padding's, sorted; start[i] is the first use of the i-th row in use, start.back() the
-// end.
-struct SortedUses {
-  std::vector<Use> uses;
-  std::vector<int64_t> start;
-
-  SortedUses(const char* op, const Tensor& indices, const Bags& bags, int64_t rows, int64_t padding_idx) {
-    uses.reserve(indices.numel());
+// All uses of rows, but of the padding's, sorted by row and then by position in the flattened indices.
+class SortedUses {
+ public:
+  SortedUses(const char* op, const Tensor& indices, const Bags& bags, int64_t rows, int64_t padding_idx)
+      : length_(bags.length()), shift_(bits(indices.numel())) {
+    TORCH_CHECK_VALUE(bits(rows) + shift_ <= 64, op, ": a table of ", rows, " rows and ", indices.numel(),
+                      " indices are too many together");
+    if (length_ < 0) bag_of_.resize(bags.total());
+    keys_.reserve(bags.total());
     AT_DISPATCH_INDEX_TYPES(indices.scalar_type(), "embedding_bag_backward", [&] {
       const Indices<index_t> checked(op, indices, rows);
       for (const auto bag : c10::irange(bags.count())) {
         for (const auto i : c10::irange(bags.begin(bag), bags.end(bag))) {
-          if (const int64_t row = checked[i]; row != padding_idx) uses.push_back({row, i, bag});
+          if (length_ < 0) bag_of_[i] = bag;
+          if (const int64_t row = checked[i]; row != padding_idx) {
+            keys_.push_back(static_cast<uint64_t>(row) << shift_ | static_cast<uint64_t>(i));
+          }
         }
       }
     });
-    sort_by_row(uses, rows);
-    const int64_t count = static_cast<int64_t>(uses.size());
-    for (const auto i : c10::irange(count)) {
-      if (i == 0 || uses[i].row != uses[i - 1].row) start.push_back(i);
+    sort(bits(rows));
+    start_.reserve(keys_.size() + 1);
+    for (size_t i = 0; i < keys_.size(); ++i) {
+      if (i == 0 || keys_[i] >> shift_ != keys_[i - 1] >> shift_) start_.push_back(static_cast<int64_t>(i));
     }
-    start.push_back(count);
+    start_.push_back(static_cast<int64_t>(keys_.size()));
   }
 
-  int64_t rows() const { return static_cast<int64_t>(start.size()) - 1; }
+  int64_t uses() const { return static_cast<int64_t>(keys_.size()); }
+  // Rows in use; the i-th one's uses are [start(i), start(i + 1)).
+  int64_t rows() const { return static_cast<int64_t>(start_.size()) - 1; }
+  int64_t start(int64_t i) const { return start_[i]; }
+  int64_t row(int64_t i) const { return static_cast<int64_t>(keys_[start_[i]] >> shift_); }
+  // The first row whose uses begin at or after `use`.
+  int64_t row_from(int64_t use) const {
+    return std::lower_bound(start_.begin(), start_.end() - 1, use) - start_.begin();
+  }
+  int64_t position(int64_t use) const { return static_cast<int64_t>(keys_[use] & ((uint64_t(1) << shift_) - 1)); }
+  int64_t bag(int64_t use) const {
+    const int64_t at = position(use);
+    return length_ < 0 ? bag_of_[at] : length_ == 1 ? at : at / length_;
+  }
+
+ private:
+  // Stable, by row, kDigit bits at a time.
+  void sort(int row_bits) {
+    constexpr int kDigit = 11;
+    std::vector<uint64_t> buffer(keys_.size());
+    for (int low = 0; low < row_bits; low += kDigit) {
+      std::array<uint32_t, (1 << kDigit) + 1> place{};
+      const auto digit = [&](uint64_t key) { return key >> (shift_ + low) & ((1 << kDigit) - 1); };
+      for (const uint64_t key : keys_) ++place[digit(key) + 1];
+      for (size_t i = 1; i < place.size(); ++i) place[i] += place[i - 1];
+      for (const uint64_t key : keys_) buffer[place[digit(key)]++] = key;
+      keys_.swap(buffer);
+    }
+  }
+
+  const int64_t length_;
+  const int shift_;
+  std::vector<uint64_t> keys_;
+  std::vector<int64_t> start_, bag_of_;
 };
 
-// The gradient of the i-th row in use, to destination(i).
-template <typename T, typename Destination>
-void add_up_uses(const SortedUses& sorted, const Tensor& grad, const OptionalTensor& per_sample_weights,
-                 const Tensor& aux, Mode mode, bool scale_grad_by_freq, const Destination& destination) {
-  using scalar = acc_t<T>;
-  const int64_t columns = grad.size(1);
-  const T* grad_data = grad.const_data_ptr<T>();
-  const T* factors = per_sample_weights ? per_sample_weights->const_data_ptr<T>() : nullptr;
-  const int64_t* aux_data = aux.const_data_ptr<int64_t>();
-  const int64_t average = sorted.rows() == 0 ? 1 : static_cast<int64_t>(sorted.uses.size()) / sorted.rows();
-  at::parallel_for(0, sorted.rows(), grain((average + 1) * columns), [&](int64_t first, int64_t last) {
-    std::vector<scalar> sum(mode == Mode::max ? columns : 0);
-    for (const auto i : c10::irange(first, last)) {
-      const Use* uses = sorted.uses.data() + sorted.start[i];
-      const int64_t count = sorted.start[i + 1] - sorted.start[i];
-      const scalar share = scale_grad_by_freq ? scalar(1) / static_cast<scalar>(count) : scalar(1);
-      T* out = destination(i);
-      if (mode == Mode::max) {
-        std::fill(sum.begin(), sum.end(), scalar(0));
-        for (const Use* use = uses; use != uses + count; ++use) {
-          const T* row = grad_data + use->bag * columns;
-          const int64_t* winner = aux_data + use->bag * columns;
-          for (const auto j : c10::irange(columns)) {
-            sum[j] += winner[j] == use->position ? static_cast<scalar>(row[j]) : scalar(0);
-          }
-        }
-        for (const auto j : c10::irange(columns)) out[j] = static_cast<T>(sum[j] * share);
-        continue;
-      }
-      const auto term = [&](int64_t k) {
-        const Use& use = uses[k];
-        scalar scale = share;
-        if (mode == Mode::mean) scale /= static_cast<scalar>(aux_data[use.bag]);
-        if (factors != nullptr) scale *= static_cast<scalar>(factors[use.position]);
-        return std::pair(grad_data + use.bag * columns, scale);
-      };
-      add_rows<T>(out, columns, count, term, [](const Vec<T>& total) { return total; });
-    }
-  });
-}
+// What the gradient of weight is made of, checked and contiguous.
+struct Gradient {
+  const Bags bags;
+  const SortedUses sorted;
+  const Tensor grad, aux;
+  const OptionalTensor factors;
+  const Mode mode;
+  const bool scale_grad_by_freq;
 
-// Checks what both forms of the gradient take, and calls body(bags, grad, per_sample_weights, aux), made contiguous.
-template <typename Body>
-void with_backward_arguments(const char* op, const Tensor& grad, int64_t num_embeddings, const Tensor& indices,
-                             const OptionalTensor& offsets, const OptionalTensor& per_sample_weights, const Tensor& aux,
-                             Mode mode, bool include_last_offset, const Body& body) {
-  TORCH_CHECK_VALUE(num_embeddings >= 0, op, ": expected num_embeddings of 0 or more, got ", num_embeddings);
-  check_embedding_bag(op, grad, indices, offsets, per_sample_weights, mode, include_last_offset);
-  const Bags bags(op, indices, offsets, include_last_offset);
-  check_embedding_bag_backward(op, grad, bags.count(), aux, mode);
-  body(bags, grad.contiguous(), contiguous(per_sample_weights), aux.contiguous());
+  Gradient(const char* op, const Tensor& grad_, int64_t num_embeddings, const Tensor& indices,
+           const OptionalTensor& offsets, const OptionalTensor& per_sample_weights, const Tensor& aux_,
+           c10::string_view mode_name, int64_t padding_idx, bool include_last_offset, bool by_freq)
+      : bags(checked_bags(op, grad_, num_embeddings, indices, offsets, per_sample_weights, aux_, mode_name,
+                          include_last_offset)),
+        sorted(op, indices, bags, num_embeddings, padding_idx),
+        grad(grad_.contiguous()),
+        aux(aux_.contiguous()),
+        factors(contiguous(per_sample_weights)),
+        mode(parse_mode(mode_name)),
+        scale_grad_by_freq(by_freq) {}
+
+  // The gradient of the i-th row in use to destination(i), then done(i), for all rows; `prepare` is called some rows
+  // ahead. destination(i) may be the same for all rows of a thread, and is asked for with the thread's first row.
+  template <typename T, typename Rows>
+  void for_each_row(const Rows& rows_of_thread) const {
+    using scalar = acc_t<T>;
+    const int64_t columns = grad.size(1);
+    const T* grad_data = grad.const_data_ptr<T>();
+    const T* factor_data = factors ? factors->const_data_ptr<T>() : nullptr;
+    const int64_t* aux_data = aux.const_data_ptr<int64_t>();
+    at::parallel_for(0, sorted.uses(), grain(2 * columns), [&](int64_t first, int64_t last) {
+      auto rows = rows_of_thread();
+      RowSum<T> sum(columns);
+      std::vector<scalar> best(mode == Mode::max ? columns : 0);
+      for (int64_t i = sorted.row_from(first); i < sorted.rows() && sorted.start(i) < last; ++i) {
+        const int64_t begin = sorted.start(i), end = sorted.start(i + 1);
+        if (i + kGroup < sorted.rows()) rows.prepare(i + kGroup);
+        const scalar share = scale_grad_by_freq ? scalar(1) / static_cast<scalar>(end - begin) : scalar(1);
+        auto* out = rows.destination(i);
+        if (mode == Mode::max) {
+          std::fill(best.begin(), best.end(), scalar(0));
+          for (const auto use : c10::irange(begin, end)) {
+            const int64_t bag = sorted.bag(use), position = sorted.position(use);
+            for (const auto j : c10::irange(columns)) {
+              const bool won = aux_data[bag * columns + j] == position;
+              best[j] += won ? static_cast<scalar>(grad_data[bag * columns + j]) : scalar(0);
+            }
+          }
+          for (const auto j : c10::irange(columns)) out[j] = static_cast<std::decay_t<decltype(*out)>>(best[j] * share);
+        } else {
+          sum.clear();
+          for (const auto use : c10::irange(begin, end)) {
+            const int64_t bag = sorted.bag(use);
+            scalar scale = share;
+            if (mode == Mode::mean) scale /= static_cast<scalar>(aux_data[bag]);
+            if (factor_data != nullptr) scale *= static_cast<scalar>(factor_data[sorted.position(use)]);
+            sum.template add<true>(grad_data + bag * columns, scale);
+          }
+          sum.template write<true>(out, [](const Vec<T>& total) { return total; });
+        }
+        rows.done(i);
+      }
+    });
+  }
+
+ private:
+  static Bags checked_bags(const char* op, const Tensor& grad, int64_t num_embeddings, const Tensor& indices,
+                           const OptionalTensor& offsets, const OptionalTensor& per_sample_weights, const Tensor& aux,
+                           c10::string_view mode_name, bool include_last_offset) {
+    const Mode mode = parse_mode(mode_name);
+    TORCH_CHECK_VALUE(num_embeddings >= 0, op, ": expected num_embeddings of 0 or more, got ", num_embeddings);
+    check_embedding_bag(op, grad, indices, offsets, per_sample_weights, mode, include_last_offset);
+    Bags bags(op, indices, offsets, include_last_offset);
+    check_embedding_bag_backward(op, grad, bags.count(), aux, mode);
+    return bags;
+  }
+};
+
+// Rows of a table to write; row(i) is where the i-th row in use stands.
+template <typename T, typename Row>
+struct Written {
+  T* data;
+  int64_t columns;
+  Row row;
+
+  void prepare(int64_t i) const { __builtin_prefetch(data + row(i) * columns, 1); }
+  T* destination(int64_t i) const { return data + row(i) * columns; }
+  void done(int64_t) const {}
+};
+
+// Zeros. Beyond what malloc keeps for itself, memory comes from the system, and comes as zeros that take up nothing
+// until they are written: then only pages with rows in use cost anything.
+Tensor lazy_zeros(at::IntArrayRef sizes, const at::TensorOptions& options) {
+  constexpr size_t kLarge = size_t(64) << 20, kAlign = 64;
+  const size_t bytes = c10::multiply_integers(sizes) * options.dtype().itemsize();
+  if (bytes < kLarge) return at::zeros(sizes, options);
+  void* memory = std::calloc(bytes + kAlign, 1);
+  TORCH_CHECK(memory != nullptr, "embedding_bag_backward: no memory for a gradient of ", bytes, " bytes");
+  const auto aligned = (reinterpret_cast<uintptr_t>(memory) + kAlign - 1) / kAlign * kAlign;
+  return at::from_blob(reinterpret_cast<void*>(aligned), sizes, [memory](void*) { std::free(memory); }, options);
 }
 
 Tensor embedding_bag_backward(const Tensor& grad, int64_t num_embeddings, const Tensor& indices,
                               const OptionalTensor& offsets, const OptionalTensor& per_sample_weights,
-                              const Tensor& aux, c10::string_view mode_name, int64_t padding_idx,
-                              bool include_last_offset, bool scale_grad_by_freq) {
-  const char* op = "embedding_bag_backward";
-  const Mode mode = parse_mode(mode_name);
-  Tensor dweight;
-  with_backward_arguments(
-      op, grad, num_embeddings, indices, offsets, per_sample_weights, aux, mode, include_last_offset,
-      [&](const Bags& bags, const Tensor& grad, const OptionalTensor& factors, const Tensor& aux) {
-        const SortedUses sorted(op, indices, bags, num_embeddings, padding_idx);
-        dweight = at::zeros({num_embeddings, grad.size(1)}, grad.options());
-        AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, grad.scalar_type(), "embedding_bag_backward", [&] {
-          scalar_t* table = dweight.mutable_data_ptr<scalar_t>();
-          add_up_uses<scalar_t>(sorted, grad, factors, aux, mode, scale_grad_by_freq,
-                                [&](int64_t i) { return table + sorted.uses[sorted.start[i]].row * grad.size(1); });
-        });
-      });
+                              const Tensor& aux, c10::string_view mode, int64_t padding_idx, bool include_last_offset,
+                              bool scale_grad_by_freq) {
+  const Gradient gradient("embedding_bag_backward", grad, num_embeddings, indices, offsets, per_sample_weights, aux,
+                          mode, padding_idx, include_last_offset, scale_grad_by_freq);
+  const Tensor dweight = lazy_zeros({num_embeddings, grad.size(1)}, grad.options());
+  AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, grad.scalar_type(), "embedding_bag_backward", [&] {
+    const auto row = [&](int64_t i) { return gradient.sorted.row(i); };
+    const Written<scalar_t, decltype(row)> rows{dweight.mutable_data_ptr<scalar_t>(), grad.size(1), row};
+    gradient.for_each_row<scalar_t>([&] { return rows; });
+  });
   return dweight;
 }
 
 std::tuple<Tensor, Tensor> embedding_bag_sparse_backward(const Tensor& grad, int64_t num_embeddings,
                                                          const Tensor& indices, const OptionalTensor& offsets,
                                                          const OptionalTensor& per_sample_weights, const Tensor& aux,
-                                                         c10::string_view mode_name, int64_t padding_idx,
+                                                         c10::string_view mode, int64_t padding_idx,
                                                          bool include_last_offset, bool scale_grad_by_freq) {
-  const char* op = "embedding_bag_sparse_backward";
-  const Mode mode = parse_mode(mode_name);
-  Tensor rows, values;
-  with_backward_arguments(
-      op, grad, num_embeddings, indices, offsets, per_sample_weights, aux, mode, include_last_offset,
-      [&](const Bags& bags, const Tensor& grad, const OptionalTensor& factors, const Tensor& aux) {
-        const SortedUses sorted(op, indices, bags, num_embeddings, padding_idx);
-        rows = at::empty({sorted.rows()}, grad.options().dtype(at::kLong));
-        values = at::empty({sorted.rows(), grad.size(1)}, grad.options());
-        for (const auto i : c10::irange(sorted.rows())) {
-          rows.mutable_data_ptr<int64_t>()[i] = sorted.uses[sorted.start[i]].row;
-        }
-        AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, grad.scalar_type(), "embedding_bag_backward", [&] {
-          scalar_t* data = values.mutable_data_ptr<scalar_t>();
-          add_up_uses<scalar_t>(sorted, grad, factors, aux, mode, scale_grad_by_freq,
-                                [&](int64_t i) { return data + i * grad.size(1); });
-        });
-      });
+  const Gradient gradient("embedding_bag_sparse_backward", grad, num_embeddings, indices, offsets, per_sample_weights,
+                          aux, mode, padding_idx, include_last_offset, scale_grad_by_freq);
+  const SortedUses& sorted = gradient.sorted;
+  const Tensor rows = at::empty({sorted.rows()}, grad.options().dtype(at::kLong));
+  const Tensor values = at::empty({sorted.rows(), grad.size(1)}, grad.options());
+  int64_t* row_data = rows.mutable_data_ptr<int64_t>();
+  for (const auto i : c10::irange(sorted.rows())) row_data[i] = sorted.row(i);
+  AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, grad.scalar_type(), "embedding_bag_backward", [&] {
+    const auto row = [](int64_t i) { return i; };
+    const Written<scalar_t, decltype(row)> written{values.mutable_data_ptr<scalar_t>(), grad.size(1), row};
+    gradient.for_each_row<scalar_t>([&] { return written; });
+  });
   return {rows, values};
+}
+
+// A step of an optimizer for one row, from its gradient.
+template <typename T>
+struct Step {
+  using scalar = acc_t<T>;
+  using V = Vec<T>;
+
+  const SortedUses& sorted;
+  const Rule rule;
+  T* table;
+  scalar *first, *second;  // the optimizer's states, or nullptr
+  const std::array<scalar, 4> settings;
+  std::vector<scalar> gradient;
+
+  int64_t columns() const { return static_cast<int64_t>(gradient.size()); }
+
+  void prepare(int64_t i) const {
+    const int64_t row = sorted.row(i);
+    Indices<int64_t>::prefetch_row(table + row * columns(), columns());
+    if (rule == Rule::rowwise_adagrad) __builtin_prefetch(first + row, 1);
+    if (rule == Rule::adagrad || rule == Rule::adam) Indices<int64_t>::prefetch_row(first + row * columns(), columns());
+    if (rule == Rule::adam) Indices<int64_t>::prefetch_row(second + row * columns(), columns());
+  }
+
+  scalar* destination(int64_t) { return gradient.data(); }
+
+  // weight_row[j] -= change(gradient[j], j, n), by vectors.
+  template <typename Change>
+  void change_row(int64_t row, const Change& change) {
+    T* weight_row = table + row * columns();
+    for_each_vector<T>(columns(), [&](int64_t j, int64_t n) {
+      const V g = load_vector(gradient.data() + j, n);
+      store_vector(weight_row + j, load_vector(weight_row + j, n) - change(g, j, n), n);
+    });
+  }
+
+  void done(int64_t i) {
+    const int64_t row = sorted.row(i);
+    const V rate(settings[0]), eps(settings[1]);
+    if (rule == Rule::sgd) return change_row(row, [&](const V& g, int64_t, int64_t) { return rate * g; });
+    if (rule == Rule::rowwise_adagrad) {
+      scalar squares = 0;
+      for (const scalar g : gradient) squares += g * g;
+      first[row] += squares / static_cast<scalar>(columns());
+      const V factor(settings[0] / (std::sqrt(first[row]) + settings[1]));
+      return change_row(row, [&](const V& g, int64_t, int64_t) { return factor * g; });
+    }
+    scalar* state = first + row * columns();
+    if (rule == Rule::adagrad) {
+      return change_row(row, [&](const V& g, int64_t j, int64_t n) {
+        const V sum = at::vec::fmadd(g, g, load_vector(state + j, n));
+        store_vector(state + j, sum, n);
+        return rate * g / (sum.sqrt() + eps);
+      });
+    }
+    scalar* state_of_squares = second + row * columns();
+    const V rest1(scalar(1) - settings[2]), rest2(scalar(1) - settings[3]);
+    change_row(row, [&](const V& g, int64_t j, int64_t n) {
+      const V m = load_vector(state + j, n), v = load_vector(state_of_squares + j, n);
+      const V new_m = at::vec::fmadd(g - m, rest1, m), new_v = at::vec::fmadd(g * g - v, rest2, v);
+      store_vector(state + j, new_m, n);
+      store_vector(state_of_squares + j, new_v, n);
+      return rate * new_m / (new_v.sqrt() + eps);
+    });
+  }
+};
+
+void embedding_bag_update(const Tensor& grad, const Tensor& weight, const OptionalTensor& first,
+                          const OptionalTensor& second, const Tensor& indices, const OptionalTensor& offsets,
+                          const OptionalTensor& per_sample_weights, const Tensor& aux, c10::string_view mode,
+                          int64_t padding_idx, bool include_last_offset, bool scale_grad_by_freq,
+                          c10::string_view rule_name, at::ArrayRef<double> settings) {
+  const char* op = "embedding_bag_update";
+  const Rule rule = parse_rule(rule_name);
+  check_embedding_bag_update(op, weight, grad, first, second, rule, settings);
+  const Gradient gradient(op, grad, weight.size(0), indices, offsets, per_sample_weights, aux, mode, padding_idx,
+                          include_last_offset, scale_grad_by_freq);
+  // Everything has been checked: from here on tensors change.
+  AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, weight.scalar_type(), "embedding_bag_update", [&] {
+    using scalar = acc_t<scalar_t>;
+    std::array<scalar, 4> numbers{};
+    for (size_t i = 0; i < settings.size(); ++i) numbers[i] = static_cast<scalar>(settings[i]);
+    const auto data = [](const OptionalTensor& state) { return state ? state->mutable_data_ptr<scalar>() : nullptr; };
+    scalar_t* table = weight.mutable_data_ptr<scalar_t>();
+    scalar *first_data = data(first), *second_data = data(second);
+    gradient.for_each_row<scalar_t>([&] {
+      return Step<scalar_t>{
+          gradient.sorted, rule, table, first_data, second_data, numbers, std::vector<scalar>(weight.size(1))};
+    });
+  });
 }
 
 Tensor embedding_bag_per_sample_backward(const Tensor& grad, const Tensor& weight, const Tensor& indices,
@@ -410,5 +670,6 @@ TORCH_LIBRARY_IMPL(nlpkernels, CPU, m) {
   m.impl("embedding_bag", TORCH_FN(nlpkernels::embedding_bag));
   m.impl("embedding_bag_backward", TORCH_FN(nlpkernels::embedding_bag_backward));
   m.impl("embedding_bag_sparse_backward", TORCH_FN(nlpkernels::embedding_bag_sparse_backward));
+  m.impl("embedding_bag_update", TORCH_FN(nlpkernels::embedding_bag_update));
   m.impl("embedding_bag_per_sample_backward", TORCH_FN(nlpkernels::embedding_bag_per_sample_backward));
 }

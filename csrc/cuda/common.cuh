@@ -4,11 +4,14 @@
 // neighbouring threads of a group take neighbouring columns, so that a warp reads whole sectors of memory, and narrow
 // rows share a warp. Rows run along grid.x, which is the long dimension of a grid; columns along grid.y.
 //
-// These kernels have been compiled but never run: nlpkernels loads them only when told to.
+// tests/emulated_cuda.h runs all of this on the CPU: what is new here must be declared there, too.
+//
+// These kernels have never run on a GPU: nlpkernels loads them only when told to.
 #pragma once
 
 #include <ATen/OpMathType.h>
 #include <c10/cuda/CUDAException.h>
+#include <c10/cuda/CUDAFunctions.h>
 #include <c10/cuda/CUDAGuard.h>
 #include <c10/cuda/CUDAStream.h>
 #include <cuda_runtime.h>
@@ -63,8 +66,11 @@ __device__ __forceinline__ int64_t column_step() {
 template <typename... Parameters, typename... Arguments>
 void launch(void (*kernel)(Parameters...), const Shape& shape, const Arguments&... arguments) {
   if (shape.grid.x == 0 || shape.grid.y == 0) return;
-  kernel<<<shape.grid, shape.block, 0, c10::cuda::getCurrentCUDAStream()>>>(arguments...);
-  C10_CUDA_KERNEL_LAUNCH_CHECK();
+  cudaLaunchConfig_t config{};
+  config.gridDim = shape.grid;
+  config.blockDim = shape.block;
+  config.stream = c10::cuda::getCurrentCUDAStream();
+  C10_CUDA_CHECK(cudaLaunchKernelEx(&config, kernel, arguments...));
 }
 
 // Neighbouring values, read and written at once.

@@ -3,15 +3,17 @@
 // Forward: a group of threads (common.cuh) takes one bag, or one row of a lookup, and a thread 16 bytes of its columns
 // where they are aligned. It has kInFlight rows on their way before it adds the first one up, in float.
 //
-// Backward: the positions of the indices are sorted by row, stably, with those that count for no bag at the end. The
-// first of the uses of a row owns it: its group adds the uses up in the order of the indices and writes the row. No
-// atomics, and the same bits at every run. A row that is used very often is therefore slow. The sorted rows, numbered,
-// are the coalesced sparse gradient.
+// Backward: the positions of the indices are sorted by row, stably, with those that count for no bag at the end. A
+// group adds up a chunk of them, row by row, in the order of the indices; a row that goes on in the next chunk is left
+// in parts, which a second kernel adds up in order. No atomics, the same bits at every run, and a row that everyone
+// uses does not keep the others waiting. The sorted rows, numbered, are the coalesced sparse gradient.
 //
 // Indices and offsets are checked on the device, by a kernel of its own, before they are used; what is wrong is read as
-// if it were not there, so that no kernel leaves a tensor's memory or ends the process, and the op then raises. To know
-// it must wait for the device: every op here synchronises once, and the sparse gradient twice, to learn its size. None
-// can be captured in a CUDA graph.
+// if it were not there, so that no kernel leaves a tensor's memory or ends the process. The first that is found is
+// written down in memory that the host reads too (Report), and an op raises. NLPKERNELS_CUDA_CHECK says when:
+//   later   (the default) at the next call of an op here that finds it written down; nothing waits for the device
+//   now     at once: every call waits for the device, unless it is being captured in a CUDA graph
+// But for that only the sparse gradient waits, to learn its size, and so cannot be captured.
 //
 // Letters are those of library.cpp.
 #include <ATen/Dispatch.h>
@@ -19,12 +21,15 @@
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/cumsum.h>
 #include <ATen/ops/empty.h>
-#include <ATen/ops/full.h>
 #include <ATen/ops/sort.h>
 #include <ATen/ops/zeros.h>
+#include <c10/cuda/CUDAGraphsC10Utils.h>
 #include <torch/library.h>
 
+#include <array>
+#include <cstdlib>
 #include <limits>
+#include <mutex>
 #include <string>
 #include <tuple>
 
@@ -36,6 +41,8 @@ namespace {
 
 // Rows that a thread has asked for before it uses the first.
 constexpr int kInFlight = 4;
+// Sorted uses of rows that a group adds up.
+constexpr int kUses = 32;
 
 // Arguments ----------------------------------------------------------------------------------------------------------
 
@@ -92,31 +99,86 @@ __device__ __forceinline__ int64_t thread_index() {
 // A thread for each of `count` positions.
 Shape positions(int64_t count) { return {dim3(static_cast<unsigned>(ceil_div(count, kThreads))), dim3(kThreads)}; }
 
-__device__ __forceinline__ void keep_least(int64_t* least, int64_t value) {
-  atomicMin(reinterpret_cast<long long*>(least), static_cast<long long>(value));
+// What was found to be wrong, in page-locked memory of the host that the device can write to; one for each device.
+struct Report {
+  enum Kind : int { kIndex, kFirstOffset, kOffset };
+
+  int is_taken;           // by the first thread that has something to report
+  volatile int is_ready;  // for the host
+  Kind kind;
+  int64_t position, columns, value, least, most;
+
+  __device__ void take(Kind kind, int64_t position, int64_t columns, int64_t value, int64_t least, int64_t most) {
+    if (atomicCAS(&is_taken, 0, 1) != 0) return;
+    this->kind = kind;
+    this->position = position;
+    this->columns = columns;
+    this->value = value;
+    this->least = least;
+    this->most = most;
+    __threadfence_system();
+    is_ready = 1;
+  }
+
+  static Report& of_device(int device) {
+    static std::array<Report*, C10_COMPILE_TIME_MAX_GPUS> reports{};
+    static std::mutex mutex;
+    const std::lock_guard<std::mutex> lock(mutex);
+    Report*& report = reports.at(device);
+    if (report == nullptr) {
+      void* memory = nullptr;  // until the process ends: a kernel may still be writing to it
+      C10_CUDA_CHECK(cudaHostAlloc(&memory, sizeof(Report), cudaHostAllocPortable));
+      report = new (memory) Report{};
+    }
+    return *report;
+  }
+
+  // What was written down is forgotten when it is raised.
+  void raise(const char* op) {
+    if (is_ready == 0) return;
+    const Report found = *this;
+    is_ready = 0;
+    is_taken = 0;
+    TORCH_CHECK_VALUE(found.kind != kFirstOffset, op, ": expected offsets[0] to be 0, got ", found.value);
+    TORCH_CHECK_VALUE(found.kind != kOffset, op, ": expected offsets[", found.position, "] between ", found.least,
+                      " (the offset before it) and ", found.most, " (the number of indices), got ", found.value);
+    const std::string place = found.columns == 0 ? std::to_string(found.position)
+                                                 : std::to_string(found.position / found.columns) + "][" +
+                                                       std::to_string(found.position % found.columns);
+    TORCH_CHECK_INDEX(false, op, ": indices[", place, "] is ", found.value, ", expected a row from 0 to ", found.most,
+                      " of a table of ", found.most + 1);
+  }
+};
+
+bool raises_now() {
+  const char* given = std::getenv("NLPKERNELS_CUDA_CHECK");
+  const std::string when = given != nullptr ? given : "later";
+  TORCH_CHECK_VALUE(when == "now" || when == "later", "NLPKERNELS_CUDA_CHECK is '", when, "', expected now or later");
+  return when == "now";
 }
 
-// wrong[0], wrong[1]: the first offset and the first index that are.
+// columns: of the indices that the caller wrote, 0 if they are 1-D.
 template <typename index_t>
 __global__ void __launch_bounds__(kThreads)
-    check_values(const index_t* indices, const Bags bags, int64_t rows, int64_t* wrong) {
+    check_values(const index_t* indices, const Bags bags, int64_t columns, int64_t rows, Report* report) {
   const int64_t i = thread_index();
   if (i < bags.given) {
     const int64_t least = i == 0 ? 0 : bags.offsets[i - 1], most = i == 0 ? 0 : bags.total, value = bags.offsets[i];
-    if (value < least || value > most) keep_least(wrong, i);
+    if (value < least || value > most) {
+      report->take(i == 0 ? Report::kFirstOffset : Report::kOffset, i, 0, value, least, most);
+    }
   }
-  if (i < bags.total && i < bags.end() && (indices[i] < 0 || indices[i] >= rows)) keep_least(wrong + 1, i);
+  if (i < bags.total && i < bags.end() && (indices[i] < 0 || indices[i] >= rows)) {
+    report->take(Report::kIndex, i, columns, indices[i], 0, rows - 1);
+  }
 }
 
 // Indices and offsets as the caller wrote them, on their way through the check.
 class Input {
  public:
   Input(const char* op, const Tensor& indices, const OptionalTensor& offsets, bool include_last_offset, int64_t rows)
-      : op_(op),
-        columns_(indices.dim() == 2 ? indices.size(1) : 0),
-        rows_(rows),
-        indices_(indices.contiguous()),
-        wrong_(at::full({2}, kNone, indices.options().dtype(at::kLong))) {
+      : op_(op), report_(Report::of_device(c10::cuda::current_device())), indices_(indices.contiguous()) {
+    report_.raise(op);
     bags.total = indices.numel();
     if (offsets) {
       offsets_ = offsets->to(at::kLong).contiguous();
@@ -129,8 +191,8 @@ class Input {
       bags.length = indices.size(1);
     }
     AT_DISPATCH_INDEX_TYPES(indices.scalar_type(), "embedding_bag", [&] {
-      launch(check_values<index_t>, positions(std::max(bags.total, bags.given)), data<index_t>(), bags, rows_,
-             wrong_.mutable_data_ptr<int64_t>());
+      launch(check_values<index_t>, positions(std::max(bags.total, bags.given)), data<index_t>(), bags,
+             indices.dim() == 2 ? indices.size(1) : 0, rows, &report_);
     });
   }
 
@@ -143,35 +205,19 @@ class Input {
 
   at::ScalarType index_type() const { return indices_.scalar_type(); }
 
-  // Waits for the device.
+  // Once what uses the input is on its way.
   void raise_if_wrong() const {
-    const Tensor wrong = wrong_.to(at::kCPU);
-    const int64_t offset = wrong.const_data_ptr<int64_t>()[0], index = wrong.const_data_ptr<int64_t>()[1];
-    TORCH_CHECK_VALUE(offset != 0, op_, ": expected offsets[0] to be 0, got ", value_of(offsets_, 0));
-    TORCH_CHECK_VALUE(offset == kNone, op_, ": expected offsets[", offset, "] between ", value_of(offsets_, offset - 1),
-                      " (the offset before it) and ", bags.total, " (the number of indices), got ",
-                      value_of(offsets_, offset));
-    TORCH_CHECK_INDEX(index == kNone, op_, ": indices[", place(index), "] is ", value_of(indices_, index),
-                      ", expected a row from 0 to ", rows_ - 1, " of a table of ", rows_);
+    if (!raises_now()) return;
+    if (c10::cuda::currentStreamCaptureStatusMayInitCtx() != c10::cuda::CaptureStatus::None) return;
+    C10_CUDA_CHECK(cudaStreamSynchronize(c10::cuda::getCurrentCUDAStream()));
+    report_.raise(op_);
   }
 
  private:
-  static constexpr int64_t kNone = std::numeric_limits<int64_t>::max();
-
-  static int64_t value_of(const Tensor& tensor, int64_t position) {
-    return tensor.view({-1}).select(0, position).item().toLong();
-  }
-
-  std::string place(int64_t position) const {
-    if (columns_ == 0) return std::to_string(position);
-    return std::to_string(position / columns_) + "][" + std::to_string(position % columns_);
-  }
-
   const char* op_;
-  const int64_t columns_, rows_;
+  Report& report_;
   const Tensor indices_;
   Tensor offsets_;
-  const Tensor wrong_;
 };
 
 template <typename T>
@@ -424,39 +470,105 @@ struct RowGradients {
   const int64_t* aux;  // as forward gave it
   bool is_mean, scale_grad_by_freq;
   const int64_t* numbers;  // [total]: a row's place in `out`, plus 1; or nullptr: its place is the row
+  acc_t<T>* partial;       // [chunks, 2, E]: of the row that came in, and of the one that begins here and goes on
   T* out;                  // [V, E] or [R, E]
 };
 
-// A group of threads for each use of a row, of which the first use's does it all.
-template <typename T, typename key_t, int vector, bool is_max>
-__global__ void __launch_bounds__(kThreads) add_up_uses(const RowGradients<T, key_t> work) {
-  using scalar = acc_t<T>;
-  const int64_t first = row_of_thread(), columns = work.columns;
-  if (first >= work.total || !is_first_use(work.keys, first, work.rows)) return;
-  const int64_t end = end_of_run(work.keys, first, work.total);
-  const scalar share = work.scale_grad_by_freq ? scalar(1) / static_cast<scalar>(end - first) : scalar(1);
+template <typename T, typename key_t, int vector>
+__device__ __forceinline__ void store_row(const RowGradients<T, key_t>& work, int64_t first, int64_t end,
+                                          int64_t column, const acc_t<T>* sum) {
+  const auto share = work.scale_grad_by_freq ? acc_t<T>(1) / static_cast<acc_t<T>>(end - first) : acc_t<T>(1);
   const int64_t place = work.numbers != nullptr ? work.numbers[first] - 1 : static_cast<int64_t>(work.keys[first]);
+  Pack<T, vector> out;
+#pragma unroll
+  for (int v = 0; v < vector; ++v) out.values[v] = static_cast<T>(sum[v] * share);
+  store_pack(work.out + place * work.columns + column, out);
+}
+
+// A group of threads for each chunk of kUses sorted uses. Rows whose uses all lie in it are done; what it has of those
+// before and behind it is left in `partial`.
+template <typename T, typename key_t, int vector, bool is_max>
+__global__ void __launch_bounds__(kThreads) add_up_chunks(const RowGradients<T, key_t> work) {
+  using scalar = acc_t<T>;
+  constexpr int in_flight = is_max ? 2 : kInFlight;  // max reads who won besides, and with more it spills
+  const int64_t chunk = row_of_thread(), columns = work.columns;
+  const int64_t begin = chunk * kUses, end = begin + kUses < work.total ? begin + kUses : work.total;
   for (int64_t column = first_column<vector>(); column < columns; column += column_step<vector>()) {
-    scalar sum[vector];
+    int64_t i = begin;
+    while (i < end && work.keys[i] < work.rows) {
+      const key_t key = work.keys[i];
+      const int64_t first = i;
+      scalar sum[vector];
 #pragma unroll
-    for (int v = 0; v < vector; ++v) sum[v] = scalar(0);
-    for (int64_t i = first; i < end; ++i) {
-      const int64_t position = work.positions[i], bag = work.bag_of[position], at = bag * columns + column;
-      const Pack<T, vector> values = load_pack<vector>(work.grad + at);
-      scalar scale = share;
-      if (!is_max && work.is_mean) scale /= static_cast<scalar>(work.aux[bag]);
-      if (!is_max && work.factors != nullptr) scale *= static_cast<scalar>(work.factors[position]);
+      for (int v = 0; v < vector; ++v) sum[v] = scalar(0);
+      bool is_use = true;
+      while (is_use) {
+        Pack<T, vector> values[in_flight];
+        scalar scale[in_flight];
 #pragma unroll
-      for (int v = 0; v < vector; ++v) {
-        // A column that another position won adds nothing, not even NaN times nothing.
-        const bool counts = !is_max || work.aux[at + v] == position;
-        sum[v] += counts ? scale * static_cast<scalar>(values.values[v]) : scalar(0);
+        for (int j = 0; j < in_flight; ++j) {
+          is_use = is_use && i < end && work.keys[i] == key;
+          values[j] = {};
+          scale[j] = scalar(0);
+          if (!is_use) continue;
+          const int64_t position = work.positions[i], bag = work.bag_of[position], at = bag * columns + column;
+          values[j] = load_pack<vector>(work.grad + at);
+          scale[j] = scalar(1);
+          if constexpr (is_max) {
+            // A column that another position won adds nothing, not even NaN times nothing.
+#pragma unroll
+            for (int v = 0; v < vector; ++v) {
+              if (work.aux[at + v] != position) values[j].values[v] = T(0);
+            }
+          } else {
+            if (work.is_mean) scale[j] /= static_cast<scalar>(work.aux[bag]);
+            if (work.factors != nullptr) scale[j] *= static_cast<scalar>(work.factors[position]);
+          }
+          ++i;
+        }
+#pragma unroll
+        for (int j = 0; j < in_flight; ++j) {
+#pragma unroll
+          for (int v = 0; v < vector; ++v) sum[v] += scale[j] * static_cast<scalar>(values[j].values[v]);
+        }
+      }
+      const bool came_in = first == begin && begin > 0 && work.keys[begin - 1] == key;
+      const bool goes_on = i == end && end < work.total && work.keys[end] == key;
+      if (came_in || goes_on) {
+        Pack<scalar, vector> part;
+#pragma unroll
+        for (int v = 0; v < vector; ++v) part.values[v] = sum[v];
+        store_pack(work.partial + (chunk * 2 + (came_in ? 0 : 1)) * columns + column, part);
+      } else {
+        store_row<T, key_t, vector>(work, first, i, column, sum);
       }
     }
-    Pack<T, vector> out;
+  }
+}
+
+// Rows whose uses lie in several chunks: the group of the first of them adds up the others' parts, in their order.
+template <typename T, typename key_t, int vector>
+__global__ void __launch_bounds__(kThreads) join_chunks(const RowGradients<T, key_t> work) {
+  using scalar = acc_t<T>;
+  const int64_t chunk = row_of_thread(), columns = work.columns, begin = chunk * kUses, behind = begin + kUses;
+  if (behind >= work.total) return;
+  const key_t key = work.keys[behind];
+  int64_t first = behind;
+  while (first > begin && work.keys[first - 1] == key) --first;
+  if (key >= work.rows || first == behind || (first == begin && begin > 0 && work.keys[begin - 1] == key)) return;
+  const int64_t end = end_of_run(work.keys, behind, work.total), last = (end - 1) / kUses;
+  for (int64_t column = first_column<vector>(); column < columns; column += column_step<vector>()) {
+    const auto own = load_pack<vector>(work.partial + (chunk * 2 + 1) * columns + column);
+    scalar sum[vector];
 #pragma unroll
-    for (int v = 0; v < vector; ++v) out.values[v] = static_cast<T>(sum[v]);
-    store_pack(work.out + place * columns + column, out);
+    for (int v = 0; v < vector; ++v) sum[v] = own.values[v];
+#pragma unroll 4
+    for (int64_t other = chunk + 1; other <= last; ++other) {
+      const auto part = load_pack<vector>(work.partial + other * 2 * columns + column);
+#pragma unroll
+      for (int v = 0; v < vector; ++v) sum[v] += part.values[v];
+    }
+    store_row<T, key_t, vector>(work, first, end, column, sum);
   }
 }
 
@@ -535,7 +647,8 @@ struct BackwardArguments {
 
   // The gradient of each row in use, to its place in `out`.
   void add_up(const OptionalTensor& numbers, const Tensor& out) const {
-    const int64_t columns = grad.size(1);
+    const int64_t columns = grad.size(1), chunks = ceil_div(uses.total, kUses);
+    const Tensor partial = at::empty({chunks, 2, columns}, grad.options().dtype(at::toOpMathType(grad.scalar_type())));
     AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, grad.scalar_type(), "embedding_bag_backward", [&] {
       SortedUses::dispatch_keys(uses.keys, [&](auto key) {
         using key_t = decltype(key);
@@ -552,15 +665,17 @@ struct BackwardArguments {
         work.is_mean = mode == Mode::mean;
         work.scale_grad_by_freq = scale_grad_by_freq;
         work.numbers = data<int64_t>(numbers);
+        work.partial = partial.mutable_data_ptr<acc_t<scalar_t>>();
         work.out = out.mutable_data_ptr<scalar_t>();
         dispatch_vector<scalar_t>(has_aligned_rows(work.grad, columns), [&](auto size) {
           constexpr int vector = decltype(size)::value;
-          const Shape shape = rows_by_columns(work.total, columns, vector);
+          const Shape shape = rows_by_columns(chunks, columns, vector);
           if (mode == Mode::max) {
-            launch(add_up_uses<scalar_t, key_t, vector, true>, shape, work);
+            launch(add_up_chunks<scalar_t, key_t, vector, true>, shape, work);
           } else {
-            launch(add_up_uses<scalar_t, key_t, vector, false>, shape, work);
+            launch(add_up_chunks<scalar_t, key_t, vector, false>, shape, work);
           }
+          launch(join_chunks<scalar_t, key_t, vector>, shape, work);
         });
       });
     });

@@ -1,32 +1,33 @@
 // The time loop of RNN, LSTM and GRU on CUDA, forward and backward. One call is one layer, all steps, both directions,
-// one direction after the other, on the caller's stream. Nothing here waits for the device.
+// on the caller's stream. Nothing here waits for the device, and no step allocates memory: a call can be captured in a
+// CUDA graph.
 //
-// Forward of one direction:
-//   from_x = x W_ih^T                       one product for all steps
+// Forward:
+//   from_x = x W_ih^T                       one product for all steps and both directions
 //   for each step:
 //     from_h = h_{t-1} W_hh^T               one product
 //     h_t, c_t = cell(from_x + from_h + b)  one kernel, which also stores y_t and what backward needs
-//   (with a projection, h_t = W_hr (what the cell gave): another product)
+//   (with a projection, h_t = W_hr (what the cell gave): another product, and a kernel that stores y_t)
+// Both directions take their i-th step side by side: the product is a batch of two, and the kernel's grid has two
+// layers. In packed data they hold different numbers of sequences, and the product is two.
 //
 // Backward walks the steps the other way: dh_{t-1} = dgates W_hh. It stores dgates of all rows, and beside them
 // h_{t-1}, and with a projection the two factors of dW_hr, so that the gradients of the weights and of x are large
 // products.
 //
-// Products are torch's own and obey its flags (TF32). Of bfloat16 and float16 they take operands as they are and give
-// float, so that gates, c, and the sums over time of dh and dc never leave float; h and dgates are rounded to the
-// tensors' dtype where a product reads them.
+// Of bfloat16 and float16 products take operands as they are and give float, so that gates, c, and the sums over time
+// of dh and dc never leave float; h and dgates are rounded to the tensors' dtype where a product reads them.
 //
 // Step t holds the first active[t] sequences, in rows [first_row[t], first_row[t] + active[t]). Those that are not
 // active keep their h and c: in packed data, the forward direction leaves sequences behind as it walks, and the reverse
 // direction takes them up, from h0 and c0.
 //
-// Letters are those of library.cpp; pointers to the rows of one step and direction are documented as [active, columns].
+// Letters are those of library.cpp; slots is 4 for the GRU (cells.h), else G.
 #include <ATen/Dispatch.h>
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/core/Tensor.h>
-#include <ATen/ops/addmm.h>
 #include <ATen/ops/empty.h>
-#include <ATen/ops/mm.h>
+#include <ATen/ops/stack.h>
 #include <ATen/ops/sum.h>
 #include <ATen/ops/zeros.h>
 #include <torch/library.h>
@@ -37,44 +38,66 @@
 #include "../cells.h"
 #include "../checks.h"
 #include "common.cuh"
+#include "gemm.cuh"
 
 namespace nlpkernels {
 namespace {
 
 // Kernels ------------------------------------------------------------------------------------------------------------
 
+// What the directions do in one step: direction d is at the rows of step t[d].
+struct Turn {
+  int64_t directions, rows, batch, hidden, features;  // D, N, B, H, P
+  int64_t active[2], first_row[2];
+  // Backward: how many sequences were active in the step before (in the direction's own order), and where it begins.
+  int64_t previous[2], previous_row[2];
+};
+
+// Runs a kernel over the sequences that are active and `columns`, for each direction: blockIdx.z is the direction.
+template <typename Work>
+void launch_turn(void (*kernel)(Work), const Turn& turn, int64_t columns, const Work& work) {
+  Shape shape = rows_by_columns(std::max(turn.active[0], turn.active[1]), columns);
+  shape.grid.z = static_cast<unsigned>(turn.directions);
+  launch(kernel, shape, work);
+}
+
 template <typename T>
 struct ForwardStep {
-  int64_t active, hidden, y_stride;
-  const acc_t<T>*from_x, *from_h;  // [active, G H]
-  const T *b_ih, *b_hh;            // [G H], or nullptr
-  acc_t<T>* state;                 // [active, H]: c_{t-1}, which becomes c_t; of cells without c, h
-  T* h;                            // [active, H]: h_t, for the next product; where T is acc_t<T> it may be `state`
-  T* y;                            // [active, H], rows y_stride apart: h_t again; nullptr with a projection
-  T* workspace;                    // [active, S, H], or nullptr
+  Turn turn;
+  const acc_t<T>* from_x;  // [N, D, G H]
+  const acc_t<T>* from_h;  // [D, B, G H]
+  const T *b_ih, *b_hh;    // [D, G H], or nullptr
+  acc_t<T>* state;         // [D, B, H]: c_{t-1}, which becomes c_t; of cells without c, h
+  T* h;                    // [D, B, H]: h_t, for the next product; where T is acc_t<T> it may be `state`
+  T* y;                    // [N, D, H]: h_t again; nullptr with a projection
+  T* workspace;            // [D, N, S, H], or nullptr
 };
 
 template <typename Cell, typename T>
-__global__ void __launch_bounds__(kThreads) forward_step(const ForwardStep<T> step) {
+__global__ void __launch_bounds__(kThreads) forward_step(const __grid_constant__ ForwardStep<T> step) {
   using scalar = acc_t<T>;
-  const int64_t b = row_of_thread(), hidden = step.hidden;
-  if (b >= step.active) return;
+  const Turn& turn = step.turn;
+  const int64_t d = blockIdx.z, b = row_of_thread(), hidden = turn.hidden, gate_rows = Cell::gates * hidden;
+  if (b >= turn.active[d]) return;
+  const int64_t row = turn.first_row[d] + b, sequence = d * turn.batch + b;
   for (int64_t j = first_column(); j < hidden; j += column_step()) {
     scalar a[Cell::slots], saved[Cell::saved > 0 ? Cell::saved : 1];
 #pragma unroll
     for (int slot = 0; slot < Cell::slots; ++slot) a[slot] = scalar(0);
 #pragma unroll
     for (int gate = 0; gate < Cell::gates; ++gate) {
-      const int64_t column = gate * hidden + j, at = b * Cell::gates * hidden + column;
-      scalar from_x = step.from_x[at], from_h = step.from_h[at];
+      const int64_t column = gate * hidden + j;
+      scalar from_x = step.from_x[(row * turn.directions + d) * gate_rows + column];
+      scalar from_h = step.from_h[sequence * gate_rows + column];
       if (step.b_ih != nullptr) {
-        from_x += static_cast<scalar>(step.b_ih[column]);
-        from_h += static_cast<scalar>(step.b_hh[column]);
+        from_x += static_cast<scalar>(step.b_ih[d * gate_rows + column]);
+        from_h += static_cast<scalar>(step.b_hh[d * gate_rows + column]);
       }
       a[Cell::input_slot(gate)] += from_x;
       a[gate] += from_h;
     }
-    scalar state = step.state[b * hidden + j], h;
+    const int64_t at = sequence * hidden + j;
+    scalar state = step.state[at], h;
     if constexpr (Cell::has_c) {
       h = Cell::forward(a, scalar(0), state, saved);
     } else {
@@ -82,32 +105,52 @@ __global__ void __launch_bounds__(kThreads) forward_step(const ForwardStep<T> st
       h = Cell::forward(a, state, c, saved);
       state = h;
     }
-    step.state[b * hidden + j] = state;
-    step.h[b * hidden + j] = static_cast<T>(h);
-    if (step.y != nullptr) step.y[b * step.y_stride + j] = static_cast<T>(h);
+    step.state[at] = state;
+    step.h[at] = static_cast<T>(h);
+    if (step.y != nullptr) step.y[(row * turn.directions + d) * hidden + j] = static_cast<T>(h);
     if (step.workspace != nullptr) {
 #pragma unroll
       for (int s = 0; s < Cell::saved; ++s) {
-        step.workspace[(b * Cell::saved + s) * hidden + j] = static_cast<T>(saved[s]);
+        step.workspace[((d * turn.rows + row) * Cell::saved + s) * hidden + j] = static_cast<T>(saved[s]);
       }
     }
+  }
+}
+
+// y_t = h_t, where a product made h_t.
+template <typename T>
+struct ProjectedStep {
+  Turn turn;
+  const T* h;  // [D, B, P]
+  T* y;        // [N, D, P]
+};
+
+template <typename T>
+__global__ void __launch_bounds__(kThreads) store_projected(const __grid_constant__ ProjectedStep<T> step) {
+  const Turn& turn = step.turn;
+  const int64_t d = blockIdx.z, b = row_of_thread(), features = turn.features;
+  if (b >= turn.active[d]) return;
+  for (int64_t j = first_column(); j < features; j += column_step()) {
+    step.y[((turn.first_row[d] + b) * turn.directions + d) * features + j] =
+        step.h[(d * turn.batch + b) * features + j];
   }
 }
 
 // Sequences from `previous` on have no step before this one, and come from h0 and c0.
 template <typename T>
 struct BackwardStep {
-  int64_t active, previous, hidden, features, y_stride;
-  const T* dy;                              // [active, P], rows y_stride apart; or nullptr
-  const acc_t<T>* dh;                       // [active, H]: dL/dh_t, but for dy and `direct`
-  acc_t<T>* direct;                         // [active, H], GRU: what passed W_hh by; this step's takes its place
-  acc_t<T>* dc;                             // [active, H], LSTM: dL/dc_t without h_t's share becomes dL/dc_{t-1}
-  const T *y, *y_previous, *h0;             // [active, P], rows of y and y_previous y_stride apart
-  const T *workspace, *previous_workspace;  // [active, S, H]
-  const T* c0;                              // [active, H], LSTM
-  T* dgates;                                // [active, slots, H]
-  T* h_previous;                            // [active, P]: h_{t-1}, for dW_hh; or nullptr
-  T* outputs;                               // [active, H]: h_t before the projection, for dW_hr; or nullptr
+  Turn turn;
+  const T* dy;         // [N, D, H], or nullptr; with a projection it is in dh already
+  const acc_t<T>* dh;  // [D, B, H]: dL/dh_t, but for dy and `direct`
+  acc_t<T>* direct;    // [D, B, H], GRU: what passed W_hh by; this step's takes its place
+  acc_t<T>* dc;        // [D, B, H], LSTM: dL/dc_t without h_t's share becomes dL/dc_{t-1}
+  const T *y, *h0;     // [N, D, P], [D, B, P]
+  const T* workspace;  // [D, N, S, H]
+  const T* c0;         // [D, B, H], LSTM
+  T* factor;           // [D, B, G H]: dgates of W_hh's gates, for this step's product
+  T* dgates;           // [N, D, slots, H], or nullptr
+  T* h_previous;       // [N, D, P]: h_{t-1}, for dW_hh; or nullptr
+  T* outputs;          // [N, D, H]: h_t before the projection, for dW_hr; or nullptr
 };
 
 // Only the GRU's h_t depends on h_{t-1} in a way that does not pass through W_hh.
@@ -115,112 +158,143 @@ template <typename Cell>
 constexpr bool kHasDirect = std::is_same_v<Cell, Gru>;
 
 template <typename Cell, typename T>
-__global__ void __launch_bounds__(kThreads) backward_step(const BackwardStep<T> step) {
+__global__ void __launch_bounds__(kThreads) backward_step(const __grid_constant__ BackwardStep<T> step) {
   using scalar = acc_t<T>;
-  const int64_t b = row_of_thread(), hidden = step.hidden;
-  if (b >= step.active) return;
-  const bool has_previous = b < step.previous;
-  const T* h_before = has_previous ? step.y_previous + b * step.y_stride : step.h0 + b * step.features;
-  for (int64_t j = first_column(); j < hidden || j < step.features; j += column_step()) {
-    if (step.h_previous != nullptr && j < step.features) step.h_previous[b * step.features + j] = h_before[j];
+  const Turn& turn = step.turn;
+  const int64_t d = blockIdx.z, b = row_of_thread(), hidden = turn.hidden, features = turn.features;
+  if (b >= turn.active[d]) return;
+  const int64_t sequence = d * turn.batch + b;
+  const int64_t row = (turn.first_row[d] + b) * turn.directions + d;  // of tensors [N, D, ...]
+  const bool has_previous = b < turn.previous[d];
+  const int64_t previous_row = turn.previous_row[d] + b;
+  const T* h_before =
+      has_previous ? step.y + (previous_row * turn.directions + d) * features : step.h0 + sequence * features;
+  const T* workspace = step.workspace + (d * turn.rows + turn.first_row[d] + b) * Cell::saved * hidden;
+  for (int64_t j = first_column(); j < hidden || j < features; j += column_step()) {
+    if (step.h_previous != nullptr && j < features) step.h_previous[row * features + j] = h_before[j];
     if (j >= hidden) continue;
-    const int64_t at = b * hidden + j;
+    const int64_t at = sequence * hidden + j;
     scalar saved[Cell::saved > 0 ? Cell::saved : 1], da[Cell::slots], h(0), h_prev(0), c_prev(0), dc(0);
 #pragma unroll
-    for (int s = 0; s < Cell::saved; ++s) {
-      saved[s] = static_cast<scalar>(step.workspace[(b * Cell::saved + s) * hidden + j]);
-    }
+    for (int s = 0; s < Cell::saved; ++s) saved[s] = static_cast<scalar>(workspace[s * hidden + j]);
     if constexpr (Cell::has_c) {
-      const T* c_before =
-          has_previous ? step.previous_workspace + (b * Cell::saved + Cell::saved_c) * hidden : step.c0 + b * hidden;
+      const T* c_before = has_previous
+                              ? step.workspace + ((d * turn.rows + previous_row) * Cell::saved + Cell::saved_c) * hidden
+                              : step.c0 + sequence * hidden;
       c_prev = static_cast<scalar>(c_before[j]);
       dc = step.dc[at];
-      if (step.outputs != nullptr) step.outputs[at] = static_cast<T>(Cell::output(saved));
+      if (step.outputs != nullptr) step.outputs[row * hidden + j] = static_cast<T>(Cell::output(saved));
     } else {
-      h = static_cast<scalar>(step.y[b * step.y_stride + j]);
+      h = static_cast<scalar>(step.y[row * hidden + j]);
       h_prev = static_cast<scalar>(h_before[j]);
     }
     scalar dh = step.dh[at];
     if constexpr (kHasDirect<Cell>) dh += step.direct[at];
-    if (step.dy != nullptr) dh += static_cast<scalar>(step.dy[b * step.y_stride + j]);
+    if (step.dy != nullptr) dh += static_cast<scalar>(step.dy[row * hidden + j]);
     const scalar direct = Cell::backward(saved, h, h_prev, c_prev, dh, dc, da);
     if constexpr (kHasDirect<Cell>) step.direct[at] = direct;
     if constexpr (Cell::has_c) step.dc[at] = dc;
 #pragma unroll
     for (int slot = 0; slot < Cell::slots; ++slot) {
-      step.dgates[(b * Cell::slots + slot) * hidden + j] = static_cast<T>(da[slot]);
+      const T value = static_cast<T>(da[slot]);
+      if (slot < Cell::gates) step.factor[(sequence * Cell::gates + slot) * hidden + j] = value;
+      if (step.dgates != nullptr) step.dgates[(row * Cell::slots + slot) * hidden + j] = value;
     }
   }
 }
 
-// out = dh + dy: [rows, columns], of which only dy has rows further apart.
+// dL/dh_t with a projection: dh + dy, for this step's product and for dW_hr.
 template <typename T>
-__global__ void __launch_bounds__(kThreads)
-    add_dy(int64_t rows, int64_t columns, const acc_t<T>* dh, const T* dy, int64_t dy_stride, T* out) {
-  const int64_t b = row_of_thread();
-  if (b >= rows) return;
-  for (int64_t j = first_column(); j < columns; j += column_step()) {
-    const acc_t<T> from_y = dy != nullptr ? static_cast<acc_t<T>>(dy[b * dy_stride + j]) : acc_t<T>(0);
-    out[b * columns + j] = static_cast<T>(dh[b * columns + j] + from_y);
+struct ProjectedBackwardStep {
+  Turn turn;
+  const acc_t<T>* dh;  // [D, B, P]
+  const T* dy;         // [N, D, P], or nullptr
+  T* factor;           // [D, B, P]
+  T* dprojected;       // [N, D, P], or nullptr
+};
+
+template <typename T>
+__global__ void __launch_bounds__(kThreads) add_dy(const __grid_constant__ ProjectedBackwardStep<T> step) {
+  const Turn& turn = step.turn;
+  const int64_t d = blockIdx.z, b = row_of_thread(), features = turn.features;
+  if (b >= turn.active[d]) return;
+  for (int64_t j = first_column(); j < features; j += column_step()) {
+    const int64_t at = (d * turn.batch + b) * features + j;
+    const int64_t in_rows = ((turn.first_row[d] + b) * turn.directions + d) * features + j;
+    acc_t<T> dh = step.dh[at];
+    if (step.dy != nullptr) dh += static_cast<acc_t<T>>(step.dy[in_rows]);
+    step.factor[at] = static_cast<T>(dh);
+    if (step.dprojected != nullptr) step.dprojected[in_rows] = static_cast<T>(dh);
   }
 }
 
-// Shared by forward and backward
-// ---------------------------------------------------------------------------------------
+// Shared by forward and backward -------------------------------------------------------------------------------------
 
-// out = a b, accumulated in float at least. out is a view, and is written where it lies.
-void multiply(Tensor out, const Tensor& a, const Tensor& b) {
-  if (out.scalar_type() == a.scalar_type()) {
-    at::mm_out(out, a, b);
-  } else {
-    at::mm_out(out, a, b, out.scalar_type());
-  }
-}
-
-// sum += a b
-void add_product(Tensor sum, const Tensor& a, const Tensor& b) {
-  if (sum.scalar_type() == a.scalar_type()) {
-    at::addmm_out(sum, sum, a, b);
-  } else {
-    const Tensor product = at::empty(sum.sizes(), sum.options());
-    multiply(product, a, b);
-    sum.add_(product);
-  }
-}
-
-// The arguments, contiguous, with x as [N, I]. Direction 1 runs from the last step to the first; "previous" is meant in
-// the direction's own order.
+// The arguments, contiguous, with x as [N, I] and the weights of both directions as one tensor (itself if there is
+// one). Direction 1 runs from the last step to the first; "previous" is meant in the direction's own order.
 struct Layer : RecurrentArguments {
   Layer(const RecurrentArguments& args, const Tensor& x, const Tensor& h0, const OptionalTensor& c0)
       : RecurrentArguments(args),
         x(x.reshape({args.rows, args.inputs}).contiguous()),
         h0(h0.contiguous()),
-        c0(contiguous(c0)) {
-    for (const Tensor& weight : args.weights) weight_storage.push_back(weight.contiguous());
-    weights = weight_storage;
+        c0(contiguous(c0)),
+        all_w_ih(all(0)),
+        all_w_hh(all(1)) {
+    if (has_bias) {
+      all_b_ih = all(2);
+      all_b_hh = all(3);
+    }
+    if (has_projection) all_w_hr = all(weights_per_direction - 1);
   }
 
   Tensor x, h0;
   OptionalTensor c0;
-  std::vector<Tensor> weight_storage;
+  Tensor all_w_ih, all_w_hh;          // [D, G H, I], [D, G H, P]
+  OptionalTensor all_b_ih, all_b_hh;  // [D, G H]
+  OptionalTensor all_w_hr;            // [D, P, H]
+  const Blas blas;
 
-  int64_t step(int64_t direction, int64_t i) const { return direction == 0 ? i : steps - 1 - i; }
-  int64_t step_before(int64_t direction, int64_t t) const { return direction == 0 ? t - 1 : t + 1; }
-
-  // How many sequences of step t were active in the step before.
-  int64_t previous(int64_t direction, int64_t t) const {
-    const int64_t before = step_before(direction, t);
-    return before >= 0 && before < steps ? std::min(active[t], active[before]) : 0;
+  // What the directions do in their i-th step.
+  Turn turn(int64_t i) const {
+    Turn turn{directions, rows, batch, hidden, features, {}, {}, {}, {}};
+    for (const auto d : c10::irange(directions)) {
+      const int64_t t = d == 0 ? i : steps - 1 - i, before = d == 0 ? t - 1 : t + 1;
+      turn.active[d] = active[t];
+      turn.first_row[d] = first_row[t];
+      if (before >= 0 && before < steps) {
+        turn.previous[d] = std::min(active[t], active[before]);
+        turn.previous_row[d] = first_row[before];
+      }
+    }
+    return turn;
   }
 
-  // The rows of step t of a tensor [N, ...].
-  Tensor rows_of(const Tensor& tensor, int64_t t) const { return tensor.narrow(0, first_row[t], active[t]); }
+  // out[d] = a[d] b[d] of the rows that are active.
+  void multiply_active(const Turn& turn, const Matrix& out, const Matrix& a, const Matrix& b) const {
+    if (directions == 1 || turn.active[0] == turn.active[1]) {
+      return blas.multiply(out.first_rows(turn.active[0]), a.first_rows(turn.active[0]), b);
+    }
+    for (const auto d : c10::irange(directions)) {
+      const int64_t count = turn.active[d];
+      blas.multiply(out.of_batch(d).first_rows(count), a.of_batch(d).first_rows(count), b.of_batch(d));
+    }
+  }
+
+ private:
+  Tensor all(int64_t i) const {
+    if (directions == 1) return weights[i].contiguous().unsqueeze(0);
+    return at::stack({weights[i], weights[weights_per_direction + i]});
+  }
 };
 
-// The data of a tensor [D, ...] that belongs to one direction, or of an argument that is not there nullptr.
 template <typename T>
-const T* of_direction(const OptionalTensor& tensor, int64_t d) {
-  return tensor ? tensor->const_data_ptr<T>() + d * (tensor->numel() / tensor->size(0)) : nullptr;
+const T* data_or_null(const OptionalTensor& tensor) {
+  return tensor ? tensor->const_data_ptr<T>() : nullptr;
+}
+
+template <typename T>
+T* data_or_null(const Tensor& tensor) {
+  return tensor.defined() && tensor.numel() > 0 ? tensor.mutable_data_ptr<T>() : nullptr;
 }
 
 // Forward ------------------------------------------------------------------------------------------------------------
@@ -229,53 +303,45 @@ template <typename Cell, typename T>
 std::tuple<Tensor, Tensor, Tensor, Tensor> forward(const Layer& layer, at::IntArrayRef y_sizes, bool keep) {
   using scalar = acc_t<T>;
   constexpr auto wide = c10::CppTypeToScalarType<scalar>::value;
-  const int64_t hidden = layer.hidden, features = layer.features, gate_rows = Cell::gates * hidden;
-  const int64_t y_stride = layer.directions * features;
+  const int64_t directions = layer.directions, rows = layer.rows, batch = layer.batch, hidden = layer.hidden;
+  const int64_t gate_rows = Cell::gates * hidden;
   const auto options = layer.x.options();
 
   const Tensor y = at::empty(y_sizes, options);
-  const Tensor y_rows = y.view({layer.rows, layer.directions, features});
   // The states that the steps work on are those that are returned.
   const Tensor h_n = layer.h0.clone(at::MemoryFormat::Contiguous);
   const Tensor c_n = Cell::has_c ? layer.c0->clone(at::MemoryFormat::Contiguous) : at::empty({0}, options);
-  const Tensor workspace =
-      keep ? at::empty({layer.directions, layer.rows, Cell::saved, hidden}, options) : at::empty({0}, options);
-  T* kept = workspace.numel() > 0 ? workspace.mutable_data_ptr<T>() : nullptr;
+  const Tensor workspace = keep ? at::empty({directions, rows, Cell::saved, hidden}, options) : at::empty({0}, options);
+  const Tensor own_state = Cell::has_c ? c_n : h_n;
+  const Tensor state = own_state.to(wide);  // itself, but of bfloat16 and float16
+  const Tensor from_x = at::empty({rows, directions * gate_rows}, options.dtype(wide));
+  const Tensor from_h = at::empty({directions, batch, gate_rows}, options.dtype(wide));
+  const Tensor cell_h = layer.has_projection ? at::empty({directions, batch, hidden}, options) : h_n;
 
-  const Tensor from_x = at::empty({layer.rows, gate_rows}, options.dtype(wide));
-  const Tensor from_h = at::empty({layer.batch, gate_rows}, options.dtype(wide));
-  const Tensor unprojected = layer.has_projection ? at::empty({layer.batch, hidden}, options) : Tensor();
-  for (const auto d : c10::irange(layer.directions)) {
-    const Tensor h = h_n.select(0, d);
-    const Tensor own_state = Cell::has_c ? c_n.select(0, d) : h;
-    const Tensor state = own_state.to(wide);  // itself, but of bfloat16 and float16
-    const Tensor w_hh = layer.w_hh(d).t();
-    multiply(from_x, layer.x, layer.w_ih(d).t());
+  ForwardStep<T> step{};
+  step.from_x = from_x.const_data_ptr<scalar>();
+  step.from_h = from_h.const_data_ptr<scalar>();
+  step.b_ih = data_or_null<T>(layer.all_b_ih);
+  step.b_hh = data_or_null<T>(layer.all_b_hh);
+  step.state = state.mutable_data_ptr<scalar>();
+  step.h = cell_h.mutable_data_ptr<T>();
+  step.y = layer.has_projection ? nullptr : y.mutable_data_ptr<T>();
+  step.workspace = data_or_null<T>(workspace);
 
-    ForwardStep<T> step{};
-    step.hidden = hidden;
-    step.y_stride = y_stride;
-    step.from_h = from_h.const_data_ptr<scalar>();
-    step.b_ih = layer.has_bias ? layer.b_ih(d).template const_data_ptr<T>() : nullptr;
-    step.b_hh = layer.has_bias ? layer.b_hh(d).template const_data_ptr<T>() : nullptr;
-    step.state = state.mutable_data_ptr<scalar>();
-    step.h = (layer.has_projection ? unprojected : h).template mutable_data_ptr<T>();
-    for (const auto i : c10::irange(layer.steps)) {
-      const int64_t t = layer.step(d, i), active = layer.active[t], first_row = layer.first_row[t];
-      if (active == 0) continue;
-      multiply(from_h.narrow(0, 0, active), h.narrow(0, 0, active), w_hh);
-      step.active = active;
-      step.from_x = from_x.const_data_ptr<scalar>() + first_row * gate_rows;
-      step.y = layer.has_projection ? nullptr : y.mutable_data_ptr<T>() + first_row * y_stride + d * features;
-      step.workspace = kept != nullptr ? kept + (d * layer.rows + first_row) * Cell::saved * hidden : nullptr;
-      launch(forward_step<Cell, T>, rows_by_columns(active, hidden), step);
-      if (layer.has_projection) {
-        multiply(h.narrow(0, 0, active), unprojected.narrow(0, 0, active), layer.w_hr(d).t());
-        layer.rows_of(y_rows, t).select(1, d).copy_(h.narrow(0, 0, active));
-      }
+  const Matrix h(h_n), product(from_h), w_hh(layer.all_w_hh.transpose(1, 2)), unprojected(cell_h);
+  layer.blas.multiply(Matrix(from_x), Matrix(layer.x),
+                      Matrix(layer.all_w_ih.view({directions * gate_rows, layer.inputs}).t()));
+  for (const auto i : c10::irange(layer.steps)) {
+    step.turn = layer.turn(i);
+    layer.multiply_active(step.turn, product, h, w_hh);
+    launch_turn(forward_step<Cell, T>, step.turn, hidden, step);
+    if (layer.has_projection) {
+      layer.multiply_active(step.turn, h, unprojected, Matrix(layer.all_w_hr->transpose(1, 2)));
+      const ProjectedStep<T> projected{step.turn, h_n.const_data_ptr<T>(), y.mutable_data_ptr<T>()};
+      launch_turn(store_projected<T>, step.turn, layer.features, projected);
     }
-    if (Cell::has_c && !state.is_same(own_state)) own_state.copy_(state);
   }
+  if (Cell::has_c && !state.is_same(own_state)) own_state.copy_(state);
   return {y, h_n, c_n, workspace};
 }
 
@@ -289,164 +355,151 @@ class Backward {
   static constexpr int64_t kSlots = Cell::slots;
 
  public:
-  Backward(const Layer& layer, at::IntArrayRef x_sizes, const OptionalTensor& dy, const OptionalTensor& dh_n,
-           const OptionalTensor& dc_n, const Tensor& y, const Tensor& workspace, bool need_dx, bool need_dweights)
+  Backward(const Layer& layer, at::IntArrayRef x_sizes, bool need_dx, bool need_dweights)
       : layer_(layer),
-        dy_(contiguous(dy)),
-        dh_n_(dh_n),
-        dc_n_(dc_n),
-        y_(y.contiguous()),
-        workspace_(workspace.contiguous()),
         need_dx_(need_dx),
         need_dweights_(need_dweights),
         options_(layer.x.options()),
         wide_options_(options_.dtype(kWide)) {
+    const int64_t rows = layer.rows, directions = layer.directions;
     dx = at::empty(need_dx ? x_sizes : at::IntArrayRef({0}), options_);
     dh0 = at::empty(layer.h0.sizes(), options_);
     dc0 = at::empty(Cell::has_c ? layer.c0->sizes() : at::IntArrayRef({0}), options_);
     for (const Tensor& weight : layer.weights) {
       dweights.push_back(at::empty(need_dweights ? weight.sizes() : at::IntArrayRef({0}), options_));
     }
-    const int64_t rows = layer.rows;
-    dgates_ = at::empty({rows, kSlots * layer.hidden}, options_);
-    if (need_dweights) h_previous_ = at::empty({rows, layer.features}, options_);
-    if (layer.has_projection) {
-      dprojected_ = at::empty({rows, layer.features}, options_);
-      if (need_dweights) outputs_ = at::empty({rows, layer.hidden}, options_);
-    }
-    if (need_dx) {
-      const Tensor dx_rows = dx.view({rows, layer.inputs});
-      dx_sum_ = kIsWide ? dx_rows : at::empty(dx_rows.sizes(), wide_options_);
+    if (need_dx || need_dweights) dgates_ = at::empty({rows, directions * kSlots * layer.hidden}, options_);
+    if (need_dweights) h_previous_ = at::empty({rows, directions * layer.features}, options_);
+    if (need_dweights && layer.has_projection) {
+      dprojected_ = at::empty({rows, directions * layer.features}, options_);
+      outputs_ = at::empty({rows, directions * layer.hidden}, options_);
     }
   }
 
   Tensor dx, dh0, dc0;
   std::vector<Tensor> dweights;
 
-  // Directions share the buffers that hold a value for each row.
-  void run() {
-    for (const auto d : c10::irange(layer_.directions)) {
-      run_steps(d);
-      if (need_dweights_) run_weights(d);
-      if (need_dx_) run_inputs(d);
-    }
-    if (need_dx_ && !kIsWide) dx.view(dx_sum_.sizes()).copy_(dx_sum_);
+  void run(const OptionalTensor& dy, const OptionalTensor& dh_n, const OptionalTensor& dc_n, const Tensor& y,
+           const Tensor& workspace) const {
+    run_steps(contiguous(dy), dh_n, dc_n, y.contiguous(), workspace.contiguous());
+    if (need_dweights_) run_weights();
+    if (need_dx_) run_inputs();
   }
 
  private:
-  // dgates of all rows of one direction, and its dh0, dc0.
-  void run_steps(int64_t d) {
-    const int64_t batch = layer_.batch, hidden = layer_.hidden, features = layer_.features, saved = Cell::saved;
-    const int64_t gate_rows = Cell::gates * hidden, y_stride = layer_.directions * features;
-    const Tensor dh = start(dh0.select(0, d), dh_n_, d);
-    const Tensor dc = Cell::has_c ? start(dc0.select(0, d), dc_n_, d) : Tensor();
-    const Tensor direct = kHasDirect<Cell> ? at::zeros({batch, hidden}, wide_options_) : Tensor();
-    const Tensor unprojected = layer_.has_projection ? at::empty({batch, hidden}, wide_options_) : Tensor();
-    const T* y = y_.template const_data_ptr<T>() + d * features;
-    const T* workspace = workspace_.template const_data_ptr<T>() + d * layer_.rows * saved * hidden;
-    const T* all_dy = dy_ ? dy_->template const_data_ptr<T>() + d * features : nullptr;
+  // dgates of all rows, dh0 and dc0.
+  void run_steps(const OptionalTensor& dy, const OptionalTensor& dh_n, const OptionalTensor& dc_n, const Tensor& y,
+                 const Tensor& workspace) const {
+    const int64_t directions = layer_.directions, batch = layer_.batch, hidden = layer_.hidden;
+    const Tensor dh = start(dh0, dh_n), dc = Cell::has_c ? start(dc0, dc_n) : Tensor();
+    const Tensor direct = kHasDirect<Cell> ? at::zeros({directions, batch, hidden}, wide_options_) : Tensor();
+    const Tensor factor = at::empty({directions, batch, Cell::gates * hidden}, options_);
+    const bool has_projection = layer_.has_projection;
+    const Tensor cell_dh = has_projection ? at::empty({directions, batch, hidden}, wide_options_) : dh;
+    const Tensor projected_factor = has_projection ? at::empty(dh.sizes(), options_) : Tensor();
 
     BackwardStep<T> step{};
-    step.hidden = hidden;
-    step.features = features;
-    step.y_stride = y_stride;
-    step.dh = (layer_.has_projection ? unprojected : dh).template const_data_ptr<scalar>();
-    step.direct = kHasDirect<Cell> ? direct.mutable_data_ptr<scalar>() : nullptr;
-    step.dc = Cell::has_c ? dc.mutable_data_ptr<scalar>() : nullptr;
-    step.h0 = of_direction<T>(layer_.h0, d);
-    step.c0 = of_direction<T>(layer_.c0, d);
+    step.dy = has_projection ? nullptr : data_or_null<T>(dy);
+    step.dh = cell_dh.template const_data_ptr<scalar>();
+    step.direct = data_or_null<scalar>(direct);
+    step.dc = data_or_null<scalar>(dc);
+    step.y = y.template const_data_ptr<T>();
+    step.h0 = layer_.h0.template const_data_ptr<T>();
+    step.workspace = workspace.template const_data_ptr<T>();
+    step.c0 = data_or_null<T>(layer_.c0);
+    step.factor = factor.template mutable_data_ptr<T>();
+    step.dgates = data_or_null<T>(dgates_);
+    step.h_previous = data_or_null<T>(h_previous_);
+    step.outputs = data_or_null<T>(outputs_);
+    const Matrix sum(dh), product(cell_dh), left(factor), w_hh(layer_.all_w_hh);
     for (int64_t i = layer_.steps - 1; i >= 0; --i) {
-      const int64_t t = layer_.step(d, i), active = layer_.active[t], first_row = layer_.first_row[t];
-      if (active == 0) continue;
-      const T* dy = all_dy != nullptr ? all_dy + first_row * y_stride : nullptr;
-      step.active = active;
-      step.previous = layer_.previous(d, t);
-      const int64_t previous_row = step.previous > 0 ? layer_.first_row[layer_.step_before(d, t)] : 0;
-      step.y = y + first_row * y_stride;
-      step.y_previous = y + previous_row * y_stride;
-      step.workspace = workspace + first_row * saved * hidden;
-      step.previous_workspace = workspace + previous_row * saved * hidden;
-      step.dgates = dgates_.template mutable_data_ptr<T>() + first_row * kSlots * hidden;
-      step.h_previous = row_or_null(h_previous_, first_row);
-      step.outputs = row_or_null(outputs_, first_row);
-      if (layer_.has_projection) {
-        launch(add_dy<T>, rows_by_columns(active, features), active, features, dh.template const_data_ptr<scalar>(), dy,
-               y_stride, row_or_null(dprojected_, first_row));
-        multiply(unprojected.narrow(0, 0, active), layer_.rows_of(dprojected_, t), layer_.w_hr(d));
-      } else {
-        step.dy = dy;
+      step.turn = layer_.turn(i);
+      if (has_projection) {
+        const ProjectedBackwardStep<T> projected{step.turn, dh.template const_data_ptr<scalar>(), data_or_null<T>(dy),
+                                                 projected_factor.template mutable_data_ptr<T>(),
+                                                 data_or_null<T>(dprojected_)};
+        launch_turn(add_dy<T>, step.turn, layer_.features, projected);
+        layer_.multiply_active(step.turn, product, Matrix(projected_factor), Matrix(*layer_.all_w_hr));
       }
-      launch(backward_step<Cell, T>, rows_by_columns(active, std::max(hidden, features)), step);
-      multiply(dh.narrow(0, 0, active), layer_.rows_of(dgates_, t).narrow(1, 0, gate_rows), layer_.w_hh(d));
+      launch_turn(backward_step<Cell, T>, step.turn, std::max(hidden, layer_.features), step);
+      layer_.multiply_active(step.turn, sum, left, w_hh);
     }
 
     if (kHasDirect<Cell>) dh.add_(direct);
     if (!kIsWide) {
-      dh0.select(0, d).copy_(dh);
-      if (Cell::has_c) dc0.select(0, d).copy_(dc);
+      dh0.copy_(dh);
+      if (Cell::has_c) dc0.copy_(dc);
     }
   }
 
   // Where the gradient of a state adds up, from that of its last value on: in `out` if it is wide enough.
-  Tensor start(const Tensor& out, const OptionalTensor& last, int64_t d) const {
+  Tensor start(const Tensor& out, const OptionalTensor& last) const {
     const Tensor sum = kIsWide ? out : at::empty(out.sizes(), wide_options_);
     if (last) {
-      sum.copy_(last->select(0, d));
+      sum.copy_(*last);
     } else {
       sum.zero_();
     }
     return sum;
   }
 
-  static T* row_or_null(const Tensor& tensor, int64_t row) {
-    return tensor.defined() ? tensor.template mutable_data_ptr<T>() + row * tensor.size(1) : nullptr;
+  // Columns of a tensor [N, D, slots, H] that belong to one direction and a run of its slots, as [N, count H].
+  Tensor slots_of(const Tensor& tensor, int64_t d, int64_t slot, int64_t count) const {
+    return tensor.narrow(1, (d * kSlots + slot) * layer_.hidden, count * layer_.hidden);
   }
 
   // dW_ih = dgates^T x, dW_hh = dgates^T h_{t-1}, dW_hr = dh^T (h before the projection), and the biases' sums.
-  void run_weights(int64_t d) const {
-    const int64_t hidden = layer_.hidden, gate_rows = Cell::gates * hidden;
-    const Tensor* dweight = dweights.data() + d * layer_.weights_per_direction;
-    for (const GateRun& run : input_gate_runs<Cell>()) {
-      multiply(dweight[0].narrow(0, run.gate * hidden, run.count * hidden),
-               dgates_.narrow(1, run.slot * hidden, run.count * hidden).t(), layer_.x);
-    }
-    multiply(dweight[1], dgates_.narrow(1, 0, gate_rows).t(), h_previous_);
+  void run_weights() const {
+    const int64_t hidden = layer_.hidden, features = layer_.features;
+    const auto transposed_times = [&](const Tensor& out, const Tensor& a, const Tensor& b) {
+      layer_.blas.multiply(Matrix(out), Matrix(a.t()), Matrix(b));
+    };
+    Tensor sums;
     if (layer_.has_bias) {
-      Tensor sums = at::empty({kSlots * hidden}, wide_options_);
+      sums = at::empty({layer_.directions * kSlots * hidden}, wide_options_);
       at::sum_out(sums, dgates_, {0}, /*keepdim=*/false, kWide);
-      for (const GateRun& run : input_gate_runs<Cell>()) {
-        dweight[2]
-            .narrow(0, run.gate * hidden, run.count * hidden)
-            .copy_(sums.narrow(0, run.slot * hidden, run.count * hidden));
-      }
-      dweight[3].copy_(sums.narrow(0, 0, gate_rows));
     }
-    if (layer_.has_projection) multiply(dweight[layer_.weights_per_direction - 1], dprojected_.t(), outputs_);
+    for (const auto d : c10::irange(layer_.directions)) {
+      const Tensor* dweight = dweights.data() + d * layer_.weights_per_direction;
+      for (const GateRun& run : input_gate_runs<Cell>()) {
+        const int64_t first = run.gate * hidden, count = run.count * hidden;
+        transposed_times(dweight[0].narrow(0, first, count), slots_of(dgates_, d, run.slot, run.count), layer_.x);
+        if (layer_.has_bias) {
+          dweight[2].narrow(0, first, count).copy_(sums.narrow(0, (d * kSlots + run.slot) * hidden, count));
+        }
+      }
+      transposed_times(dweight[1], slots_of(dgates_, d, 0, Cell::gates), h_previous_.narrow(1, d * features, features));
+      if (layer_.has_bias) dweight[3].copy_(sums.narrow(0, d * kSlots * hidden, Cell::gates * hidden));
+      if (layer_.has_projection) {
+        transposed_times(dweight[layer_.weights_per_direction - 1], dprojected_.narrow(1, d * features, features),
+                         outputs_.narrow(1, d * hidden, hidden));
+      }
+    }
   }
 
-  // dx = dgates W_ih, over both directions; the first product is not added to what is not there.
-  void run_inputs(int64_t d) const {
+  // dx = dgates W_ih, over both directions: one product where slots are gates.
+  void run_inputs() const {
     const int64_t hidden = layer_.hidden;
-    bool is_first = d == 0;
-    for (const GateRun& run : input_gate_runs<Cell>()) {
-      const Tensor dgates = dgates_.narrow(1, run.slot * hidden, run.count * hidden);
-      const Tensor w_ih = layer_.w_ih(d).narrow(0, run.gate * hidden, run.count * hidden);
-      if (is_first) {
-        multiply(dx_sum_, dgates, w_ih);
-      } else {
-        add_product(dx_sum_, dgates, w_ih);
+    const Tensor w_ih = layer_.all_w_ih.view({layer_.directions * Cell::gates * hidden, layer_.inputs}),
+                 dx_rows = dx.view({layer_.rows, layer_.inputs});
+    if (kSlots == Cell::gates) return layer_.blas.multiply(Matrix(dx_rows), Matrix(dgates_), Matrix(w_ih));
+    const Tensor sum = kIsWide ? dx_rows : at::empty(dx_rows.sizes(), wide_options_);
+    bool add = false;
+    for (const auto d : c10::irange(layer_.directions)) {
+      for (const GateRun& run : input_gate_runs<Cell>()) {
+        const Tensor rows_of_w = w_ih.narrow(0, (d * Cell::gates + run.gate) * hidden, run.count * hidden);
+        layer_.blas.multiply(Matrix(sum), Matrix(slots_of(dgates_, d, run.slot, run.count)), Matrix(rows_of_w), add);
+        add = true;
       }
-      is_first = false;
     }
+    if (!kIsWide) dx_rows.copy_(sum);
   }
 
   const Layer& layer_;
-  const OptionalTensor dy_, dh_n_, dc_n_;
-  const Tensor y_, workspace_;
   const bool need_dx_, need_dweights_;
   const at::TensorOptions options_, wide_options_;
-  Tensor dgates_, h_previous_, dprojected_, outputs_;  // [N, slots H], [N, P], [N, P], [N, H]; undefined: not needed
-  Tensor dx_sum_;                                      // [N, I]
+  // [N, D slots H], [N, D P], [N, D P], [N, D H]; undefined: not needed
+  Tensor dgates_, h_previous_, dprojected_, outputs_;
 };
 
 // The ops ------------------------------------------------------------------------------------------------------------
@@ -480,8 +533,8 @@ std::tuple<Tensor, Tensor, Tensor, std::vector<Tensor>> recurrent_backward(
     const c10::cuda::CUDAGuard device(x.device());
     const Layer layer(args, x, h0, c0);
     AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, x.scalar_type(), "recurrent_backward", [&] {
-      Backward<Cell, scalar_t> backward(layer, x.sizes(), dy, dh_n, dc_n, y, workspace, need_dx, need_dweights);
-      backward.run();
+      const Backward<Cell, scalar_t> backward(layer, x.sizes(), need_dx, need_dweights);
+      backward.run(dy, dh_n, dc_n, y, workspace);
       result = {backward.dx, backward.dh0, backward.dc0, backward.dweights};
     });
   });

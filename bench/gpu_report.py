@@ -1,0 +1,259 @@
+"""Everything about the CUDA kernels that needs a GPU, in one go: `make gpu-report`, or `python -m bench.gpu_report`.
+
+Builds in place with the interpreter that runs it, downloads nothing, and then: the tests on the GPU; compute-sanitizer
+(memcheck, racecheck, synccheck) over a short run; the benchmark against torch.nn until the time is up. A step that
+fails does not stop the others. Writes a log of each step, gpu.csv and summary.md to --out.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import itertools
+import os
+import random
+import shutil
+import signal
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import torch
+
+from . import machine
+from .measure import Effort, append_rows, blank_row, explain, measure
+from .problems import Case, make_problem, problem_type
+from .providers import OURS
+from .workloads import BAGS, Workload
+
+ROOT = Path(__file__).resolve().parent.parent
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+CELLS = ("lstm", "gru", "rnn")
+NEEDS = ("numpy", "pytest", "setuptools")
+# Those that need nothing else: of the others' tests none is of a GPU.
+TESTS = [f"tests/test_{name}.py" for name in ("cuda", "recurrent", "embedding", "ops", "convert")]
+TOOLS = ("memcheck", "racecheck", "synccheck")
+LIMITS = {"build": 200, "tests": 150, "sanitizer": 150}  # seconds; tests and sanitizer run side by side
+SLOWER = 0.95
+
+
+def cases() -> list[Case]:
+    """The grid in an order drawn once for all, so that any beginning of it is a fair sample."""
+    grid = list(itertools.product(DTYPES, CELLS, (1, 2), (1, 2), (1, 8, 32, 128, 256), (64, 128, 256, 512, 1024, 2048)))
+    random.Random(0).shuffle(grid)
+    layers = []
+    for dtype, cell, directions, count, batch, hidden in grid:
+        sizes = {"T": 64, "B": batch, "I": hidden, "H": hidden, "layers": count, "directions": directions}
+        work = Workload("gpu grid", "recurrent", "sequence", "a grid", (cell,), **sizes)  # type: ignore[arg-type]
+        layers += [Case(work, cell, mode, dtype, "cuda", 1) for mode in work.modes]
+    large = Workload(
+        "gpu bags", "bag", "bag", "a grid", ("mean",), ("inference", "train", "sparse"),
+        V=2_000_000, D=256, B=16_384, L=64, draw="uniform",
+    )  # fmt: skip
+    bags = [
+        Case(work, "mean", mode, dtype, "cuda", 1)
+        for work in (large, *BAGS)
+        for mode in work.modes
+        for dtype in (torch.float32, torch.bfloat16)
+    ]
+    random.Random(1).shuffle(bags)
+    # A bag after every eight layers, from the first on.
+    turns = [layers[i * 8 : i * 8 + 8] for i in range(len(layers) // 8 + 1)]
+    return [
+        case for bag, turn in itertools.zip_longest(([b] for b in bags), turns, fillvalue=[]) for case in (*bag, *turn)
+    ]
+
+
+def benchmark(output: Path, seconds: float) -> None:
+    """Rows of as many cases as fit."""
+    end = time.monotonic() + seconds
+    effort = Effort(seconds=0.1, sample=0.002, rounds=5, most=30)
+    everything = cases()
+    for done, case in enumerate(everything):
+        if time.monotonic() > end:
+            print(f"{done} of {len(everything)} cases in {seconds:.0f} s")
+            return
+        names = [OURS, "torch"]
+        try:
+            if problem_type(case).memory(case) > 0.5 * machine.free_memory("cuda"):
+                continue
+            rows = measure(case, make_problem(case), names, effort, machine.floor("cuda", case.dtype, 1))
+        except Exception as error:  # this case is lost, the run is not
+            rows = [blank_row(case, name, f"failed: {explain(error)}") for name in names]
+        append_rows(output, rows)
+        torch.cuda.empty_cache()
+    print(f"all {len(everything)} cases")
+
+
+def smoke() -> None:
+    """Each kernel once or so, forward and backward, for compute-sanitizer."""
+    import nlpkernels
+
+    for dtype in (torch.float64, *DTYPES):
+        options = {"device": "cuda", "dtype": dtype}
+        for name, more in (("RNN", {}), ("RNN", {"nonlinearity": "relu"}), ("GRU", {}), ("LSTM", {"proj_size": 9}),
+                           ("LSTM", {})):  # fmt: skip
+            layer = getattr(nlpkernels, name)(20, 37, bidirectional=True, **more, **options)
+            x = torch.randn(5, 3, 20, requires_grad=True, **options)
+            packed = torch.nn.utils.rnn.pack_padded_sequence(x, torch.tensor([5, 3, 1]))
+            (layer(x)[0].square().sum() + layer(packed)[0].data.square().sum()).backward()
+        for columns, mode, index in itertools.product((32, 37), ("sum", "mean", "max"), (torch.int32, torch.int64)):
+            bag = nlpkernels.EmbeddingBag(50, columns, mode=mode, padding_idx=3, **options)
+            ids, offsets = torch.randint(50, (90,), device="cuda", dtype=index), torch.tensor([0, 7, 7, 40])
+            factors = torch.randn(90, requires_grad=True, **options) if mode == "sum" else None
+            bag(ids, offsets.to("cuda", index), factors).square().sum().backward()
+        sparse = nlpkernels.Embedding(50, 33, sparse=True, **options)
+        sparse(torch.randint(50, (40,), device="cuda")).square().sum().backward()
+    torch.cuda.synchronize()
+
+
+def tail(path: Path, lines: int = 3) -> str:
+    return "\n".join(path.read_text(errors="replace").strip().splitlines()[-lines:]) if path.exists() else ""
+
+
+class Report:
+    """Steps as processes of their own, and what came of them."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.lines: list[str] = []
+        self.failed = False
+        self.environment = {**os.environ, "NLPKERNELS_CUDA": "1", "FORCE_CUDA": "1", "PYTHONUNBUFFERED": "1"}
+
+    def say(self, line: str) -> None:
+        print(line, flush=True)
+        self.lines.append(line)
+
+    def start(self, log: str, command: Sequence[str], **environment: str) -> subprocess.Popen[bytes]:
+        with (self.folder / log).open("ab") as file:
+            return subprocess.Popen(
+                command,
+                cwd=ROOT,
+                env={**self.environment, **environment},
+                stdout=file,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,  # to be stopped with its children
+            )
+
+    def finish(self, what: str, process: subprocess.Popen[bytes], log: str, seconds: float) -> bool:
+        try:
+            status = f"exit {code}" if (code := process.wait(max(1.0, seconds))) else "passed"
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+            status = f"stopped after {seconds:.0f} s"
+        self.failed |= status != "passed"
+        self.say(f"- **{what}**: {status}")
+        self.say("  " + tail(self.folder / log, 1)[:300])
+        return status == "passed"
+
+
+def rows_of(path: Path) -> Iterator[dict[str, str]]:
+    if path.exists():
+        with path.open(newline="", encoding="utf-8") as file:
+            yield from csv.DictReader(file)
+
+
+def speeds(path: Path) -> list[str]:
+    """Geometric means of torch.nn's time over ours, and each loss."""
+    rows = list(rows_of(path))
+    ratios: dict[tuple[str, str, str], list[float]] = {}
+    losses, bad = [], []
+    for row in rows:
+        if row["status"] != "ok":
+            bad.append(
+                f"- {row['provider']}: {row['cell']} {row['mode']} {row['dtype']} {row['shape']}: {row['status']}"
+            )
+        elif row["provider"] == "torch" and row["ratio"] not in ("", "nan"):
+            ratio = float(row["ratio"])
+            ratios.setdefault((row["cell"], row["dtype"], row["mode"]), []).append(ratio)
+            if ratio < SLOWER:
+                losses.append((ratio, f"- {ratio:.2f}: {row['cell']} {row['mode']} {row['dtype']} {row['shape']}"))
+    table = ["| layer | dtype | mode | cases | geometric mean | worst | best |", "|---|---|---|---|---|---|---|"]
+    for (cell, dtype, mode), found in sorted(ratios.items()):
+        mean = statistics.geometric_mean(found)
+        table.append(f"| {cell} | {dtype} | {mode} | {len(found)} | {mean:.2f} | {min(found):.2f} | {max(found):.2f} |")
+    copies = ["| bag | dtype | mode | GB/s | of a copy's |", "|---|---|---|---|---|"]
+    for row in rows:
+        if row["kind"] == "bag" and row["provider"] == OURS and row["status"] == "ok":
+            share = float(row["gbs"]) / float(row["floor_gbs"])
+            copies.append(f"| {row['shape']} | {row['dtype']} | {row['mode']} | {row['gbs']} | {share:.0%} |")
+    return [
+        "", "## Speed: torch.nn's time over ours", "", *table, "", f"Slower than {SLOWER}: {len(losses)}", "",
+        *(line for _, line in sorted(losses)), "", "## Bags", "", *copies, "", f"Wrong or failed: {len(bad)}", "", *bad,
+    ]  # fmt: skip
+
+
+def run(folder: Path, seconds: float) -> int:
+    """All steps within `seconds`; returns the exit status."""
+    begin = time.monotonic()
+    folder.mkdir(parents=True, exist_ok=True)
+    report = Report(folder)
+    report.say(f"# {machine.identity()['machine']}")
+    report.say(f"{machine.identity()['versions']}, commit {machine.identity()['commit'] or 'unknown'}")
+    python = sys.executable
+    isa = torch.backends.cpu.get_cpu_capability().lower()
+    isa = isa if isa in ("avx2", "avx512") else "default"
+
+    build = report.start("build.log", [python, "setup.py", "build_ext", "--inplace"], NLPKERNELS_BUILD_CPU=isa)
+    report.finish("build", build, "build.log", LIMITS["build"])
+    facts = subprocess.run(
+        [python, "-m", "nlpkernels"], cwd=ROOT, env=report.environment, capture_output=True, text=True
+    )
+    report.say(f"```\n{facts.stdout or facts.stderr}```")
+    if facts.returncode == 0:
+        side = time.monotonic()
+        tests = report.start("tests.log", [python, "-m", "pytest", "-q", "-k", "cuda", *TESTS])
+        sanitizer = shutil.which("compute-sanitizer") or shutil.which("compute-sanitizer", path="/usr/local/cuda/bin")
+        if sanitizer:
+            # Without a cache of memory each tensor is an allocation, beyond whose ends nothing may be touched.
+            options = ["--kernel-name", "kernel_substring=nlpkernels", "--error-exitcode", "9"]
+            checks = {
+                tool: report.start(
+                    f"{tool}.log", [sanitizer, "--tool", tool, *options, python, "-m", "bench.gpu_report", "--smoke"],
+                    PYTORCH_NO_CUDA_MEMORY_CACHING="1",
+                )
+                for tool in TOOLS
+            }  # fmt: skip
+            for tool, process in checks.items():
+                left = LIMITS["sanitizer"] - (time.monotonic() - side)
+                report.finish(f"compute-sanitizer, {tool}", process, f"{tool}.log", left)
+        else:
+            report.say("- compute-sanitizer: not found")
+        report.finish("tests", tests, "tests.log", LIMITS["tests"] - (time.monotonic() - side))
+
+        left = seconds - (time.monotonic() - begin) - 10
+        command = [python, "-m", "bench.gpu_report", "--out", str(folder.resolve()), "--only-bench", f"{left:.0f}"]
+        report.finish("benchmark", report.start("bench.log", command), "bench.log", left + 8)
+        report.lines += speeds(folder / "gpu.csv")
+    report.say(f"{time.monotonic() - begin:.0f} s in all; {'a step failed' if report.failed else 'every step passed'}")
+    (folder / "summary.md").write_text("\n".join(report.lines) + "\n", encoding="utf-8")
+    return int(report.failed or facts.returncode != 0)
+
+
+def main() -> int:
+    """The command line."""
+    parser = argparse.ArgumentParser("python -m bench.gpu_report", description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, default=Path("gpu_report"), help="the folder to write to")
+    parser.add_argument("--seconds", type=float, default=460, help="for everything together")
+    parser.add_argument("--smoke", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--only-bench", type=float, metavar="SECONDS", help="the benchmark alone, for that long")
+    options = parser.parse_args()
+    if options.smoke:
+        smoke()
+        return 0
+    if not torch.cuda.is_available():
+        sys.exit(f"gpu_report: torch {torch.__version__} finds no CUDA device on this machine")
+    if missing := [name for name in NEEDS if not machine.version(name)]:
+        sys.exit(f"gpu_report: {sys.executable} lacks {', '.join(missing)}")
+    if options.only_bench is not None:
+        benchmark(options.out / "gpu.csv", options.only_bench)
+        return 0
+    return run(options.out, options.seconds)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,278 @@
+// CUDA for a host compiler: as much of it as csrc/cuda uses, so that those files, compiled as they are with this header
+// in front, run on the CPU. conftest.py builds them; `pytest --emulated-cuda` runs the tests with them.
+//
+// Blocks run one after the other, and so do the threads of a block, each until it ends or waits for others. A thread
+// that waits keeps its place as a fiber. Memory is the host's, so that an address sanitiser sees what a kernel does.
+#pragma once
+
+#include <ATen/ATen.h>
+#include <torch/library.h>
+#include <ucontext.h>
+
+#include <algorithm>
+#include <array>
+#include <cstdlib>
+#include <cstring>
+#include <memory>
+#include <vector>
+
+#define __global__
+#define __device__
+#define __host__
+#define __forceinline__ inline
+#define __grid_constant__
+#define __launch_bounds__(...)
+
+// What csrc registers for CUDA serves CPU tensors.
+#undef TORCH_LIBRARY_IMPL
+#define TORCH_LIBRARY_IMPL(ns, key, m) _TORCH_LIBRARY_IMPL(ns, CPU, m, C10_UID)
+
+// The runtime --------------------------------------------------------------------------------------------------------
+
+struct dim3 {
+  unsigned x, y, z;
+  constexpr dim3(unsigned x = 1, unsigned y = 1, unsigned z = 1) : x(x), y(y), z(z) {}
+};
+
+using cudaError_t = int;
+using cudaStream_t = void*;
+
+struct cudaLaunchConfig_t {
+  dim3 gridDim, blockDim;
+  size_t dynamicSmemBytes;
+  cudaStream_t stream;
+};
+
+inline thread_local dim3 threadIdx, blockIdx, blockDim, gridDim;
+
+namespace emulated_cuda {
+
+constexpr unsigned kWarp = 32, kMostThreads = 1024;
+constexpr size_t kStack = 1 << 18;
+
+// The threads of one block.
+class Block {
+ public:
+  template <typename Body>
+  static void run(const Body& body) {
+    Block block;
+    block.body_ = [](const void* given) { (*static_cast<const Body*>(given))(); };
+    block.given_ = &body;
+    current() = &block;
+    block.run_all();
+    current() = nullptr;
+  }
+
+  static Block*& current() {
+    static thread_local Block* block = nullptr;
+    return block;
+  }
+
+  // Waits for all threads of this one's warp; none may have ended, nor stay away.
+  void wait_for_warp() {
+    const unsigned mine = running_, first = mine / kWarp * kWarp, end = std::min(first + kWarp, count_);
+    const unsigned turn = ++waits_[mine];
+    for (unsigned other = first; other < end; ++other) {
+      while (waits_[other] < turn) {
+        TORCH_CHECK(!ended_[other], "emulated CUDA: thread ", other, " ended while its warp waits for it");
+        pause();
+      }
+    }
+  }
+
+  // A value for each lane of this thread's warp.
+  double* lanes() { return &lanes_[running_ / kWarp * kWarp]; }
+  unsigned lane() const { return running_ % kWarp; }
+
+ private:
+  struct Fiber {
+    ucontext_t context;
+    std::unique_ptr<char[]> stack{new char[kStack]};
+    unsigned thread = 0;
+    bool is_idle = true;
+  };
+
+  Block() : count_(blockDim.x * blockDim.y * blockDim.z) { TORCH_CHECK(count_ <= kMostThreads); }
+
+  void run_all() {
+    // A fiber goes from thread to thread until one of them waits; then another takes over.
+    while (next_ < count_) resume(start_fiber());
+    for (bool waiting = true; waiting;) {
+      waiting = false;
+      for (auto& fiber : fibers_) {
+        if (fiber->is_idle) continue;
+        resume(*fiber);
+        waiting = true;
+      }
+    }
+    if (error_) std::rethrow_exception(error_);
+  }
+
+  Fiber& start_fiber() {
+    fibers_.push_back(std::make_unique<Fiber>());
+    Fiber& fiber = *fibers_.back();
+    fiber.is_idle = false;
+    getcontext(&fiber.context);
+    fiber.context.uc_stack.ss_sp = fiber.stack.get();
+    fiber.context.uc_stack.ss_size = kStack;
+    fiber.context.uc_link = &scheduler_;
+    makecontext(&fiber.context, enter, 0);
+    return fiber;
+  }
+
+  void resume(Fiber& fiber) {
+    active_ = &fiber;
+    take(fiber.thread);
+    swapcontext(&scheduler_, &fiber.context);
+  }
+
+  void pause() {
+    Fiber& fiber = *active_;
+    swapcontext(&fiber.context, &scheduler_);
+    take(fiber.thread);
+  }
+
+  void take(unsigned thread) {
+    running_ = thread;
+    threadIdx = dim3(thread % blockDim.x, thread / blockDim.x % blockDim.y, thread / blockDim.x / blockDim.y);
+  }
+
+  static void enter() {
+    Block& block = *current();
+    Fiber& fiber = *block.active_;
+    while (block.next_ < block.count_) {
+      block.take(fiber.thread = block.next_++);
+      try {
+        if (!block.error_) block.body_(block.given_);
+      } catch (...) {
+        block.error_ = std::current_exception();
+      }
+      block.ended_[fiber.thread] = true;
+    }
+    fiber.is_idle = true;
+  }
+
+  const unsigned count_;
+  unsigned next_ = 0, running_ = 0;
+  void (*body_)(const void*) = nullptr;
+  const void* given_ = nullptr;
+  std::exception_ptr error_;
+  ucontext_t scheduler_;
+  Fiber* active_ = nullptr;
+  std::vector<std::unique_ptr<Fiber>> fibers_;
+  std::array<unsigned, kMostThreads> waits_{};
+  std::array<bool, kMostThreads> ended_{};
+  std::array<double, kMostThreads> lanes_{};
+};
+
+}  // namespace emulated_cuda
+
+template <typename... Parameters, typename... Arguments>
+cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Parameters...),
+                               const Arguments&... arguments) {
+  blockDim = config->blockDim;
+  gridDim = config->gridDim;
+  TORCH_CHECK(gridDim.y <= 65535 && gridDim.z <= 65535, "emulated CUDA: the grid is too large");
+  for (unsigned z = 0; z < gridDim.z; ++z) {
+    for (unsigned y = 0; y < gridDim.y; ++y) {
+      for (unsigned x = 0; x < gridDim.x; ++x) {
+        blockIdx = dim3(x, y, z);
+        emulated_cuda::Block::run([&] { kernel(arguments...); });
+      }
+    }
+  }
+  return 0;
+}
+
+inline cudaError_t cudaMemset2DAsync(void* data, size_t pitch, int value, size_t width, size_t height, cudaStream_t) {
+  for (size_t row = 0; row < height; ++row) std::memset(static_cast<char*>(data) + row * pitch, value, width);
+  return 0;
+}
+
+constexpr unsigned cudaHostAllocPortable = 1;
+inline cudaError_t cudaHostAlloc(void** data, size_t size, unsigned) { return (*data = std::malloc(size)) == nullptr; }
+inline cudaError_t cudaStreamSynchronize(cudaStream_t) { return 0; }
+inline void __threadfence_system() {}
+
+template <typename T>
+T atomicCAS(T* at, T expected, T value) {
+  const T before = *at;
+  if (before == expected) *at = value;
+  return before;
+}
+
+template <typename T>
+T __shfl_xor_sync(unsigned mask, T value, int distance) {
+  TORCH_CHECK(mask == 0xffffffffu, "emulated CUDA: only whole warps exchange values");
+  emulated_cuda::Block& block = *emulated_cuda::Block::current();
+  block.lanes()[block.lane()] = value;
+  block.wait_for_warp();
+  const T other = static_cast<T>(block.lanes()[block.lane() ^ distance]);
+  block.wait_for_warp();
+  return other;
+}
+
+// torch's part -------------------------------------------------------------------------------------------------------
+
+#define C10_COMPILE_TIME_MAX_GPUS 1
+#define C10_CUDA_CHECK(expression) TORCH_CHECK((expression) == 0)
+
+namespace c10::cuda {
+struct CUDAGuard {
+  explicit CUDAGuard(c10::Device /*device*/) {}
+};
+inline int current_device() { return 0; }
+inline cudaStream_t getCurrentCUDAStream() { return nullptr; }
+enum class CaptureStatus { None };
+inline CaptureStatus currentStreamCaptureStatusMayInitCtx() { return CaptureStatus::None; }
+}  // namespace c10::cuda
+
+// cuBLAS -------------------------------------------------------------------------------------------------------------
+
+using cublasHandle_t = void*;
+using cublasStatus_t = int;
+enum cublasMath_t { CUBLAS_DEFAULT_MATH, CUBLAS_TF32_TENSOR_OP_MATH, CUBLAS_MATH_DISALLOW_REDUCED_PRECISION_REDUCTION };
+enum cublasOperation_t { CUBLAS_OP_N, CUBLAS_OP_T };
+enum cublasComputeType_t { CUBLAS_COMPUTE_32F, CUBLAS_COMPUTE_64F };
+enum cudaDataType_t { CUDA_R_64F, CUDA_R_32F, CUDA_R_16F, CUDA_R_16BF };
+constexpr int CUBLAS_STATUS_SUCCESS = 0, CUBLAS_GEMM_DEFAULT = 0;
+
+inline cublasStatus_t cublasSetMathMode(cublasHandle_t, cublasMath_t) { return CUBLAS_STATUS_SUCCESS; }
+inline const char* cublasGetStatusString(cublasStatus_t) { return ""; }
+
+namespace at::cuda {
+inline cublasHandle_t getCurrentCUDABlasHandle() { return nullptr; }
+}  // namespace at::cuda
+
+// C = alpha op(A) op(B) + beta C, with op(A) [m, k], op(B) [k, n] and C [m, n], all in columns of ld.
+inline cublasStatus_t cublasGemmStridedBatchedEx_64(cublasHandle_t, cublasOperation_t op_a, cublasOperation_t op_b,
+                                                    int64_t m, int64_t n, int64_t k, const void* alpha, const void* a,
+                                                    cudaDataType_t type_a, int64_t lda, int64_t stride_a, const void* b,
+                                                    cudaDataType_t type_b, int64_t ldb, int64_t stride_b,
+                                                    const void* beta, void* c, cudaDataType_t type_c, int64_t ldc,
+                                                    int64_t stride_c, int64_t batch, cublasComputeType_t compute, int) {
+  const auto matrices = [&](const void* data, cudaDataType_t type, int64_t rows, int64_t columns, int64_t ld,
+                            int64_t stride) {
+    TORCH_CHECK(rows > 0 && columns > 0 && batch > 0 && ld >= rows, "emulated cuBLAS: invalid value");
+    const at::ScalarType dtypes[] = {at::kDouble, at::kFloat, at::kHalf, at::kBFloat16};
+    return at::from_blob(const_cast<void*>(data), {batch, rows, columns}, {stride, 1, ld},
+                         at::TensorOptions(dtypes[type]));
+  };
+  const auto operand = [&](const at::Tensor& matrix, cublasOperation_t op) {
+    return op == CUBLAS_OP_T ? matrix.transpose(1, 2) : matrix;
+  };
+  const bool is_double = compute == CUBLAS_COMPUTE_64F;
+  const auto scalar = [&](const void* value) {
+    return is_double ? *static_cast<const double*>(value) : *static_cast<const float*>(value);
+  };
+  const auto wide = is_double ? at::kDouble : at::kFloat;
+  const at::Tensor left = operand(
+      op_a == CUBLAS_OP_T ? matrices(a, type_a, k, m, lda, stride_a) : matrices(a, type_a, m, k, lda, stride_a), op_a);
+  const at::Tensor right = operand(
+      op_b == CUBLAS_OP_T ? matrices(b, type_b, n, k, ldb, stride_b) : matrices(b, type_b, k, n, ldb, stride_b), op_b);
+  const at::Tensor out = matrices(c, type_c, m, n, ldc, stride_c);
+  at::Tensor product = at::bmm(left.to(wide), right.to(wide)).mul(scalar(alpha));
+  if (scalar(beta) != 0) product = product.add(out.to(wide), scalar(beta));
+  out.copy_(product);
+  return CUBLAS_STATUS_SUCCESS;
+}

@@ -1,0 +1,279 @@
+"""The layers under what people put around them: parametrisations, functional_call, hooks, compile, export, vmap."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from test_recurrent import pair, tensors
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn.utils import parametrizations, parametrize, prune
+from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
+from torch.utils.checkpoint import checkpoint
+
+import nlpkernels
+
+KINDS = ["rnn_tanh", "lstm_projected", "gru"]
+
+
+def results(layer: nn.Module, x: Tensor, call: Callable[..., Any] | None = None) -> list[Tensor]:
+    """All outputs, then the gradients of x and of all parameters; of call in the place of the layer."""
+    outputs = tensors((call or layer)(x))
+    return outputs + list(torch.autograd.grad(sum(o.sin().sum() for o in outputs), [x, *layer.parameters()]))
+
+
+def same(ours: nn.Module, theirs: nn.Module, x: Tensor) -> None:
+    for got, expected in zip(results(ours, x), results(theirs, x), strict=True):
+        torch.testing.assert_close(got, expected)
+
+
+def an_input(device: str) -> Tensor:
+    return torch.randn(4, 3, 6, device=device, requires_grad=True)
+
+
+def weight_norm(layer: nn.Module) -> None:
+    parametrizations.weight_norm(layer, "weight_hh_l0")
+
+
+def old_weight_norm(layer: nn.Module) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        nn.utils.weight_norm(layer, "weight_hh_l0")
+
+
+def spectral_norm(layer: nn.Module) -> None:
+    torch.manual_seed(2)
+    parametrizations.spectral_norm(layer.eval(), "weight_hh_l0")
+
+
+def pruned(layer: nn.Module) -> None:
+    prune.l1_unstructured(layer, "weight_ih_l0", amount=0.5)
+
+
+def tied(layer: nn.Module) -> None:
+    layer.weight_hh_l1 = layer.weight_hh_l0
+
+
+def reassigned(layer: nn.Module) -> None:
+    layer.weight_hh_l0 = nn.Parameter(layer.weight_hh_l0.detach() * 2)
+
+
+@pytest.mark.parametrize("change", [weight_norm, old_weight_norm, spectral_norm, pruned, tied, reassigned])
+@pytest.mark.parametrize("kind", KINDS)
+def test_changed_weights(kind: str, change: Callable[[nn.Module], None], device: str) -> None:
+    """Whatever stands in a weight's place is read at every call, also after a copy and a conversion."""
+    x = an_input(device)
+    theirs, ours = pair(kind, 6, 5, 2, device=device)
+    change(theirs), change(ours)
+    # torch.nn keeps a flat list of its own, which some of these leave stale: the oracle is given the weights outright.
+    oracle, _ = pair(kind, 6, 5, 2, device=device)
+
+    def expected() -> list[Tensor]:
+        theirs(x.detach())  # for the hooks that make its weights
+        weights = {name: getattr(theirs, name) for name, _ in oracle.named_parameters()}
+        outputs = tensors(torch.func.functional_call(oracle, weights, (x,)))
+        loss = sum(o.sin().sum() for o in outputs)
+        return outputs + list(torch.autograd.grad(loss, [x, *theirs.parameters()]))
+
+    for got, want in zip(results(ours, x), expected(), strict=True):
+        torch.testing.assert_close(got, want)
+    with torch.no_grad():
+        for parameter, other in zip(ours.parameters(), theirs.parameters(), strict=True):
+            other.mul_(1.5), parameter.mul_(1.5)
+    for got, want in zip(results(ours, x), expected(), strict=True):
+        torch.testing.assert_close(got, want)
+    if change in (weight_norm, spectral_norm):  # their class is a subclass made at run time
+        swaps = nlpkernels.revert(ours)
+        assert not swaps.swapped
+        assert "left alone, parametrized" in str(swaps)
+        parametrize.remove_parametrizations(ours, "weight_hh_l0")
+        assert nlpkernels.revert(ours).swapped
+    elif change in (tied, reassigned):  # the others leave a tensor with a history, which torch does not copy
+        torch.testing.assert_close(tensors(copy.deepcopy(ours)(x)), tensors(ours(x)), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_calls_with_other_parameters(kind: str, device: str) -> None:
+    theirs, ours = pair(kind, 6, 5, 2, device=device)
+    x = an_input(device)
+    other = {name: torch.randn_like(value) for name, value in ours.named_parameters()}
+    for got, expected in zip(
+        *(tensors(torch.func.functional_call(layer, other, (x,))) for layer in (ours, theirs)), strict=True
+    ):
+        torch.testing.assert_close(got, expected)
+    same(ours, theirs, x)
+
+    stacked, _ = torch.func.stack_module_state([pair(kind, 6, 5, 2, device=device)[1] for _ in range(3)])
+
+    def call(parameters: dict[str, Tensor], x: Tensor) -> Tensor:
+        return torch.func.functional_call(ours, parameters, (x,))[0]
+
+    ensemble = torch.func.vmap(call, (0, None))(stacked, x.detach())
+    for i in range(3):
+        one = torch.func.functional_call(theirs, {name: value[i] for name, value in stacked.items()}, (x.detach(),))[0]
+        torch.testing.assert_close(ensemble[i], one)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_fake_and_meta_tensors(kind: str, device: str) -> None:
+    theirs, ours = pair(kind, 6, 5, 2, bidirectional=True, device=device)
+    shapes = [tensor.shape for tensor in tensors(theirs(an_input(device)))]
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        assert [t.shape for t in tensors(ours(torch.empty(4, 3, 6, device=device)))] == shapes
+    assert [t.shape for t in tensors(ours.to("meta")(torch.empty(4, 3, 6, device="meta")))] == shapes
+    ours.to_empty(device=device).load_state_dict(theirs.state_dict())
+    same(ours, theirs, an_input(device))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_checkpoint_hooks_replicas_and_memory(kind: str, device: str) -> None:
+    theirs, ours = pair(kind, 6, 5, 2, dropout=0.3, device=device)
+    ours.flatten_parameters()
+    if device == "cpu":
+        ours.share_memory()
+        assert all(parameter.is_shared() for parameter in ours.parameters())
+    x = an_input(device)
+    runs = []
+    for layer in (lambda x: theirs(x)[0], lambda x: checkpoint(ours, x, use_reentrant=False)[0]):
+        torch.manual_seed(1)
+        y = layer(x)
+        parameters = list((ours if runs else theirs).parameters())
+        runs.append([y, *torch.autograd.grad(y.sin().sum(), [x, *parameters])])
+    for got, expected in zip(runs[1], runs[0], strict=True):
+        torch.testing.assert_close(got, expected)
+
+    calls: list[str] = []
+    ours.register_forward_pre_hook(lambda *_: calls.append("before"))
+    ours.register_forward_hook(lambda *_: calls.append("after"))
+    ours.register_full_backward_hook(lambda *_: calls.append("backward"))
+    ours.weight_hh_l0.register_hook(lambda grad: calls.append("gradient"))
+    ours(x)[0].sum().backward()
+    assert sorted(calls) == ["after", "backward", "before", "gradient"]
+
+    # What nn.DataParallel makes of a module: a copy whose parameters are plain tensors, set as attributes.
+    replica = theirs.eval(), ours.eval()._replicate_for_data_parallel()
+    for name, parameter in ours.named_parameters():
+        setattr(replica[1], name, parameter.clone())
+    torch.testing.assert_close(tensors(replica[1](x)), tensors(theirs(x)))
+
+
+# --- torch.compile and torch.export ----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def one_graph() -> Iterator[Callable[[nn.Module], Callable[..., Any]]]:
+    """Compiles a layer to one graph, which must do for all later calls."""
+    torch._dynamo.reset()
+
+    def compiled(layer: nn.Module) -> Callable[..., Any]:
+        function = torch.compile(layer, fullgraph=True, dynamic=True, backend="aot_eager")
+        stances = iter(["default"])
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            with torch.compiler.set_stance(next(stances, "fail_on_recompile")):
+                return function(*args, **kwargs)
+
+        return call
+
+    yield compiled
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["training", "inference"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_one_graph_for_all_sizes(kind: str, training: bool, one_graph: Any, device: str) -> None:
+    theirs, ours = pair(kind, 6, 5, 2, bidirectional=True, device=device)
+    compiled = one_graph(ours)
+    for steps, batch in [(4, 3), (9, 3), (9, 8), (2, 5), (30, 7)]:
+        x = torch.randn(steps, batch, 6, device=device, requires_grad=training)
+        with torch.set_grad_enabled(training):
+            got = results(ours, x, compiled) if training else tensors(compiled(x))
+            expected = results(theirs, x) if training else tensors(theirs(x))
+        torch.testing.assert_close(got, expected)
+
+
+@pytest.mark.parametrize("given", ["sorted", "unsorted", "states"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_one_graph_for_packed_sequences(kind: str, given: str, one_graph: Any, device: str) -> None:
+    theirs, ours = pair(kind, 6, 5, 2, bidirectional=True, device=device)
+    compiled = one_graph(ours)
+    for lengths in ([8, 3, 2, 2, 2, 1, 1], [7, 7, 4], [9, 4, 4, 3, 2], [6, 5]):
+        x = torch.randn(lengths[0], len(lengths), 6, device=device)
+        packed = pack_padded_sequence(x, lengths, enforce_sorted=given != "unsorted")
+        data = packed.data.detach().requires_grad_()
+        packed = PackedSequence(data, packed.batch_sizes, packed.sorted_indices, packed.unsorted_indices)
+        hx = None
+        if given == "states":
+            hx = tuple(torch.randn_like(state) for state in tensors(theirs(packed))[1:])
+            hx = hx if len(hx) > 1 else hx[0]
+        runs = []
+        for layer in (compiled, theirs):
+            outputs = tensors(layer(packed, hx))
+            loss = sum(output.sin().sum() for output in outputs)
+            parameters = (theirs if layer is theirs else ours).parameters()
+            runs.append(outputs + list(torch.autograd.grad(loss, [data, *parameters])))
+        torch.testing.assert_close(runs[0], runs[1])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_one_graph_for_lengths_and_states(kind: str, one_graph: Any, device: str) -> None:
+    """How many rows are real is data: that torch.compile may trace it is a setting of torch's."""
+    _, ours = pair(kind, 6, 5, 2, bidirectional=True, device=device)
+    with torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True):
+        compiled = one_graph(ours)
+        for lengths in ([5, 3, 2], [0, 4, 7], [9, 4, 0, 3, 2]):
+            x = torch.randn(10, len(lengths), 6, device=device, requires_grad=True)
+            runs = []
+            for layer in (compiled, ours):
+                outputs = tensors(layer(x, lengths=torch.tensor(lengths), return_state_sequence=True))
+                loss = sum(output.sin().sum() for output in outputs)
+                runs.append(outputs + list(torch.autograd.grad(loss, [x, *ours.parameters()])))
+            torch.testing.assert_close(runs[0], runs[1])
+
+
+def test_compiled_by_inductor(device: str) -> None:
+    """The default backend, once, around layers of all kinds."""
+    model = nn.Sequential(nlpkernels.EmbeddingBag(10, 6), nn.Tanh())
+    theirs, ours = pair("lstm", 6, 5, device=device)
+    model.to(device)
+    ids = torch.randint(10, (4 * 3, 5), device=device)
+
+    def run(layer: nn.Module) -> Tensor:
+        return layer(model(ids).reshape(4, 3, 6))[0].sin().sum()
+
+    torch._dynamo.reset()
+    expected = torch.autograd.grad(run(theirs), [*theirs.parameters(), *model.parameters()])
+    got = torch.autograd.grad(torch.compile(run, fullgraph=True)(ours), [*ours.parameters(), *model.parameters()])
+    torch.testing.assert_close(got, expected)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_export_with_dynamic_batch_and_length(kind: str, device: str) -> None:
+    theirs, ours = pair(kind, 6, 5, 2, bidirectional=True, device=device)
+    steps, batch = torch.export.Dim("steps"), torch.export.Dim("batch")
+    program = torch.export.export(ours, (torch.randn(4, 3, 6, device=device),), dynamic_shapes=({0: steps, 1: batch},))
+    calls = [node for node in program.graph.nodes if "nlpkernels.recurrent" in str(node.target)]
+    assert len(calls) == 2  # one for each layer, none for a step
+    for steps, batch in [(7, 2), (2, 9)]:
+        x = torch.randn(steps, batch, 6, device=device)
+        torch.testing.assert_close(tensors(program.module()(x)), tensors(theirs(x)))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_gradient_penalty(kind: str, device: str) -> None:
+    """A loss on the norm of the input's gradient (Gulrajani et al. 2017), in training and in eval mode."""
+    theirs, ours = pair(kind, 6, 5, 2, bidirectional=True, dtype=torch.float64, device=device)
+    x = torch.randn(4, 3, 6, dtype=torch.float64, device=device, requires_grad=True)
+    runs = []
+    for layer in (ours.eval(), theirs.train()):
+        (dx,) = torch.autograd.grad(layer(x)[0].sin().sum(), x, create_graph=True)
+        penalty = (dx.norm(2, dim=-1) - 1).square().sum()
+        runs.append(torch.autograd.grad(penalty, [x, *layer.parameters()], allow_unused=True))
+    for got, expected in zip(*runs, strict=True):
+        if expected is not None:
+            torch.testing.assert_close(got, expected)

@@ -1,0 +1,225 @@
+"""CUDA: without a GPU what shapes, registrations and traces tell; with one what only a stream and a graph can show.
+
+That the kernels compute what they should is for the other files: with a GPU, or with --emulated-cuda.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from test_ops import ALL_OPS, OPS, samples_of
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
+from torch.utils._pytree import tree_leaves, tree_map_only
+
+import nlpkernels
+from nlpkernels import _ops
+
+KINDS = ["RNN", "LSTM", "GRU"]
+needs_cuda_torch = pytest.mark.skipif(torch.version.cuda is None, reason="a torch without CUDA makes no tensor of it")
+needs_kernels = pytest.mark.skipif(not _ops.USES_CUDA_KERNELS, reason="the CUDA kernels are not in use")
+
+
+# --- Without a GPU ----------------------------------------------------------------------------------------------------
+
+
+@needs_kernels
+@pytest.mark.parametrize("name", ALL_OPS)
+def test_every_op_has_its_kernel(name: str) -> None:
+    assert torch._C._dispatch_has_kernel_for_dispatch_key(f"nlpkernels::{name}", "CUDA")
+
+
+@needs_cuda_torch
+@pytest.mark.parametrize("name", ALL_OPS)
+def test_fake_kernels_give_what_kernels_give(name: str) -> None:
+    """Shapes, strides and dtypes of tensors on CUDA that have no data, against real ones on the CPU."""
+    for args in samples_of(name, "cpu"):
+        with torch.no_grad():
+            real = getattr(OPS, name)(*args)
+        with FakeTensorMode(shape_env=ShapeEnv()):
+
+            def on_cuda(tensor: Tensor, args: tuple[Any, ...] = args) -> Tensor:
+                device = "cpu" if name.startswith("recurrent") and tensor.dtype == torch.long else "cuda"
+                return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=device)
+
+            fake = getattr(OPS, name)(*tree_map_only(Tensor, on_cuda, args))
+        for a, b in zip(tree_leaves(fake), tree_leaves(real), strict=True):
+            assert (a.device.type, a.dtype, a.dim()) == ("cuda", b.dtype, b.dim())
+            if "sparse" not in name:  # how many rows are touched is in the data
+                assert (a.shape, a.stride()) == (b.shape, b.stride())
+
+
+@needs_cuda_torch
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("kind", KINDS)
+def test_fake_layers(kind: str, dtype: torch.dtype) -> None:
+    options: dict[str, Any] = {"bidirectional": True, "batch_first": True, "dtype": dtype}
+    real = getattr(torch.nn, kind)(6, 5, 2, **options)(torch.randn(3, 4, 6, dtype=dtype))
+    with FakeTensorMode(), torch.no_grad():
+        layer = getattr(nlpkernels, kind)(6, 5, 2, device="cuda", **options)
+        for a, b in zip(
+            tree_leaves(layer(torch.randn(3, 4, 6, device="cuda", dtype=dtype))), tree_leaves(real), strict=True
+        ):
+            assert (a.device.type, a.dtype, a.shape) == ("cuda", b.dtype, b.shape)
+        with pytest.raises(RuntimeError, match="Expected 6, got 7"):
+            layer(torch.randn(3, 4, 7, device="cuda", dtype=dtype))
+
+
+@needs_cuda_torch
+def test_fake_bags() -> None:
+    with FakeTensorMode(), torch.no_grad():
+        ids = torch.randint(10, (3, 4), device="cuda")
+        for mode in ("sum", "mean", "max"):
+            pooled = nlpkernels.EmbeddingBag(10, 4, mode=mode, device="cuda")(ids)
+            assert (pooled.device.type, pooled.shape) == ("cuda", (3, 4))
+        with pytest.raises(TypeError, match="int32 or int64"):
+            nlpkernels.EmbeddingBag(10, 4, device="cuda")(ids.short())
+
+
+@needs_cuda_torch
+@pytest.mark.parametrize("kind", KINDS)
+def test_traces_to_one_op_a_layer(kind: str) -> None:
+    with FakeTensorMode(), torch.no_grad():
+        layer = getattr(nlpkernels, kind)(6, 5, 2, bidirectional=True, device="cuda")
+        traced = make_fx(lambda x: layer(x)[0])(torch.randn(4, 3, 6, device="cuda"))
+    assert sum(node.target is OPS.recurrent.default for node in traced.graph.nodes) == 2
+
+
+# --- The check of indices ---------------------------------------------------------------------------------------------
+
+
+def test_wrong_indices_may_be_raised_later(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They add nothing, and the next call raises."""
+    device = "cpu" if request.config.getoption("emulated_cuda") else "cuda"
+    if device == "cuda" and not (torch.cuda.is_available() and _ops.USES_CUDA_KERNELS):
+        pytest.skip("no CUDA kernels")
+    monkeypatch.setenv("NLPKERNELS_CUDA_CHECK", "later")
+    ours = nlpkernels.EmbeddingBag(10, 4, mode="sum", device=device)
+    right, wrong = torch.tensor([[1, 2]], device=device), torch.tensor([[1, 2, 99]], device=device)
+    expected = ours(right)
+    assert torch.equal(ours(wrong), expected)
+    if device == "cuda":
+        torch.cuda.synchronize()
+    with pytest.raises(IndexError, match=r"indices\[0\]\[2\] is 99, expected a row from 0 to 9"):
+        ours(right)
+    assert torch.equal(ours(right), expected)
+    monkeypatch.setenv("NLPKERNELS_CUDA_CHECK", "never")
+    with pytest.raises(ValueError, match="'never', expected now or later"):
+        ours(right)
+
+
+# --- On a GPU ---------------------------------------------------------------------------------------------------------
+
+
+def training_steps(dtype: torch.dtype) -> dict[str, Callable[[], list[Tensor]]]:
+    """Results and gradients of each layer, as functions of nothing, on inputs that stay."""
+    steps: dict[str, Callable[[], list[Tensor]]] = {}
+    x = torch.randn(20, 9, 48, device="cuda", dtype=dtype, requires_grad=True)
+    for kind in KINDS:
+        layer = getattr(nlpkernels, kind)(48, 72, 2, bidirectional=True, device="cuda", dtype=dtype)
+
+        def recurrent(layer: torch.nn.Module = layer) -> list[Tensor]:
+            y = layer(x)[0]
+            return [y.detach(), *torch.autograd.grad(y.float().square().mean(), [x, *layer.parameters()])]
+
+        steps[kind] = recurrent
+    ids = torch.randint(500, (300, 40), device="cuda")
+    for mode in ("mean", "max"):
+        bag = nlpkernels.EmbeddingBag(500, 100, mode=mode, device="cuda", dtype=dtype)
+
+        def pool(bag: torch.nn.Module = bag) -> list[Tensor]:
+            pooled = bag(ids)
+            return [pooled.detach(), *torch.autograd.grad(pooled.float().square().mean(), list(bag.parameters()))]
+
+        steps[mode] = pool
+    return steps
+
+
+@pytest.fixture(params=[torch.float32, torch.bfloat16], ids=str)
+def steps(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> dict[str, Callable[[], list[Tensor]]]:
+    torch.use_deterministic_algorithms(False)  # poisoned memory is a kernel more for each tensor
+    monkeypatch.setenv("NLPKERNELS_CUDA_CHECK", "later")
+    return training_steps(request.param)
+
+
+def bits(tensors: list[Tensor]) -> Tensor:
+    return torch.cat([tensor.reshape(-1).view(torch.uint8) for tensor in tensors])
+
+
+@pytest.mark.skipif(not (torch.cuda.is_available() and _ops.USES_CUDA_KERNELS), reason="no GPU, or not its kernels")
+class TestOnGpu:
+    def test_repeats_are_bit_identical(self, steps: dict[str, Callable[[], list[Tensor]]]) -> None:
+        for name, step in steps.items():
+            first = bits(step())
+            differs = torch.zeros((), dtype=torch.bool, device="cuda")
+            for _ in range(1000):
+                differs |= (bits(step()) != first).any()
+            assert not differs, name
+
+    def test_two_streams_at_once(self, steps: dict[str, Callable[[], list[Tensor]]]) -> None:
+        expected = {name: bits(step()) for name, step in steps.items()}
+        torch.cuda.synchronize()
+        streams = [torch.cuda.Stream(), torch.cuda.Stream()]
+        results: list[tuple[str, Tensor]] = []
+        for _ in range(20):
+            for name, step in steps.items():
+                for stream in streams:
+                    with torch.cuda.stream(stream):
+                        results.append((name, bits(step())))
+        torch.cuda.synchronize()
+        for name, result in results:
+            assert torch.equal(result, expected[name]), name
+
+    def test_no_step_waits_for_the_device(self, steps: dict[str, Callable[[], list[Tensor]]]) -> None:
+        for step in steps.values():
+            step()
+            torch.cuda.set_sync_debug_mode("error")
+            try:
+                step()
+            finally:
+                torch.cuda.set_sync_debug_mode("default")
+
+    def test_can_be_captured(self, steps: dict[str, Callable[[], list[Tensor]]]) -> None:
+        for name, step in steps.items():
+            side = torch.cuda.Stream()
+            torch.cuda.synchronize()
+            with torch.cuda.stream(side):
+                expected = bits(step())
+            torch.cuda.synchronize()
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, stream=side):
+                results = step()
+            for result in results:
+                result.fill_(float("nan"))
+            graph.replay()
+            torch.cuda.synchronize()
+            assert torch.equal(bits(results), expected), name
+
+    def test_tf32_follows_the_flag_of_torchs_layers(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        layer = nlpkernels.LSTM(256, 256, device="cuda")
+        x = torch.randn(10, 64, 256, device="cuda")
+        with torch.no_grad():
+            exact = nlpkernels.LSTM(256, 256, device="cuda", dtype=torch.float64)
+            exact.load_state_dict(layer.state_dict())
+            expected, errors = exact(x.double())[0], []
+            for allowed in (False, True):
+                monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", allowed)
+                errors.append(((layer(x)[0].double() - expected).norm() / expected.norm()).item())
+        assert errors[0] < 2e-6 < errors[1] < 2e-3
+
+    def test_long_rows_and_large_tables(self) -> None:
+        """More than 2^31 elements in a table, and in what is pooled."""
+        rows, columns = 2**25, 72
+        if torch.cuda.mem_get_info()[0] < 20 * 2**30:
+            pytest.skip("not enough memory")
+        weight = torch.empty(rows, columns, device="cuda", dtype=torch.bfloat16)
+        weight.copy_(torch.arange(rows, device="cuda").remainder(251)[:, None].expand(rows, columns))
+        ids = torch.tensor([[rows - 1, 1], [rows - 2, 3]], device="cuda")
+        pooled = nlpkernels.functional.embedding_bag(ids, weight, mode="mean")
+        expected = weight[ids].float().mean(1).bfloat16()
+        assert torch.equal(pooled, expected)

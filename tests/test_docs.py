@@ -1,0 +1,70 @@
+"""The examples in docstrings run, and users' code that calls us passes mypy --strict."""
+
+from __future__ import annotations
+
+import doctest
+import importlib
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import nlpkernels
+
+PROGRAM = """
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
+
+import nlpkernels
+from nlpkernels import GRU, LSTM, RNN, Embedding, EmbeddingBag, GRUCell, LSTMCell, RNNCell
+
+
+class Tagger(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = Embedding(20, 6, padding_idx=0)
+        self.lstm = LSTM(6, 5, 2, batch_first=True, bidirectional=True, dropout=0.1, dtype=torch.float32, device="cpu")
+        self.cells = nn.ModuleList([RNNCell(10, 4), GRUCell(10, 4), LSTMCell(10, 4)])
+
+    def forward(self, ids: Tensor, lengths: Tensor) -> Tensor:
+        y: Tensor
+        y, (h_n, c_n) = self.lstm(self.embedding(ids), lengths=lengths)
+        return y
+
+
+def run(model: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
+    print(nlpkernels.convert(model, lambda name, layer: name != "head"))
+    print(nlpkernels.revert(model).swapped["lstm"])
+    output, h_n = GRU(6, 5).forward(x, None, return_state_sequence=True)
+    packed, h_n = RNN(6, 5, nonlinearity="relu").forward(pack_padded_sequence(x, [2, 1]))
+    assert isinstance(packed, PackedSequence)
+    y, h, c = nlpkernels.functional.lstm(x, (h_n, h_n), [x, x], False, 1, 0.0, False, False)
+    weight: Tensor = LSTM(6, 5).get_parameter("weight_ih_l0")
+    return EmbeddingBag(20, 4, mode="sum").forward(torch.zeros(2, 3, dtype=torch.long)), weight + y + h + c
+"""
+
+
+@pytest.mark.parametrize("name", ["recurrent", "embedding", "functional", "convert", "reference"])
+def test_examples_run(name: str) -> None:
+    done = doctest.testmod(importlib.import_module(f"nlpkernels.{name}"), optionflags=doctest.NORMALIZE_WHITESPACE)
+    assert done.failed == 0
+
+
+def test_every_layer_has_an_example() -> None:
+    for name in nlpkernels.__all__:
+        if name not in ("functional", "revert"):
+            assert ">>> " in (getattr(nlpkernels, name).__doc__ or ""), name
+
+
+def test_users_code_passes_mypy_strict(tmp_path: Path) -> None:
+    pytest.importorskip("mypy")
+    program = tmp_path / "program.py"
+    program.write_text(PROGRAM)
+    root = Path(nlpkernels.__file__).parent.parent
+    options = ["--strict", "--config-file=", "--follow-imports=silent", "--cache-dir", str(tmp_path)]
+    done = subprocess.run(
+        [sys.executable, "-m", "mypy", *options, str(program)], cwd=root, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stdout

@@ -1,0 +1,313 @@
+"""Optimizers in backward against torch.optim's on the coalesced sparse gradient."""
+
+from __future__ import annotations
+
+import copy
+import io
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import nlpkernels
+from nlpkernels import optim
+
+V, E = 50, 19
+SETTINGS: dict[str, dict[str, Any]] = {
+    "SGD": {},
+    "Adagrad": {"lr_decay": 0.1, "initial_accumulator_value": 0.2, "eps": 1e-6},
+    "RowWiseAdagrad": {"initial_accumulator_value": 0.2, "eps": 1e-6},
+    "SparseAdam": {"betas": (0.8, 0.95), "eps": 1e-6},
+}
+
+
+class RowWiseAdagrad(torch.optim.Optimizer):
+    """The definition, in plain torch: one sum of mean squares a row."""
+
+    def __init__(self, params: Any, lr: float, initial_accumulator_value: float, eps: float) -> None:
+        super().__init__(params, {"lr": lr, "start": initial_accumulator_value, "eps": eps})
+
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            for p in group["params"]:
+                total = self.state[p].setdefault("sum", torch.full_like(p[:, 0], group["start"]))
+                g = p.grad.to_dense()
+                total += g.square().mean(1)
+                p.data -= group["lr"] * g / (total.sqrt() + group["eps"]).unsqueeze(1)
+
+
+def make(name: str, device: str, dtype: torch.dtype = torch.float32, mode: str = "mean", **options: Any) -> Any:
+    """The same table in a layer of torch's with the unfused optimizer, and in one of ours with the fused one."""
+    dense = mode == "max" or name == "RowWiseAdagrad"
+    theirs = nn.EmbeddingBag(V, E, mode=mode, sparse=not dense, device=device, dtype=dtype, **options)
+    ours = nlpkernels.EmbeddingBag(V, E, mode=mode, device=device, dtype=dtype, **options)
+    ours.load_state_dict(theirs.state_dict())
+    settings = {"lr": 0.1, **SETTINGS[name]}
+    unfused = RowWiseAdagrad if name == "RowWiseAdagrad" else getattr(torch.optim, name)
+    return theirs, unfused(theirs.parameters(), **settings), ours, getattr(optim, name)(ours.parameters(), **settings)
+
+
+def train(module: nn.Module, optimizer: torch.optim.Optimizer, *batch: Any, cotangent: Tensor) -> None:
+    optimizer.zero_grad()
+    module(*batch).backward(cotangent)
+    if module.weight.grad is not None and type(module.weight.grad) is Tensor and module.weight.grad.is_sparse:
+        module.weight.grad = module.weight.grad.coalesce()
+    optimizer.step()
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+def test_equals_the_unfused_optimizer(name: str, dtype: torch.dtype, device: str) -> None:
+    """Rows that occur several times, rows that never do, padding, a learning rate that a scheduler changes."""
+    theirs, unfused, ours, fused = make(name, device, dtype, padding_idx=3)
+    schedulers = [torch.optim.lr_scheduler.StepLR(o, 2, 0.5) for o in (unfused, fused)]
+    for _ in range(5):
+        ids, cotangent = torch.randint(V // 2, (6, 7), device=device), torch.randn(6, E, device=device, dtype=dtype)
+        before = ours.weight.detach().clone()
+        train(theirs, unfused, ids, cotangent=cotangent)
+        train(ours, fused, ids, cotangent=cotangent)
+        for scheduler in schedulers:
+            scheduler.step()
+        torch.testing.assert_close(ours.weight, theirs.weight)
+        assert not torch.equal(ours.weight, before)
+        assert torch.equal(ours.weight[V // 2 :], before[V // 2 :])
+        assert torch.equal(ours.weight[3], before[3])
+    assert fused.param_groups[0]["lr"] == 0.1 * 0.25
+
+
+@pytest.mark.parametrize("mode", ["sum", "max"])
+def test_modes_and_offsets(mode: str, device: str) -> None:
+    theirs, unfused, ours, fused = make("Adagrad", device, mode=mode)
+    ids, offsets = torch.randint(V, (30,), device=device), torch.tensor([0, 0, 11, 30], device=device)
+    for _ in range(2):
+        cotangent = torch.randn(4, E, device=device)
+        train(theirs, unfused, ids, offsets, cotangent=cotangent)
+        train(ours, fused, ids.int(), offsets, cotangent=cotangent)
+    torch.testing.assert_close(ours.weight, theirs.weight)
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_uses_of_one_backward_pass_are_summed(name: str, device: str) -> None:
+    """A table used twice in a graph, as Embedding with per_sample_weights too, gets one update."""
+    theirs, unfused, ours, fused = make(name, device, mode="sum")
+    a, b = (torch.randint(V, (4, 5), device=device) for _ in range(2))
+    for module, optimizer in ((theirs, unfused), (ours, fused)):
+        functional = nn.functional if module is theirs else nlpkernels.functional
+        sparse = theirs.sparse
+        looked_up = functional.embedding(b, module.weight, sparse=sparse and module is theirs)
+        (module(a).square().sum() + looked_up.pow(3).sum()).backward()
+        if sparse and module is theirs:
+            module.weight.grad = module.weight.grad.coalesce()
+        optimizer.step()
+    torch.testing.assert_close(ours.weight, theirs.weight)
+
+
+def test_per_sample_weights_have_their_gradient(device: str) -> None:
+    theirs, unfused, ours, fused = make("SGD", device, mode="sum")
+    ids, factors = torch.randint(V, (4, 5), device=device), torch.rand(4, 5, device=device)
+    gradients = []
+    for module, optimizer in ((theirs, unfused), (ours, fused)):
+        own = factors.clone().requires_grad_()
+        module(ids, None, own).square().sum().backward()
+        optimizer.step()
+        gradients.append(own.grad)
+    torch.testing.assert_close(*gradients)
+    torch.testing.assert_close(ours.weight, theirs.weight)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("name", ["Adagrad", "SparseAdam"])
+def test_half_tables_have_float32_states(name: str, dtype: torch.dtype, device: str) -> None:
+    _, _, ours, fused = make(name, device, dtype)
+    exact = nlpkernels.EmbeddingBag(V, E, _weight=ours.weight.detach().float().clone())
+    reference = getattr(optim, name)(exact.parameters(), lr=0.1, **SETTINGS[name])
+    ids = torch.randint(V, (6, 7), device=device)
+    ours(ids).float().sum().backward()
+    exact(ids).sum().backward()
+    torch.testing.assert_close(ours.weight.float(), exact.weight, atol=2e-2, rtol=2e-2)
+    twin = nlpkernels.EmbeddingBag(V, E, dtype=dtype, device=device)
+    loaded = getattr(optim, name)(twin.parameters())
+    loaded.load_state_dict(fused.state_dict())
+    for a, b, c in zip(*(o.state_dict()["state"][0].values() for o in (fused, loaded, reference)), strict=True):
+        assert a.dtype == b.dtype == c.dtype == torch.float32
+        assert torch.equal(a, b)
+        torch.testing.assert_close(a, c, atol=1e-2, rtol=2e-2)
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_goes_on_from_a_state_dict(name: str, device: str) -> None:
+    """Saved, loaded into a new optimizer, trained on: bit for bit as without the break."""
+    _, _, ours, fused = make(name, device)
+    batches = [torch.randint(V, (6, 7), device=device) for _ in range(4)]
+    for ids in batches[:2]:
+        ours(ids).square().sum().backward()
+    twin = copy.deepcopy(ours)
+    file = io.BytesIO()
+    torch.save(fused.state_dict(), file)
+    file.seek(0)
+    other = getattr(optim, name)(twin.parameters())
+    other.load_state_dict(torch.load(file))
+    for ids in batches[2:]:
+        for module in (ours, twin):
+            module(ids).square().sum().backward()
+    assert torch.equal(ours.weight, twin.weight)
+
+
+@pytest.mark.parametrize("name", ["Adagrad", "SparseAdam"])
+def test_goes_on_from_the_unfused_state(name: str, device: str) -> None:
+    theirs, unfused, ours, fused = make(name, device)
+    ids, cotangent = torch.randint(V, (6, 7), device=device), torch.randn(6, E, device=device)
+    train(theirs, unfused, ids, cotangent=cotangent)
+    ours.load_state_dict(theirs.state_dict())
+    fused.load_state_dict(unfused.state_dict())
+    for module, optimizer in ((theirs, unfused), (ours, fused)):
+        train(module, optimizer, ids, cotangent=cotangent)
+    torch.testing.assert_close(ours.weight, theirs.weight)
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_bits_do_not_depend_on_threads(name: str, restored_threads: None) -> None:
+    table, ids, runs = torch.randn(700, 64), torch.randint(700, (300, 40)), []
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        bag = nlpkernels.EmbeddingBag.from_pretrained(table.clone(), freeze=False)
+        optimizer = getattr(optim, name)(bag.parameters(), lr=0.1)
+        bag(ids).square().sum().backward()
+        runs.append([bag.weight.detach(), *optimizer.state_dict()["state"].get(0, {}).values()])
+    assert all(torch.equal(a, b) for run in runs[1:] for a, b in zip(run, runs[0], strict=True))
+
+
+def refusing(message: str) -> Any:
+    return pytest.raises(RuntimeError, match=message)
+
+
+def test_refuses_what_cannot_work(device: str) -> None:
+    _, _, bag, optimizer = make("SGD", device)
+    ids = torch.randint(V, (6, 7), device=device)
+    output = bag(ids).sum()
+    output.backward(retain_graph=True)
+    after = bag.weight.detach().clone()
+    with refusing("second backward pass"):
+        output.backward()
+    with refusing("no gradient"):
+        nn.utils.clip_grad_norm_(bag.parameters(), 1.0)
+    with refusing("no gradient"):
+        torch.optim.SGD(bag.parameters(), lr=1.0).step()
+    scaler = torch.amp.GradScaler(device, init_scale=1.0)
+    scaler.scale(torch.zeros((), device=device))
+    with refusing("no gradient"):
+        scaler.step(optimizer)
+    with refusing("differentiated"):
+        torch.autograd.grad(bag(ids).sum(), bag.weight, create_graph=True)
+    with refusing("closure"):
+        optimizer.step(lambda: 0.0)
+    assert torch.equal(bag.weight, after)
+    optimizer.zero_grad()
+    assert bag.weight.grad is None
+
+    with refusing("another way"):
+        (bag(ids).sum() + bag.weight.sum()).backward()
+        optimizer.step()
+    assert torch.equal(bag.weight, after)
+
+
+def test_a_failed_backward_pass_applies_nothing(device: str) -> None:
+    _, _, bag, _ = make("Adagrad", device)
+    before, ids = bag.weight.detach().clone(), torch.randint(V, (6, 7), device=device)
+
+    class Fails(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: Tensor) -> Tensor:
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx: Any, g: Tensor) -> Tensor:
+            raise ArithmeticError
+
+    x = torch.zeros(6, E, device=device, requires_grad=True)
+    with pytest.raises(ArithmeticError):  # what was made last runs first: the bag, then the failure
+        (Fails.apply(x) + bag(ids)).sum().backward()
+    with pytest.raises(IndexError):
+        bag(ids + V)
+    assert torch.equal(bag.weight, before)
+    bag(ids).sum().backward()
+    once = make("Adagrad", device)[2:]
+    once[0].load_state_dict({"weight": before})
+    once[0](ids).sum().backward()
+    assert torch.equal(bag.weight, once[0].weight)
+
+
+def test_bad_arguments() -> None:
+    bag = nlpkernels.EmbeddingBag(V, E)
+    with pytest.raises(ValueError, match="lr"):
+        optim.SGD(bag.parameters(), lr=-1.0)
+    with pytest.raises(ValueError, match="betas"):
+        optim.SparseAdam(bag.parameters(), betas=(0.9, 1.0))
+    with pytest.raises(ValueError, match=r"\[rows, columns\]"):
+        optim.SGD([nn.Parameter(torch.zeros(3))])
+    first = optim.SGD(bag.parameters())
+    with pytest.raises(ValueError, match="trained by SGD already"):
+        optim.Adagrad(bag.parameters())
+    del first  # an optimizer that is gone has let its tables go
+    optim.Adagrad(bag.parameters())
+
+
+UPDATE = torch.ops.nlpkernels.embedding_bag_update
+
+
+@pytest.mark.parametrize(
+    ("rule", "states", "settings"),
+    [("sgd", 0, [0.1]), ("rowwise_adagrad", 1, [0.1, 1e-6]), ("adagrad", 1, [0.1, 1e-6]),
+     ("adam", 2, [0.1, 1e-6, 0.9, 0.99])],
+)  # fmt: skip
+def test_op(rule: str, states: int, settings: list[float], device: str) -> None:
+    """opcheck; and the kernel does what the reference does."""
+    shape = (V,) if rule == "rowwise_adagrad" else (V, E)
+    tensors = [torch.rand(V, E, device=device), *(torch.rand(shape, device=device) for _ in range(states))]
+    ids, grad = torch.randint(V, (4, 5), device=device), torch.randn(4, E, device=device)
+    rest = (ids, None, None, torch.empty(0, dtype=torch.long, device=device), "sum", 2, False, True, rule, settings)
+    runs = []
+    for function in (UPDATE, nlpkernels.reference.embedding_bag_update):
+        own = [t.clone() for t in tensors]
+        weight, first, second, *_ = (*own, None, None)
+        function(grad, weight, first, second, *rest)
+        runs.append(own)
+    for a, b in zip(*runs, strict=True):
+        torch.testing.assert_close(a, b)
+    torch.use_deterministic_algorithms(False)
+    weight, first, second, *_ = (*tensors, None, None)
+    torch.library.opcheck(UPDATE.default, (grad, weight, first, second, *rest))
+
+
+def test_op_refuses_what_does_not_fit() -> None:
+    """And leaves everything as it was."""
+    weight, state, ids, grad = (
+        torch.zeros(V, E),
+        torch.zeros(V, E),
+        torch.zeros(4, 5, dtype=torch.long),
+        torch.ones(4, E),
+    )
+    none = torch.empty(0, dtype=torch.long)
+    good: dict[str, Any] = {
+        "grad": grad, "weight": weight, "first": state, "second": None, "indices": ids, "offsets": None,
+        "per_sample_weights": None, "aux": none, "pooling": "sum", "padding_idx": -1, "include_last_offset": False,
+        "scale_grad_by_freq": False, "rule": "adagrad", "settings": [0.1, 0.1],
+    }  # fmt: skip
+    wrong: list[tuple[dict[str, Any], str]] = [
+        ({"indices": ids + V}, f"is {V}, expected a row from 0 to {V - 1}"),
+        ({"grad": grad[:, 1:]}, "grad of shape"),
+        ({"grad": grad.double()}, "dtype"),
+        ({"weight": torch.zeros(E, V).t()}, "contiguous"),
+        ({"first": None}, "first is needed"),
+        ({"first": state[1:]}, "first of shape"),
+        ({"first": state.double()}, "dtype"),
+        ({"second": state}, "second is not wanted"),
+        ({"settings": [0.1]}, "2 settings"),
+        ({"rule": "lamb"}, "lamb"),
+    ]
+    for change, message in wrong:
+        with pytest.raises((ValueError, RuntimeError, TypeError, IndexError), match=message):
+            UPDATE(**{**good, **change})
+    assert not weight.any()
+    assert not state.any()
