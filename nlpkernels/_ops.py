@@ -268,8 +268,9 @@ def _differentiable(
     has_one_output = outputs_of.length == 1
 
     def call_kernel(*args: Any) -> Any:
-        # Past the dispatcher's autograd, which is in Python and has nothing to do here; torch.func needs it.
-        if torch._C._are_functorch_transforms_active():
+        # Past the dispatcher's autograd, which is in Python and has nothing to do here. Inference mode skips it by
+        # itself, and torch.func needs it.
+        if torch.is_inference_mode_enabled() or torch._C._are_functorch_transforms_active():
             return op(*args)
         with torch._C._AutoDispatchBelowAutograd():
             return op(*args)
@@ -556,6 +557,8 @@ def embedding_bag_update(grad: Tensor, table: Tensor, *args: Any) -> None:
 
 def autocast_dtype(device: str) -> torch.dtype | None:
     """The dtype that autocast wants on a type of device; None where it is off, and where there is no such thing."""
+    if not torch._C._is_any_autocast_enabled():
+        return None
     if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
         return torch.get_autocast_dtype(device)
     return None
@@ -569,10 +572,10 @@ def recurrent(
     weights: list[Tensor],
     cell: str,
     return_cell_states: bool = False,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """One layer: y, h_n and c_n of `reference.recurrent`, with derivatives, and c of all steps, [D, T, B, H].
 
-    c of all steps is empty, [0], unless return_cell_states and the cell has one. Autocast casts all, as in torch.
+    c of all steps is None unless return_cell_states and the cell has one. Autocast casts all, as in torch.
     """
     dtype = autocast_dtype(x.device.type)
     if dtype is not None:
@@ -584,7 +587,7 @@ def recurrent(
     )
     y, h_n, c_n, workspace = _recurrent(x, batch_sizes, h0, c0, weights, cell, keep)
     if not wants_c:
-        return y, h_n, c_n, x.new_empty(0)
+        return y, h_n, c_n, None
     c = reference.cell_states(workspace)
     return y, h_n, c_n, c.reshape(c.shape[0], *x.shape[:-1], c.shape[-1])
 

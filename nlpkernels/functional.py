@@ -57,9 +57,9 @@ def _layers(
             x, batch_sizes, h0[own], None if c0 is None else c0[own], weights, cell, return_state_sequence
         )
         if return_state_sequence:  # a layer's output is its h: [T, B, D P] -> [D, T, B, P]
-            h_n, c_n = x.unflatten(-1, (directions, -1)).movedim(-2, 0), c
+            h_n, c_n = x.unflatten(-1, (directions, -1)).movedim(-2, 0), c_n if c is None else c
             if transposed:
-                h_n, c_n = h_n.transpose(1, 2), c_n.transpose(1, 2) if c0 is not None else c_n
+                h_n, c_n = h_n.transpose(1, 2), c_n if c is None else c_n.transpose(1, 2)
         h_ns.append(h_n)
         c_ns.append(c_n)
     y = x.transpose(0, 1) if transposed else x

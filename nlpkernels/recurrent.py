@@ -461,13 +461,12 @@ class _Cell(RNNCellBase):
                 raise RuntimeError(
                     f"hidden{i} has inconsistent hidden_size: got {state.size(1)}, expected {self.hidden_size}"
                 )
-        weights = [self.weight_ih, self.weight_hh]
-        if self.bias_ih is not None and self.bias_hh is not None:
-            weights += [self.bias_ih, self.bias_hh]
-        h0, *c0 = (state.unsqueeze(0) for state in states)
-        _, *final = _ops.recurrent(x.unsqueeze(0), None, h0, c0[0] if c0 else None, weights, cell)
-        final = [state.squeeze(0) for state in final[: len(states)]]
-        return tuple(final if is_batched else (state.squeeze(0) for state in final))
+        parameters = (self.weight_ih, self.weight_hh, self.bias_ih, self.bias_hh)
+        weights = [parameter for parameter in parameters if parameter is not None]
+        h0, *c0 = [state.unsqueeze(0) for state in states]
+        _, h, c, _ = _ops.recurrent(x.unsqueeze(0), None, h0, c0[0] if c0 else None, weights, cell)
+        final = [state.squeeze(0) for state in ((h, c) if c0 else (h,))]
+        return tuple(final if is_batched else [state.squeeze(0) for state in final])
 
 
 class RNNCell(_Cell):
