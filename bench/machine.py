@@ -18,6 +18,8 @@ from pathlib import Path
 
 import torch
 
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ("bench/results", "docs/*.png")  # what a run writes is no change of what it measures
 VERSIONS = ("nlpkernels", "torch", "onnxruntime", "openvino", "fbgemm-gpu-cpu", "wordfreq")
 COPY_SIZES = (1 << 16, 1 << 20, 1 << 24, 1 << 28)  # bytes on both sides: what fits L1, L2, L3, and what fits none
 
@@ -59,15 +61,15 @@ def cpu_name() -> str:
     return str(names[0]).strip() if names else platform.processor() or platform.machine()
 
 
-def commit() -> str:
-    """The checked-out commit, marked when the working tree differs from it."""
+def commit(root: Path = ROOT) -> str:
+    """The checked-out commit, marked when the working tree differs from it in more than what runs leave behind."""
 
     def git(*args: str) -> str:
-        here = Path(__file__).resolve().parent
-        return subprocess.run(["git", *args], cwd=here, capture_output=True, text=True, check=True).stdout.strip()
+        return subprocess.run(["git", *args], cwd=root, capture_output=True, text=True, check=True).stdout.strip()
 
     try:
-        return git("rev-parse", "--short=12", "HEAD") + ("-dirty" if git("status", "--porcelain") else "")
+        differs = git("status", "--porcelain", "--", ".", *(f":(exclude){path}" for path in RESULTS))
+        return git("rev-parse", "--short=12", "HEAD") + ("-dirty" if differs else "")
     except (OSError, subprocess.CalledProcessError):
         return "none"
 

@@ -31,6 +31,7 @@ torch.backends.cudnn.allow_tf32 = False
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--emulated-cuda", action="store_true", help="compile csrc/cuda for the CPU, in place of csrc/cpu")
+    parser.addoption("--thorough", action="store_true", help="second derivatives of every one of torch's own cases")
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -99,10 +100,6 @@ def restored_threads() -> Iterator[None]:
     threads = torch.get_num_threads()
     yield
     torch.set_num_threads(threads)
-
-
-def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--thorough", action="store_true", help="second derivatives of every one of torch's own cases")
 
 
 @pytest.fixture

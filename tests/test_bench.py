@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
+import shutil
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -14,7 +17,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # bench is no part of the installed package
 
 from bench import __main__ as cli
-from bench import measure, providers, report
+from bench import machine, measure, providers, report
 from bench.machine import Floor
 from bench.problems import Case, PoolProblem, Problem, Results, make_problem
 from bench.providers import OURS, Prepared
@@ -117,6 +120,32 @@ def test_torch_passes_on_every_workload(workload: Workload) -> None:
         assert row.flops > 0 and row.bytes > 0
         assert row.rounds == 3
         assert row.share_of_floor == pytest.approx(FLOOR.seconds(row.flops, row.bytes) / row.median_s)
+
+
+def test_commit_is_marked_by_changes_but_not_by_results(tmp_path: Path) -> None:
+    if not shutil.which("git"):
+        pytest.skip("git is not installed")
+
+    def git(*args: str) -> None:
+        subprocess.run(["git", "-c", "user.name=a", "-c", "user.email=a@b", *args], cwd=tmp_path, check=True)
+
+    def write(name: str) -> None:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        with (tmp_path / name).open("a") as file:
+            file.write("more\n")
+
+    for name in ("kernel.cpp", "docs/speed.png"):
+        write(name)
+    git("init", "-q")
+    git("add", ".")
+    git("commit", "-q", "-m", "all")
+    clean = machine.commit(tmp_path)
+    assert re.fullmatch("[0-9a-f]{12}", clean)
+    for name in ("docs/speed.png", "docs/new.png", "bench/results/run.csv"):
+        write(name)
+        assert machine.commit(tmp_path) == clean
+    write("kernel.cpp")
+    assert machine.commit(tmp_path) == f"{clean}-dirty"
 
 
 def test_quantiles() -> None:

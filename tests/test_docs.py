@@ -1,9 +1,11 @@
-"""The examples in docstrings run, and users' code that calls us passes mypy --strict."""
+"""The examples in docstrings and in the README run, and users' code that calls us passes mypy --strict."""
 
 from __future__ import annotations
 
 import doctest
 import importlib
+import pkgutil
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -46,15 +48,24 @@ def run(model: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
 """
 
 
-@pytest.mark.parametrize("name", ["recurrent", "embedding", "functional", "convert", "reference"])
+@pytest.mark.parametrize("name", sorted(m.name for m in pkgutil.iter_modules(nlpkernels.__path__) if m.name[0] != "_"))
 def test_examples_run(name: str) -> None:
     done = doctest.testmod(importlib.import_module(f"nlpkernels.{name}"), optionflags=doctest.NORMALIZE_WHITESPACE)
     assert done.failed == 0
 
 
+def test_examples_of_the_readme_run() -> None:
+    readme = Path(__file__).resolve().parent.parent / "README.md"
+    blocks = [block for block in re.findall(r"```python\n(.*?)```", readme.read_text(), re.DOTALL) if ">>> " in block]
+    assert blocks
+    for block in blocks:
+        test = doctest.DocTestParser().get_doctest(block, {}, "README", str(readme), 0)
+        assert doctest.DocTestRunner().run(test).failed == 0
+
+
 def test_every_layer_has_an_example() -> None:
     for name in nlpkernels.__all__:
-        if name not in ("functional", "revert"):
+        if name not in ("functional", "optim", "revert"):
             assert ">>> " in (getattr(nlpkernels, name).__doc__ or ""), name
 
 
