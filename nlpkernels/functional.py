@@ -32,6 +32,8 @@ def _layers(
     return_state_sequence: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     directions = 2 if bidirectional else 1
+    if num_layers < 1:
+        raise ValueError(f"{cell}: expected num_layers of 1 or more, got {num_layers}")
     per_layer = len(params) // num_layers
     allowed = (2, 3) if not has_biases else (4, 5)
     if len(params) != per_layer * num_layers or per_layer // directions not in allowed or per_layer % directions:
@@ -107,7 +109,7 @@ def lstm(
         or bfloat16 and float16, for which arithmetic and states inside the loop are float32.
 
     Raises:
-        ValueError: the number of params or a state's shape does not fit.
+        ValueError: the number of params or of layers or a state's shape does not fit.
         RuntimeError: a weight's shape, dtype or device does not fit.
     """
     return _layers(

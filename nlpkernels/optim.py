@@ -49,6 +49,10 @@ class _Applied(Tensor):
         )
 
 
+def _dtype_of_states(table: Tensor) -> torch.dtype:
+    return torch.float64 if table.dtype == torch.float64 else torch.float32
+
+
 class _InBackward(torch.optim.Optimizer):
     """What all of them share. A subclass says its rule, its states' names, and what settings the rule takes."""
 
@@ -91,10 +95,10 @@ class _InBackward(torch.optim.Optimizer):
     def _state_of(self, table: Tensor, group: dict[str, Any]) -> dict[str, Any]:
         state: dict[str, Any] = self.state[table]
         if not state and self.states:
-            dtype = torch.float64 if table.dtype == torch.float64 else torch.float32
             shape = table.shape[:1] if self.rule == "rowwise_adagrad" else table.shape
             initial = float(group.get("initial_accumulator_value", 0))
             state["step"] = torch.tensor(0.0)
+            dtype = _dtype_of_states(table)
             state |= {name: torch.full(shape, initial, dtype=dtype, device=table.device) for name in self.states}
         return state
 
@@ -161,9 +165,9 @@ class _InBackward(torch.optim.Optimizer):
         saved = [state_dict["state"].get(key, {}) for group in state_dict["param_groups"] for key in group["params"]]
         tables = [table for group in self.param_groups for table in group["params"]]
         for table, values in zip(tables, saved, strict=True):
-            dtype = torch.float64 if table.dtype == torch.float64 else torch.float32
             for name in self.states if values else ():  # torch has cast them to the table's dtype
                 self.state[table]["step"] = torch.tensor(float(values["step"]))
+                dtype = _dtype_of_states(table)
                 self.state[table][name] = values[name].detach().to(table.device, dtype, copy=True).contiguous()
 
 

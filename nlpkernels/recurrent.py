@@ -23,6 +23,18 @@ from nlpkernels import _ops, functional
 __all__ = ["GRU", "LSTM", "RNN", "GRUCell", "LSTMCell", "RNNCell"]
 
 
+def _states_of(name: str, hx: Tensor | tuple[Tensor, Tensor] | None, count: int) -> tuple[Tensor, ...] | None:
+    """Hx of a layer or a cell of that name as a tuple: (h,) if `count` is 1, (h, c) if it is 2, or None."""
+    if hx is None:
+        return None
+    states = (hx,) if isinstance(hx, Tensor) else tuple(hx)
+    if len(states) != count or (count == 1) != isinstance(hx, Tensor):
+        expected = "one tensor" if count == 1 else "two tensors, (h, c)"
+        got = "one tensor" if isinstance(hx, Tensor) else f"a {type(hx).__name__} of {len(states)}"
+        raise RuntimeError(f"{name}: expected hx to be {expected}, got {got}")
+    return states
+
+
 class _Layers(RNNBase):
     """What RNN, LSTM and GRU share: checks, states, and input in all its forms."""
 
@@ -206,7 +218,8 @@ class _OneState(_Layers):
         return_state_sequence: bool = False,
     ) -> tuple[Tensor | PackedSequence, Tensor]:
         """Run all layers; see the class."""
-        output, (h_n,) = self._run(input, None if hx is None else (hx,), lengths, return_state_sequence)
+        states = _states_of(type(self).__name__, hx, 1)
+        output, (h_n,) = self._run(input, states, lengths, return_state_sequence)
         return output, h_n
 
 
@@ -381,8 +394,8 @@ class LSTM(_Layers):
         without the B, zeros if None. Returns output [T, B, D P] (or like input) and (h_n, c_n) like hx.
 
     Raises:
-        ValueError: input has a wrong number of dimensions or a dtype other than the parameters'.
-        RuntimeError: a size does not fit.
+        ValueError: input has a wrong number of dimensions or a dtype other than the parameters'; lengths do not fit.
+        RuntimeError: a size does not fit, or hx is not a pair.
 
     Example:
         >>> import torch
@@ -428,7 +441,8 @@ class LSTM(_Layers):
         return_state_sequence: bool = False,
     ) -> tuple[Tensor | PackedSequence, tuple[Tensor, Tensor]]:
         """Run all layers; see the class."""
-        output, (h_n, c_n) = self._run(input, None if hx is None else tuple(hx), lengths, return_state_sequence)
+        states = _states_of("LSTM", hx, 2)
+        output, (h_n, c_n) = self._run(input, states, lengths, return_state_sequence)
         return output, (h_n, c_n)
 
 
@@ -503,7 +517,7 @@ class RNNCell(_Cell):
         """Take one step; see the class."""
         if self.nonlinearity not in ("tanh", "relu"):
             raise RuntimeError(f"Unknown nonlinearity: {self.nonlinearity}")
-        return self._step(f"rnn_{self.nonlinearity}", input, None if hx is None else (hx,))[0]
+        return self._step(f"rnn_{self.nonlinearity}", input, _states_of("RNNCell", hx, 1))[0]
 
 
 class GRUCell(_Cell):
@@ -534,7 +548,7 @@ class GRUCell(_Cell):
 
     def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor:
         """Take one step; see the class."""
-        return self._step("gru", input, None if hx is None else (hx,))[0]
+        return self._step("gru", input, _states_of("GRUCell", hx, 1))[0]
 
 
 class LSTMCell(_Cell):
@@ -567,5 +581,5 @@ class LSTMCell(_Cell):
 
     def forward(self, input: Tensor, hx: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, Tensor]:
         """Take one step; see the class."""
-        h, c = self._step("lstm", input, None if hx is None else tuple(hx))
+        h, c = self._step("lstm", input, _states_of("LSTMCell", hx, 2))
         return h, c

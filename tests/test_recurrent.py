@@ -411,6 +411,14 @@ def test_bad_input_raises_torchs_errors(kind: str, device: str) -> None:
         assert len(str(got.value)) > 20, what
 
 
+@pytest.mark.parametrize("name", ["RNN", "GRU", "LSTM", "RNNCell", "GRUCell", "LSTMCell"])
+def test_hx_of_another_kind_of_layer_is_refused(name: str) -> None:
+    x, h = (torch.randn(2, 4), torch.randn(2, 5)) if "Cell" in name else (torch.randn(3, 2, 4), torch.randn(1, 2, 5))
+    for hx in [h, (h, h, h)] if "LSTM" in name else [(h, h)]:
+        with pytest.raises(RuntimeError, match=rf"{name}: expected hx to be (one tensor|two tensors, \(h, c\)), got"):
+            getattr(nlpkernels, name)(4, 5)(x, hx)
+
+
 def test_ops_refuse_what_does_not_fit(device: str) -> None:
     """The op itself is safe: shapes, dtypes, devices and batch sizes that do not fit never reach a kernel."""
     if device == "cuda":
