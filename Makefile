@@ -57,7 +57,7 @@ cuda-check:  ## compile the CUDA kernels and check all that can be without a GPU
 
 # Into a place of its own, beside which the package in place is not seen. Warnings are errors, and spills are warnings.
 .cuda-check: $(VENV)/.torch
-	@$(PIP) 'pytest>=8' numpy
+	@$(PIP) 'pytest>=8.2' numpy
 	@echo 'Compiling for sm_80 and sm_90'
 	FORCE_CUDA=1 TORCH_CUDA_ARCH_LIST='8.0;9.0' NLPKERNELS_BUILD_CPU=default \
 	  NVCC_APPEND_FLAGS='-Werror all-warnings -Xptxas -warn-spills,-Werror' \

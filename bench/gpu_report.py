@@ -33,8 +33,8 @@ ROOT = Path(__file__).resolve().parent.parent
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 CELLS = ("lstm", "gru", "rnn")
 NEEDS = ("numpy", "pytest", "setuptools")
-# Those that need nothing else: of the others' tests none is of a GPU.
-TESTS = [f"tests/test_{name}.py" for name in ("cuda", "recurrent", "embedding", "ops", "convert")]
+# Those that run kernels and need nothing else. The others' tests of a GPU are of what stands around the kernels.
+TESTS = [f"tests/test_{name}.py" for name in ("cuda", "recurrent", "lengths_and_states", "embedding", "ops", "convert")]
 TOOLS = ("memcheck", "racecheck", "synccheck")
 LIMITS = {"build": 200, "tests": 150, "sanitizer": 150}  # seconds; tests and sanitizer run side by side
 SLOWER = 0.95

@@ -18,7 +18,8 @@ class Embedding(torch.nn.Embedding):
 
     Shape: input int32 or int64 of any shape; output [*input.shape, embedding_dim] in weight's dtype.
 
-    Sparse gradients come out coalesced. An index that is not a row raises an IndexError that names it.
+    Sparse gradients come out coalesced. An index that is not a row raises an IndexError that names it; for other errors
+    see `functional.embedding`.
 
     Example:
         >>> import torch
@@ -43,7 +44,7 @@ class EmbeddingBag(torch.nn.EmbeddingBag):
 
     per_sample_weights are taken with all modes: "mean" is then the weighted mean, "max" the maximum of weighted rows.
     Sparse gradients come out coalesced; an optimizer of `nlpkernels.optim` needs no gradient at all. An index that is
-    not a row raises an IndexError that names it and its position.
+    not a row raises an IndexError that names it and its position; for other errors see `functional.embedding_bag`.
 
     Example:
         >>> import torch
