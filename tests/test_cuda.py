@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_ops import ALL_OPS, OPS, samples_of
+from test_ops import ALL_OPS, OPS, WITH_KERNELS, samples_of
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
@@ -29,7 +29,7 @@ needs_kernels = pytest.mark.skipif(not _ops.USES_CUDA_KERNELS, reason="the CUDA 
 
 
 @needs_kernels
-@pytest.mark.parametrize("name", ALL_OPS)
+@pytest.mark.parametrize("name", WITH_KERNELS)
 def test_every_op_has_its_kernel(name: str) -> None:
     assert torch._C._dispatch_has_kernel_for_dispatch_key(f"nlpkernels::{name}", "CUDA")
 

@@ -99,6 +99,7 @@ ALL_OPS = [
     "embedding_bag_sparse_backward",
     "embedding_bag_per_sample_backward",
 ]
+WITH_KERNELS = [name for name in ALL_OPS if name != "recurrent_states_backward"]  # which always runs reference.py
 
 
 def samples_of(name: str, device: str) -> list[tuple[Any, ...]]:
@@ -114,8 +115,8 @@ def test_every_op_is_listed() -> None:
     assert registered == {*ALL_OPS, "embedding_bag_update"}  # which changes its arguments: see test_optim.py
 
 
-# The other one always runs reference.py, whose torch.func the modes of opcheck cannot look into.
-@pytest.mark.parametrize("name", [name for name in ALL_OPS if name != "recurrent_states_backward"])
+# The modes of opcheck cannot look into the torch.func of reference.py.
+@pytest.mark.parametrize("name", WITH_KERNELS)
 def test_opcheck(name: str, device: str) -> None:
     """Schema, registrations, fake kernels, and derivatives under AOTAutograd with dynamic shapes."""
     # It compares two calls bit for bit, with memory that differs; poison would be the same for both.
