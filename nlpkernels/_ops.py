@@ -342,7 +342,7 @@ def _differentiable(
         return (result, out_dims) if has_one_output else (outputs_of.unflatten(result), outputs_of.unflatten(out_dims))
 
     # apply() binds its arguments to forward's signature: known once, it need not be found out at every call.
-    Function.forward.__signature__ = inspect.signature(Function.forward)
+    Function.forward.__signature__ = inspect.signature(Function.forward)  # type: ignore[attr-defined]
     torch.library.register_autograd(op, backward, setup_context=setup_context)
     torch.library.register_vmap(op, vmap_op)
 
