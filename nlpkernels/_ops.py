@@ -461,7 +461,7 @@ def _backward_embedding_bag(ctx: Any, grad: Tensor | None, _: Tensor | None) -> 
             rows, values = _embedding_bag_sparse_backward(*arguments)
             size = (ctx.num_embeddings, grad.shape[1])
             # What torch.sparse_coo_tensor calls; that warns in torch 2.11, whatever it is told to check.
-            dweight = torch.ops.aten._sparse_coo_tensor_with_dims_and_tensors(
+            dweight = torch.ops.aten._sparse_coo_tensor_with_dims_and_tensors.default(
                 1, 1, size, rows.unsqueeze(0), values, dtype=values.dtype, layout=torch.sparse_coo,
                 device=values.device, is_coalesced=True,
             )  # fmt: skip
