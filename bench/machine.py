@@ -150,7 +150,9 @@ def cpu_floor(threads: int, seconds: float = 0.3) -> Floor | str:
     library = _library()
     if isinstance(library, str):
         return library
-    rates = tuple((size, float(library.copy_rate(threads, size, seconds))) for size in COPY_SIZES)
+    # What fits a cache is copied faster by one thread than by several, which must be woken first.
+    counts = {1, threads}
+    rates = tuple((size, max(float(library.copy_rate(n, size, seconds)) for n in counts)) for size in COPY_SIZES)
     return Floor(float(library.fma_rate(threads, seconds)), rates)
 
 
