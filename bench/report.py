@@ -40,6 +40,7 @@ STYLE = {  # colours that stay apart for colour-blind eyes; the peer that everyb
     "onnxruntime": ("#009e73", "P"),
     "openvino": ("#8a6bbd", "X"),
     "fbgemm": ("#b8860b", "*"),
+    "dense": ("#7f7f7f", "h"),
 }
 LABEL = {
     "torch": "torch.nn",
@@ -49,6 +50,7 @@ LABEL = {
     "onnxruntime": "ONNX Runtime",
     "openvino": "OpenVINO",
     "fbgemm": "FBGEMM",
+    "dense": "torch.nn, dense gradient",
 }
 
 

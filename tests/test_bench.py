@@ -287,3 +287,7 @@ def test_what_does_not_fit_is_skipped(monkeypatch: pytest.MonkeyPatch) -> None:
     plan = cli.plan(cli.parser().parse_args(["cells", "--quick", "--peers", "torch"]))
     rows, _ = cli.measured(case_of(SMALL), None, plan)
     assert [row.status.split(",")[0] for row in rows] == ["skipped: needs about 0.0 GiB"] * 2
+
+
+def test_every_provider_can_be_drawn() -> None:
+    assert set(report.STYLE) == set(providers.PROVIDERS)
