@@ -34,8 +34,9 @@ demo: $(VENV)/.demo  ## train and time a sentiment model, torch.nn against nlpke
 test: $(VENV)/.test  ## run the tests
 	@$(BIN)/python -m pytest $(ARGS)
 
-bench: $(VENV)/.bench  ## time against torch.nn and others
+bench: $(VENV)/.bench  ## time against torch.nn and others: rows, tables and plots, in twenty minutes
 	@$(BIN)/python -m bench $(or $(ARGS),all)
+	@$(if $(ARGS),,$(BIN)/python -m bench report)
 
 lint: $(VENV)/.lint  ## check style and types
 	$(BIN)/ruff check $(PY_FILES)
