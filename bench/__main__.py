@@ -288,7 +288,10 @@ def parser() -> argparse.ArgumentParser:
     add("--threads", metavar="N,N", help="CPU threads; by default 1 and the number of cores")
     add("--peers", metavar="NAMES", help=f"whom to measure beside nlpkernels: {', '.join(list(PROVIDERS)[1:])}")
     add(
-        "--seconds", type=float, default=0.5, help="time for each case, all providers together (more if calls are long)"
+        "--seconds",
+        type=float,
+        default=Effort.seconds,
+        help="time for each case, all providers together (more if calls are long)",
     )
     add("--graph", action="store_true", help="CUDA: replay each call as a CUDA graph")
     add("--quick", action="store_true", help="a smoke run: toy sizes, a fraction of a second each")

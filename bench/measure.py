@@ -36,7 +36,7 @@ TOLERANCE_TF32 = 1e-2
 class Effort:
     """How long to measure one case, all its providers together."""
 
-    seconds: float = 1.0
+    seconds: float = 0.5
     sample: float = 0.005  # calls are repeated until a sample takes this long
     rounds: int = 5  # at least, unless they take four times the seconds; then three
     most: int = 200
