@@ -74,9 +74,11 @@ inline RecurrentArguments check_recurrent(const Tensor& x, const OptionalTensor&
     const int64_t* size = sizes.const_data_ptr<int64_t>();
     args.active.assign(size, size + sizes.numel());
   } else {
-    TORCH_CHECK(x.dim() == 3, op, ": expected x of shape [steps, batch, features], got ", x.sizes());
-    TORCH_CHECK(x.size(1) == args.batch, op, ": expected h0 for a batch of ", x.size(1), " as x has, got ", args.batch);
-    args.active.assign(x.size(0), args.batch);
+    TORCH_CHECK(x.dim() == 2 || x.dim() == 3, op,
+                ": expected x of shape [steps, batch, features] or [batch, features], got ", x.sizes());
+    TORCH_CHECK(x.size(-2) == args.batch, op, ": expected h0 for a batch of ", x.size(-2), " as x has, got ",
+                args.batch);
+    args.active.assign(x.dim() == 2 ? 1 : x.size(0), args.batch);
   }
   args.steps = static_cast<int64_t>(args.active.size());
   int64_t limit = args.batch;

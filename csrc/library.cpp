@@ -15,7 +15,8 @@
 
 TORCH_LIBRARY(nlpkernels, m) {
   // One layer of an RNN, all steps, both directions.
-  //   x            [T, B, I], or packed data [N, I] with batch_sizes [T] (int64, on the CPU, non-increasing)
+  //   x            [T, B, I]; or one step, [B, I]; or packed data [N, I] with batch_sizes [T] (int64, on the CPU,
+  //                non-increasing)
   //   h0, c0       [D, B, P], [D, B, H] (c0 for the LSTM only)
   //   weights      for each direction W_ih [G H, I], W_hh [G H, P], then b_ih, b_hh [G H] or neither, then W_hr [P, H]
   //                for an LSTM with a projection

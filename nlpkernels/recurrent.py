@@ -451,36 +451,40 @@ class _Cell(RNNCellBase):
 
     def _step(self, cell: str, input: Tensor, states: tuple[Tensor, ...] | None) -> tuple[Tensor, ...]:
         """New states, (h,) or (h, c); `states` are of the same form, or None for zeros."""
+        dim, shape = input.dim(), (*input.shape[:-1], self.hidden_size)
+        if states is None:
+            zeros = input.new_zeros(shape)
+            states = (zeros, zeros) if cell == "lstm" else (zeros,)
+        # One comparison each where all is well: a step takes microseconds.
+        if dim not in (1, 2) or input.size(-1) != self.input_size or any(state.shape != shape for state in states):
+            self._refuse(cell, input, states)
+        x = input if dim == 2 else input.unsqueeze(0)
+        h0, *c0 = [state.unsqueeze(0) if dim == 2 else state.view(1, 1, -1) for state in states]
+        parameters = (self.weight_ih, self.weight_hh, self.bias_ih, self.bias_hh)
+        weights = [parameter for parameter in parameters if parameter is not None]
+        h, _, c, _ = _ops.recurrent(x, None, h0, c0[0] if c0 else None, weights, cell)
+        final = (h, c.squeeze(0)) if c0 else (h,)
+        return final if dim == 2 else tuple(state.squeeze(0) for state in final)
+
+    def _refuse(self, cell: str, input: Tensor, states: tuple[Tensor, ...]) -> None:
         name = type(self).__name__
         if input.dim() not in (1, 2):
             raise ValueError(f"{name}: Expected input to be 1D or 2D, got {input.dim()}D instead")
-        for i, state in enumerate(states or ()):
+        for i, state in enumerate(states):
             if state.dim() not in (1, 2):
                 what = f"hx[{i}]" if cell == "lstm" else "hidden"
                 raise ValueError(f"{name}: Expected {what} to be 1D or 2D, got {state.dim()}D instead")
-        is_batched = input.dim() == 2
-        x = input if is_batched else input.unsqueeze(0)
-        if x.size(1) != self.input_size:
-            raise RuntimeError(f"input has inconsistent input_size: got {x.size(1)} expected {self.input_size}")
-        if states is None:
-            zeros = x.new_zeros(x.size(0), self.hidden_size)
-            states = (zeros, zeros) if cell == "lstm" else (zeros,)
-        elif not is_batched:
-            states = tuple(state.unsqueeze(0) for state in states)
+        if input.size(-1) != self.input_size:
+            raise RuntimeError(f"input has inconsistent input_size: got {input.size(-1)} expected {self.input_size}")
+        batch = input.shape[:-1]
         for i, state in enumerate(states):
-            if state.dim() != 2 or state.size(0) != x.size(0):
-                got = state.size(0) if state.dim() == 2 else list(state.shape)
-                raise RuntimeError(f"Input batch size {x.size(0)} doesn't match hidden{i} batch size {got}")
-            if state.size(1) != self.hidden_size:
+            if state.shape[:-1] != batch:
+                expected, got = ((*sizes, "none")[0] for sizes in (batch, state.shape[:-1]))
+                raise RuntimeError(f"Input batch size {expected} doesn't match hidden{i} batch size {got}")
+            if state.size(-1) != self.hidden_size:
                 raise RuntimeError(
-                    f"hidden{i} has inconsistent hidden_size: got {state.size(1)}, expected {self.hidden_size}"
+                    f"hidden{i} has inconsistent hidden_size: got {state.size(-1)}, expected {self.hidden_size}"
                 )
-        parameters = (self.weight_ih, self.weight_hh, self.bias_ih, self.bias_hh)
-        weights = [parameter for parameter in parameters if parameter is not None]
-        h0, *c0 = [state.unsqueeze(0) for state in states]
-        _, h, c, _ = _ops.recurrent(x.unsqueeze(0), None, h0, c0[0] if c0 else None, weights, cell)
-        final = [state.squeeze(0) for state in ((h, c) if c0 else (h,))]
-        return tuple(final if is_batched else [state.squeeze(0) for state in final])
 
 
 class RNNCell(_Cell):

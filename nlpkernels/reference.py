@@ -90,12 +90,12 @@ def recurrent(
     cell: str,
     keep: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """One layer: y [T, B, D P], h_n [D, B, P], c_n [D, B, H] (LSTM, else [0]), workspace [D, N, S, H] (or [0])."""
+    """One layer: y [T, B, D P] or as x has it, h_n [D, B, P], c_n [D, B, H] or [0], workspace [D, N, S, H] or [0]."""
     facts, dtype = CELLS[cell], x.dtype
     directions, batch, _ = h0.shape
     per_direction = len(weights) // directions
     if batch_sizes is None:
-        sizes = [batch] * x.shape[0]
+        sizes = [batch] * (x.shape[0] if x.dim() == 3 else 1)
     else:
         sizes = [int(size) for size in batch_sizes.tolist()]
     # Data in [N, I]; the rows of step t are first[t] up to first[t] + sizes[t].

@@ -1,6 +1,6 @@
 // Matrix products for the time loops: packed panels of weights and one register-tile microkernel.
 //
-// c += a b, where
+// c += a b, or c = a b, where
 //   b  has been packed in panels of kTileVecs vectors of columns, each stored [K][width]     (PackedMatrix)
 //   a  is read where it lies, rows of K values, a tile of up to kTileRows rows at a time; or, if it is given by its
 //      columns, from tiles that have been packed, each stored [K][height]                    (LeftOperand)
@@ -280,11 +280,11 @@ void pack_tiles(scalar* dst, const RowTiles& tiles, int64_t k, const scalar* row
   }
 }
 
-// c[s][m][n] += sum_k a[m][k] b[s][k][n] for one tile of M rows, S strips of N vectors of columns. Meanwhile it fetches
-// what stands at `next`, `next_step` values further at each k, into the first-level cache.
+// c[s][m][n] (+)= sum_k a[m][k] b[s][k][n] for one tile of M rows, S strips of N vectors of columns. Meanwhile it
+// fetches what stands at `next`, `next_step` values further at each k, into the first-level cache.
 template <typename scalar, bool Packed, int M, int N, int S>
 void multiply_tile(int64_t k, const scalar* a, int64_t lda, const scalar* const* b, scalar* const* c, int64_t ldc,
-                   const scalar* next, int64_t next_step) {
+                   bool add, const scalar* next, int64_t next_step) {
   using V = Vectorized<scalar>;
   const scalar* strip[S];
   scalar* out[S];
@@ -330,16 +330,17 @@ void multiply_tile(int64_t k, const scalar* a, int64_t lda, const scalar* const*
 #pragma GCC unroll 2
         for (int n = 0; n < N; ++n) {
           scalar* to = out[s] + m * ldc + n * V::size();
-          (V::loadu(to) + sum[s][m][n]).store(to);
+          (add ? V::loadu(to) + sum[s][m][n] : sum[s][m][n]).store(to);
         }
       }
     }
+    add = true;
   }
 }
 
 template <typename scalar>
 using TileKernel = void (*)(int64_t k, const scalar* a, int64_t lda, const scalar* const* b, scalar* const* c,
-                            int64_t ldc, const scalar* next, int64_t next_step);
+                            int64_t ldc, bool add, const scalar* next, int64_t next_step);
 
 // Rows of a tile that S strips of N vectors leave accumulators for.
 constexpr int max_rows(int N, int S) { return std::min(kTileRows, kTileRows * kTileVecs / (N * S)); }
@@ -367,7 +368,7 @@ int64_t slice_depth(const RowTiles& tiles) {
 
 template <typename scalar, int N, int S>
 void multiply_strips(const RowTiles& tiles, const LeftOperand<scalar>& a, Slice slice, const scalar* const* b,
-                     scalar* const* c, int64_t ldc) {
+                     scalar* const* c, int64_t ldc, bool add) {
   constexpr int64_t width = N * Vectorized<scalar>::size();
   constexpr int64_t block = kPanelBytes / (width * sizeof(scalar));
   static_assert(block % kChain == 0);
@@ -386,9 +387,10 @@ void multiply_strips(const RowTiles& tiles, const LeftOperand<scalar>& a, Slice 
       }
       const auto kernel =
           tile_kernel<scalar, N, S>(a.is_packed(), height, std::make_integer_sequence<int, max_rows(N, S)>());
-      kernel(count, a.tile(tiles, tile, begin), a.ld, b_block, c_tile, ldc, next, next_step);
+      kernel(count, a.tile(tiles, tile, begin), a.ld, b_block, c_tile, ldc, add, next, next_step);
       next += count * next_step;
     }
+    add = true;
     begin += count;
   }
 }
@@ -398,8 +400,8 @@ void multiply_strips(const RowTiles& tiles, const LeftOperand<scalar>& a, Slice 
 template <typename scalar>
 class StripGroup {
  public:
-  StripGroup(const RowTiles& tiles, const LeftOperand<scalar>& a, Slice slice, int64_t ldc)
-      : tiles_(tiles), a_(a), slice_(slice), ldc_(ldc) {}
+  StripGroup(const RowTiles& tiles, const LeftOperand<scalar>& a, Slice slice, int64_t ldc, bool add)
+      : tiles_(tiles), a_(a), slice_(slice), ldc_(ldc), add_(add) {}
 
   void add(const scalar* b, scalar* c, int64_t width) {
     if (count_ == kMaxStrips || width != width_) flush();
@@ -429,7 +431,7 @@ class StripGroup {
       constexpr int S = decltype(strips)::value;
       if constexpr (max_rows(N, S) > 0) {
         while (height <= max_rows(N, S) && count_ - done >= S) {
-          multiply_strips<scalar, N, S>(tiles_, a_, slice_, b_ + done, c_ + done, ldc_);
+          multiply_strips<scalar, N, S>(tiles_, a_, slice_, b_ + done, c_ + done, ldc_, add_);
           done += S;
         }
       }
@@ -443,18 +445,21 @@ class StripGroup {
   const LeftOperand<scalar>& a_;
   const Slice slice_;
   const int64_t ldc_;
+  const bool add_;
   int count_ = 0;
   int64_t width_ = 0;
   const scalar* b_[kMaxStrips];
   scalar* c_[kMaxStrips];
 };
 
-// c += a b for the panels [begin, end) of b and one slice of k. A row of c holds, from panel `begin` on, `slots` strips
-// as wide as the panel; gate g adds to strip slot_of(g). With one gate and one slot that is an ordinary row of columns.
+// c += a b, or c = a b unless `add`, for the panels [begin, end) of b and one slice of k. A row of c holds, from panel
+// `begin` on, `slots` strips as wide as the panel; gate g adds to strip slot_of(g). With one gate and one slot that is
+// an ordinary row of columns.
 template <typename scalar, typename SlotOf>
 void multiply_panels(const RowTiles& tiles, const LeftOperand<scalar>& a, const PackedMatrix<scalar>& b, int64_t begin,
-                     int64_t end, Slice slice, scalar* c, int64_t ldc, int64_t slots, const SlotOf& slot_of) {
-  StripGroup<scalar> group(tiles, a, slice, ldc);
+                     int64_t end, Slice slice, scalar* c, int64_t ldc, int64_t slots, const SlotOf& slot_of,
+                     bool add = true) {
+  StripGroup<scalar> group(tiles, a, slice, ldc, add);
   for (const auto panel : c10::irange(begin, end)) {
     const int64_t width = b.panels.width(panel);
     scalar* c_panel = c + (b.panels.begin(panel) - b.panels.begin(begin)) * slots;
@@ -475,17 +480,22 @@ int64_t last_slice(const RowTiles& tiles, int64_t k) {
 // c += a b for all panels and the slices of k before `end`, which is the begin of a slice or K.
 template <typename scalar, typename SlotOf>
 void multiply_slices(const RowTiles& tiles, const LeftOperand<scalar>& a, const PackedMatrix<scalar>& b, int64_t end,
-                     scalar* c, int64_t ldc, int64_t slots, const SlotOf& slot_of) {
+                     scalar* c, int64_t ldc, int64_t slots, const SlotOf& slot_of, bool add = true) {
   const int64_t depth = slice_depth<scalar>(tiles);
   for (int64_t begin = 0; begin < end; begin += depth) {
-    multiply_panels(tiles, a, b, 0, b.panels.count(), {begin, std::min(begin + depth, b.k)}, c, ldc, slots, slot_of);
+    multiply_panels(tiles, a, b, 0, b.panels.count(), {begin, std::min(begin + depth, b.k)}, c, ldc, slots, slot_of,
+                    add || begin > 0);
   }
 }
 
+// c += a b, or c = a b unless `add`
 template <typename scalar>
 void multiply(const RowTiles& tiles, const LeftOperand<scalar>& a, const PackedMatrix<scalar>& b, scalar* c,
-              int64_t ldc) {
-  multiply_slices(tiles, a, b, b.k, c, ldc, 1, [](int64_t) { return 0; });
+              int64_t ldc, bool add) {
+  if (b.k == 0 && !add) {
+    for (const auto r : c10::irange(tiles.rows())) std::fill_n(c + r * ldc, b.panels.columns, scalar(0));
+  }
+  multiply_slices(tiles, a, b, b.k, c, ldc, 1, [](int64_t) { return 0; }, add);
 }
 
 // A product over all rows of data, out [m, n] = a^T b, for the gradients of weights: a(k) and b(k) point to the k-th
@@ -511,13 +521,19 @@ void run_products(const std::vector<TransposedProduct<scalar, T>>& products) {
   };
   int64_t total = 0;
   for (const auto& product : products) total += product.m * product.n;
-  // At least four tasks a thread, where that leaves blocks of a sensible size.
+  // At least four tasks a thread, where that leaves blocks of a sensible size. With little of k there is little to be
+  // gained from a larger one than the second-level cache holds.
   const int64_t share = ceil_div(total, 4 * at::get_num_threads() * block_n);
-  const int64_t block_m = at::get_num_threads() == 1
-                              ? max_block_m
-                              : std::clamp<int64_t>(ceil_div(share, part_m) * part_m, part_m, max_block_m);
+  const auto block_m_of = [&](const TransposedProduct<scalar, T>& product) {
+    if (product.k <= block_k) return part_m / 2;
+    if (at::get_num_threads() == 1) return max_block_m;
+    return std::clamp<int64_t>(ceil_div(share, part_m) * part_m, part_m, max_block_m);
+  };
   std::vector<Task> tasks;
+  int64_t most_m = 0;
   for (const auto& product : products) {
+    const int64_t block_m = std::min(block_m_of(product), product.m);
+    most_m = std::max(most_m, block_m);
     for (int64_t n = 0; n < product.n; n += block_n) {
       for (int64_t m = 0; m < product.m; m += block_m) {
         tasks.push_back({&product, m, std::min(block_m, product.m - m), n, std::min(block_n, product.n - n)});
@@ -526,27 +542,35 @@ void run_products(const std::vector<TransposedProduct<scalar, T>>& products) {
   }
   at::parallel_for(0, static_cast<int64_t>(tasks.size()), 1, [&](int64_t begin, int64_t end) {
     const Scratch<scalar> a(packed_tile(RowTiles(part_m), ceil_div(part_m, kTileRows), block_k)),
-        c(block_m * row_stride<scalar>(block_n));
+        c(most_m * row_stride<scalar>(block_n));
     for (const auto i : c10::irange(begin, end)) {
       const Task& task = tasks[i];
       const auto& product = *task.product;
-      const int64_t ldc = row_stride<scalar>(task.n_count);
-      std::fill(c.data(), c.data() + task.m_count * ldc, scalar(0));
+      T* const out = product.out + task.m * product.ldo + task.n;
+      // One block of k goes straight to the output, if whole vectors may be written there.
+      scalar* to = c.data();
+      int64_t ldc = row_stride<scalar>(task.n_count);
+      if constexpr (std::is_same_v<scalar, T>) {
+        if (product.k > 0 && product.k <= block_k && task.n_count % Panels<scalar>::vector == 0)
+          to = out, ldc = product.ldo;
+      }
       const auto multiply_block = [&](const PackedMatrix<scalar>& b, int64_t k) {
         b.pack_rows([&](int64_t r) { return product.b[k + r] + task.n; });
         for (int64_t m = 0; m < task.m_count; m += part_m) {
           const RowTiles tiles(std::min(part_m, task.m_count - m));
           pack_tiles(a.data(), tiles, b.k, product.a + k * product.lda + task.m + m, product.lda);
-          multiply(tiles, {a.data(), b.k, 0}, b, c.data() + m * ldc, ldc);
+          multiply(tiles, {a.data(), b.k, 0}, b, to + m * ldc, ldc, k > 0);
         }
       };
-      const PackedMatrix<scalar> block(block_k, task.n_count), rest(product.k % block_k, task.n_count);
-      int64_t k = 0;
-      for (; k + block_k <= product.k; k += block_k) multiply_block(block, k);
-      if (rest.k > 0) multiply_block(rest, k);
+      const int64_t blocks = product.k / block_k;
+      const PackedMatrix<scalar> block(blocks > 0 ? block_k : 0, task.n_count), rest(product.k % block_k, task.n_count);
+      for (const auto k : c10::irange(blocks)) multiply_block(block, k * block_k);
+      if (rest.k > 0) multiply_block(rest, blocks * block_k);
+      if (static_cast<const void*>(to) == out) continue;
       for (const auto m : c10::irange(task.m_count)) {
-        T* out = product.out + (task.m + m) * product.ldo + task.n;
-        for (const auto n : c10::irange(task.n_count)) out[n] = static_cast<T>(c.data()[m * ldc + n]);
+        for (const auto n : c10::irange(task.n_count)) {
+          out[m * product.ldo + n] = product.k > 0 ? static_cast<T>(to[m * ldc + n]) : T(0);
+        }
       }
     }
   });

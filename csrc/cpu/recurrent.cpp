@@ -308,8 +308,7 @@ class Forward {
       }
     }
     if (layer_.has_projection) {
-      std::fill(h_next, h_next + active * h_stride, scalar(0));
-      multiply(tiles, {unprojected, layer_.hidden, c_stride}, direction.w_hr, h_next, h_stride);
+      multiply(tiles, {unprojected, layer_.hidden, c_stride}, direction.w_hr, h_next, h_stride, false);
       for (const auto r : c10::irange(active)) copy(y_row(d, first_row + r), h_next + r * h_stride, features);
     }
   }
@@ -447,8 +446,7 @@ class Backward {
           const scalar* row = dh.data() + r * h_stride;
           std::copy(row, row + features, dprojected_.data() + (d * layer_.rows + first_row + r) * features);
         }
-        std::fill(unprojected.data(), unprojected.data() + active * c_stride, scalar(0));
-        multiply(tiles, {dh.data(), features, h_stride}, direction.w_hr, unprojected.data(), c_stride);
+        multiply(tiles, {dh.data(), features, h_stride}, direction.w_hr, unprojected.data(), c_stride, false);
         std::fill(dh.data(), dh.data() + active * h_stride, scalar(0));
       }
       for (const auto r : c10::irange(active)) {
@@ -456,7 +454,7 @@ class Backward {
         differentiate(d, t, begin + r, dh.data() + r * h_stride, projected, dc.data() + r * c_stride);
       }
       multiply(tiles, {dgates_row(d, first_row), layer_.gate_rows(), layer_.slot_stride()}, direction.w_hh, dh.data(),
-               h_stride);
+               h_stride, true);
     }
 
     for (const auto r : c10::irange(batch)) {
@@ -608,10 +606,10 @@ class Backward {
       for (const auto i : c10::irange(begin, end)) {
         const int64_t first = i * block, count = std::min(block, rows - first);
         const RowTiles tiles(count);
-        std::fill(sum.data(), sum.data() + count * columns, scalar(0));
         for (const Term& term : terms) {
           const scalar* dgates = dgates_row(term.direction, first) + term.slot * hidden;
-          multiply(tiles, {dgates, term.w->k, layer_.slot_stride()}, *term.w, sum.data(), columns);
+          multiply(tiles, {dgates, term.w->k, layer_.slot_stride()}, *term.w, sum.data(), columns,
+                   &term != &terms.front());
         }
         for (const auto r : c10::irange(count)) write(out + (first + r) * inputs, sum.data() + r * columns, inputs);
       }
