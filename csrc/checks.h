@@ -54,7 +54,8 @@ struct RecurrentArguments {
 };
 
 inline RecurrentArguments check_recurrent(const Tensor& x, const OptionalTensor& batch_sizes, const Tensor& h0,
-                                          const OptionalTensor& c0, at::TensorList weights, int64_t gates, bool has_c) {
+                                          const OptionalTensor& c0, at::TensorList weights,
+                                          const OptionalTensor& h_mask, int64_t gates, bool has_c) {
   const char* op = "recurrent";
   RecurrentArguments args;
   TORCH_CHECK(at::isFloatingType(x.scalar_type()), op, ": expected x of a floating dtype, got ", x.scalar_type());
@@ -126,6 +127,10 @@ inline RecurrentArguments check_recurrent(const Tensor& x, const OptionalTensor&
   if (c0) {
     check_shape(op, "c0", *c0, {args.directions, args.batch, args.hidden});
     check_like(op, "c0", *c0, "x", x);
+  }
+  if (h_mask) {
+    check_shape(op, "h_mask", *h_mask, h0.sizes());
+    check_like(op, "h_mask", *h_mask, "x", x);
   }
   return args;
 }

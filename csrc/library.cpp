@@ -22,27 +22,29 @@ TORCH_LIBRARY(nlpkernels, m) {
   //                for an LSTM with a projection
   //   cell         "rnn_tanh", "rnn_relu", "lstm" or "gru"
   //   keep         whether backward will follow and needs the workspace
+  //   h_mask       [D, B, P], factors of h_{t-1}, the same at all steps, where W_hh multiplies it and nowhere else:
+  //                W_hh (h_mask h_{t-1}). It is constant: no op has a derivative of it
   // Returns
   //   y            [T, B, D P] or [N, D P]
   //   h_n, c_n     [D, B, P], [D, B, H] (c_n is empty, [0], but for the LSTM)
   //   workspace    [D, N, S, H], the values that cells.h saves; empty, [0], unless keep
   m.def(
-      "recurrent(Tensor x, Tensor? batch_sizes, Tensor h0, Tensor? c0, Tensor[] weights, str cell, bool keep)"
-      " -> (Tensor y, Tensor h_n, Tensor c_n, Tensor workspace)");
+      "recurrent(Tensor x, Tensor? batch_sizes, Tensor h0, Tensor? c0, Tensor[] weights, str cell, bool keep,"
+      " Tensor? h_mask) -> (Tensor y, Tensor h_n, Tensor c_n, Tensor workspace)");
 
   // Its gradients. dy, dh_n, dc_n: shaped like the outputs, None stands for zeros. Returns dx, dh0, dc0 and one
   // gradient per weight, shaped like the inputs; dc0 is empty but for the LSTM, dx and the weights' are empty unless
   // needed.
   m.def(
       "recurrent_backward(Tensor? dy, Tensor? dh_n, Tensor? dc_n, Tensor x, Tensor? batch_sizes, Tensor h0, Tensor? c0,"
-      " Tensor[] weights, str cell, Tensor y, Tensor workspace, bool need_dx, bool need_dweights)"
-      " -> (Tensor dx, Tensor dh0, Tensor dc0, Tensor[] dweights)");
+      " Tensor[] weights, str cell, Tensor y, Tensor workspace, bool need_dx, bool need_dweights,"
+      " Tensor? h_mask) -> (Tensor dx, Tensor dh0, Tensor dc0, Tensor[] dweights)");
 
   // The same of an LSTM, given a gradient of the workspace as well: of the cell states between the steps.
   m.def(
       "recurrent_states_backward(Tensor? dy, Tensor? dh_n, Tensor? dc_n, Tensor dworkspace, Tensor x,"
-      " Tensor? batch_sizes, Tensor h0, Tensor c0, Tensor[] weights, str cell, bool need_dx, bool need_dweights)"
-      " -> (Tensor dx, Tensor dh0, Tensor dc0, Tensor[] dweights)");
+      " Tensor? batch_sizes, Tensor h0, Tensor c0, Tensor[] weights, str cell, bool need_dx, bool need_dweights,"
+      " Tensor? h_mask) -> (Tensor dx, Tensor dh0, Tensor dc0, Tensor[] dweights)");
 
   // Rows of a table, pooled by bag.
   //   weight       [V, E]

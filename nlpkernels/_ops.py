@@ -84,7 +84,14 @@ for _name in (
 
 @torch.library.register_fake("nlpkernels::recurrent")
 def _(
-    x: Tensor, batch_sizes: Tensor | None, h0: Tensor, c0: Tensor | None, weights: list[Tensor], cell: str, keep: bool
+    x: Tensor,
+    batch_sizes: Tensor | None,
+    h0: Tensor,
+    c0: Tensor | None,
+    weights: list[Tensor],
+    cell: str,
+    keep: bool,
+    h_mask: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     facts = reference.CELLS[cell]
     directions, _, features = h0.shape
@@ -113,6 +120,7 @@ def _(
     workspace: Tensor,
     need_dx: bool,
     need_dweights: bool,
+    h_mask: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
     return (
         x.new_empty(x.shape if need_dx else (0,)),
@@ -136,6 +144,7 @@ def _(
     cell: str,
     need_dx: bool,
     need_dweights: bool,
+    h_mask: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
     return (
         x.new_empty(x.shape if need_dx else (0,)),
@@ -413,29 +422,31 @@ _embedding_bag_per_sample_backward = _differentiable_by_reference("embedding_bag
 
 
 def _save_recurrent(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    x, batch_sizes, h0, c0, weights, ctx.cell, _ = inputs
+    x, batch_sizes, h0, c0, weights, ctx.cell, _, h_mask = inputs
     y, _, _, workspace = output
-    ctx.save_for_backward(x, batch_sizes, h0, c0, y, workspace, *weights)
+    ctx.save_for_backward(x, batch_sizes, h0, c0, h_mask, y, workspace, *weights)
 
 
 def _backward_recurrent(
     ctx: Any, dy: Tensor | None, dh_n: Tensor | None, dc_n: Tensor | None, dworkspace: Tensor | None
 ) -> tuple[Any, ...]:
-    x, batch_sizes, h0, c0, y, workspace, *weights = ctx.saved_tensors
+    if ctx.needs_input_grad[7]:
+        raise NotImplementedError("recurrent: h_mask has no gradient: expected one that requires none")
+    x, batch_sizes, h0, c0, h_mask, y, workspace, *weights = ctx.saved_tensors
     need_dx, need_dweights = ctx.needs_input_grad[0], any(ctx.needs_input_grad[4])
     was_kept = workspace.dim() == 4
     if was_kept and dworkspace is not None:  # of the cell states of all steps, which recurrent_backward does not take
         dx, dh0, dc0, dweights = _recurrent_states_backward(
-            dy, dh_n, dc_n, dworkspace, x, batch_sizes, h0, c0, weights, ctx.cell, need_dx, need_dweights
+            dy, dh_n, dc_n, dworkspace, x, batch_sizes, h0, c0, weights, ctx.cell, need_dx, need_dweights, h_mask
         )
     else:
         if not was_kept:
             y, *_, workspace = _ops.recurrent(
-                x.detach(), batch_sizes, h0.detach(), _detach(c0), [w.detach() for w in weights], ctx.cell, True
+                x.detach(), batch_sizes, h0.detach(), _detach(c0), [w.detach() for w in weights], ctx.cell, True, h_mask
             )
         dx, dh0, dc0, dweights = _recurrent_backward(
             dy, dh_n, dc_n if c0 is not None else None, x, batch_sizes, h0, c0, weights, ctx.cell, y.detach(),
-            workspace.detach(), need_dx, need_dweights,
+            workspace.detach(), need_dx, need_dweights, h_mask,
         )  # fmt: skip
     return (
         dx if need_dx else None,
@@ -443,6 +454,7 @@ def _backward_recurrent(
         dh0,
         dc0 if c0 is not None else None,
         list(dweights) if need_dweights else [None] * len(weights),
+        None,
         None,
         None,
     )
@@ -586,6 +598,7 @@ def recurrent(
     weights: list[Tensor],
     cell: str,
     return_cell_states: bool = False,
+    h_mask: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """One layer: y, h_n and c_n of `reference.recurrent`, with derivatives, and c of all steps, [D, T, B, H].
 
@@ -595,11 +608,12 @@ def recurrent(
     if dtype is not None:
         x, h0, c0 = x.to(dtype), h0.to(dtype), None if c0 is None else c0.to(dtype)
         weights = [weight.to(dtype) for weight in weights]
+        h_mask = None if h_mask is None else h_mask.to(dtype)
     wants_c = return_cell_states and c0 is not None
     keep = wants_c or (
         torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in (x, h0, c0, *weights))
     )
-    y, h_n, c_n, workspace = _recurrent(x, batch_sizes, h0, c0, weights, cell, keep)
+    y, h_n, c_n, workspace = _recurrent(x, batch_sizes, h0, c0, weights, cell, keep, h_mask)
     if not wants_c:
         return y, h_n, c_n, None
     c = reference.cell_states(workspace)

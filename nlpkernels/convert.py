@@ -13,7 +13,7 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from nlpkernels.embedding import Embedding, EmbeddingBag
-from nlpkernels.recurrent import GRU, LSTM, RNN, GRUCell, LSTMCell, RNNCell
+from nlpkernels.recurrent import GRU, LSTM, RNN, GRUCell, LSTMCell, RNNCell, _Layers
 
 __all__ = ["Swaps", "convert", "revert"]
 
@@ -36,7 +36,8 @@ class Swaps:
     swapped: dict[str, str] = field(default_factory=dict)
     """Names of the modules that were swapped, with their new class."""
     left: dict[str, str] = field(default_factory=dict)
-    """Layers that were left alone, with the reason: subclasses, which may do things of their own."""
+    """Layers that were left alone, with the reason: subclasses, which may do things of their own, and on the way back
+    layers with recurrent dropout, which torch.nn has not."""
 
     def __str__(self) -> str:
         lines = [f"{name or '(the model)'}: now {new}" for name, new in self.swapped.items()]
@@ -62,7 +63,11 @@ def _swap(
                 why = "parametrized, remove_parametrizations before and register them after"
             if isinstance(module, tuple(classes)) and type(module) not in classes.values():
                 done.left[name] = why
-        elif predicate is None or predicate(name, module):
+        elif predicate is not None and not predicate(name, module):
+            continue
+        elif not issubclass(new, _Layers) and getattr(module, "recurrent_dropout", 0) != 0:
+            done.left[name] = "torch.nn has no recurrent_dropout, set it to 0 before"
+        else:
             module.__class__ = new
             done.swapped[name] = _qualified_name(new)
     return done

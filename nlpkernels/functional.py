@@ -30,6 +30,7 @@ def _layers(
     batch_first: bool,
     batch_sizes: Tensor | None,
     return_state_sequence: bool,
+    recurrent_dropout: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     directions = 2 if bidirectional else 1
     if num_layers < 1:
@@ -55,8 +56,11 @@ def _layers(
             x = torch.dropout(x, dropout, True)
         own = slice(layer * directions, (layer + 1) * directions)
         weights = list(params[layer * per_layer : (layer + 1) * per_layer])
+        h_mask = None
+        if train and recurrent_dropout > 0:
+            h_mask = torch.dropout(torch.ones_like(h0[own]), recurrent_dropout, True)
         x, h_n, c_n, c = _ops.recurrent(
-            x, batch_sizes, h0[own], None if c0 is None else c0[own], weights, cell, return_state_sequence
+            x, batch_sizes, h0[own], None if c0 is None else c0[own], weights, cell, return_state_sequence, h_mask
         )
         if return_state_sequence:  # a layer's output is its h: [T, B, D P] -> [D, T, B, P]
             h_n, c_n = x.unflatten(-1, (directions, -1)).movedim(-2, 0), c_n if c is None else c
@@ -83,6 +87,7 @@ def lstm(
     *,
     batch_sizes: Tensor | None = None,
     return_state_sequence: bool = False,
+    recurrent_dropout: float = 0.0,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Run the layers of an LSTM over a sequence: `torch.lstm`.
 
@@ -103,6 +108,8 @@ def lstm(
         batch_sizes: of a PackedSequence, int64 [T] on the CPU.
         return_state_sequence: whether to return, in the place of h_n and c_n, the states after every step of every
             layer (haste's name for it): [L D, T, B, P] and [L D, T, B, H], with steps and batch laid out as in output.
+        recurrent_dropout: probability with which a feature of h_{t-1} is zeroed where W_hh multiplies it, if train:
+            one mask for all steps, drawn for each layer, direction and sequence (Gal & Ghahramani 2016; Keras' name).
 
     Returns:
         output [T, B, D P] (or as the input is laid out), h_n and c_n like hx, all in input's dtype: float32, float64,
@@ -114,7 +121,7 @@ def lstm(
     """
     return _layers(
         "lstm", input, hx[0], hx[1], params, has_biases, num_layers, dropout, train, bidirectional, batch_first,
-        batch_sizes, return_state_sequence,
+        batch_sizes, return_state_sequence, recurrent_dropout,
     )  # fmt: skip
 
 
@@ -131,6 +138,7 @@ def gru(
     *,
     batch_sizes: Tensor | None = None,
     return_state_sequence: bool = False,
+    recurrent_dropout: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
     """Run the layers of a GRU over a sequence: `torch.gru`.
 
@@ -139,7 +147,7 @@ def gru(
     """
     return _layers(
         "gru", input, hx, None, params, has_biases, num_layers, dropout, train, bidirectional, batch_first,
-        batch_sizes, return_state_sequence,
+        batch_sizes, return_state_sequence, recurrent_dropout,
     )[:2]  # fmt: skip
 
 
@@ -156,6 +164,7 @@ def rnn_tanh(
     *,
     batch_sizes: Tensor | None = None,
     return_state_sequence: bool = False,
+    recurrent_dropout: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
     """Run the layers of an Elman RNN (Elman 1990) with tanh over a sequence: `torch.rnn_tanh`.
 
@@ -163,7 +172,7 @@ def rnn_tanh(
     """
     return _layers(
         "rnn_tanh", input, hx, None, params, has_biases, num_layers, dropout, train, bidirectional, batch_first,
-        batch_sizes, return_state_sequence,
+        batch_sizes, return_state_sequence, recurrent_dropout,
     )[:2]  # fmt: skip
 
 
@@ -180,11 +189,12 @@ def rnn_relu(
     *,
     batch_sizes: Tensor | None = None,
     return_state_sequence: bool = False,
+    recurrent_dropout: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
     """Run the layers of an Elman RNN with max(x, 0) in the place of tanh: `torch.rnn_relu`; see `rnn_tanh`."""
     return _layers(
         "rnn_relu", input, hx, None, params, has_biases, num_layers, dropout, train, bidirectional, batch_first,
-        batch_sizes, return_state_sequence,
+        batch_sizes, return_state_sequence, recurrent_dropout,
     )[:2]  # fmt: skip
 
 

@@ -10,6 +10,7 @@ L layers.
 
 from __future__ import annotations
 
+import numbers
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -37,6 +38,21 @@ def _states_of(name: str, hx: Tensor | tuple[Tensor, Tensor] | None, count: int)
 
 class _Layers(RNNBase):
     """What RNN, LSTM and GRU share: checks, states, and input in all its forms."""
+
+    recurrent_dropout: float = 0.0
+    """Of the class, for layers that were made without one: by torch.nn, or before there was such an argument."""
+
+    def _set_recurrent_dropout(self, p: float) -> None:
+        if not isinstance(p, numbers.Real) or isinstance(p, bool) or not 0 <= p <= 1:
+            raise ValueError(
+                "recurrent_dropout should be a number in range [0, 1], the probability of an element being zeroed, "
+                f"got {p!r}"
+            )
+        self.recurrent_dropout = float(p)
+
+    def extra_repr(self) -> str:
+        dropout = f", recurrent_dropout={self.recurrent_dropout}" if self.recurrent_dropout != 0 else ""
+        return super().extra_repr() + dropout
 
     def flatten_parameters(self) -> None:
         """Do nothing: the kernels need no flat copy of the parameters."""
@@ -98,6 +114,7 @@ class _Layers(RNNBase):
             self.batch_first,
             batch_sizes=batch_sizes,
             return_state_sequence=return_state_sequence,
+            recurrent_dropout=self.recurrent_dropout,
         )
 
         if padding is not None:
@@ -240,6 +257,9 @@ class RNN(_OneState):
         proj_size: for the LSTM only, here it must be 0; it has torch.nn's place in the order.
         device: of the parameters.
         dtype: of the parameters: float32, float64, bfloat16 or float16 (with float32 arithmetic).
+        recurrent_dropout: by keyword, of all layers (Keras' name): probability of variational dropout, in training.
+            One mask of h_{t-1} for all steps, drawn in each call for each layer, direction and sequence, where W_hh
+            multiplies h_{t-1} and nowhere else (Gal & Ghahramani 2016); what is left is scaled by 1 / (1 - p).
 
     Call:
         `layer(input, hx=None)` as in torch.nn, and by keyword, for all layers:
@@ -257,10 +277,11 @@ class RNN(_OneState):
         Returns output [T, B, D H] (or like input) and h_n like hx. With T = 0, h_n is hx.
 
     Raises:
-        ValueError: input has a wrong number of dimensions or a dtype other than the parameters'; lengths do not fit.
+        ValueError: input has a wrong number of dimensions or a dtype other than the parameters'; lengths do not fit;
+            recurrent_dropout is not between 0 and 1.
         RuntimeError: a size does not fit.
 
-    Dropout on the recurrent weights, one mask for all steps (Wan et al. 2013), is
+    Dropout on the recurrent weights in the place of h (DropConnect, Wan et al. 2013; AWD-LSTM's weight drop) is
     `torch.nn.utils.parametrize.register_parametrization(layer, "weight_hh_l0", torch.nn.Dropout(0.5))`.
 
     Example:
@@ -291,6 +312,8 @@ class RNN(_OneState):
         proj_size: int = 0,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
+        *,
+        recurrent_dropout: float = 0.0,
     ) -> None:
         self._refuse_projection(proj_size)
         if nonlinearity not in ("tanh", "relu"):
@@ -309,6 +332,7 @@ class RNN(_OneState):
             device,
             dtype,
         )
+        self._set_recurrent_dropout(recurrent_dropout)
 
 
 class GRU(_OneState):
@@ -342,6 +366,8 @@ class GRU(_OneState):
         proj_size: int = 0,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
+        *,
+        recurrent_dropout: float = 0.0,
     ) -> None:
         self._refuse_projection(proj_size)
         super().__init__(
@@ -357,6 +383,7 @@ class GRU(_OneState):
             device,
             dtype,
         )
+        self._set_recurrent_dropout(recurrent_dropout)
 
 
 class LSTM(_Layers):
@@ -383,6 +410,7 @@ class LSTM(_Layers):
         proj_size: P, if larger than 0; smaller than H.
         device: of the parameters.
         dtype: of the parameters: float32, float64, bfloat16 or float16 (with float32 arithmetic and c).
+        recurrent_dropout: by keyword: see `RNN`. Of P features with a projection.
 
     Call:
         `layer(input, hx=None, *, lengths=None, return_state_sequence=False)`: see `RNN`. The state sequences are
@@ -417,6 +445,8 @@ class LSTM(_Layers):
         proj_size: int = 0,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
+        *,
+        recurrent_dropout: float = 0.0,
     ) -> None:
         super().__init__(
             "LSTM",
@@ -431,6 +461,7 @@ class LSTM(_Layers):
             device,
             dtype,
         )
+        self._set_recurrent_dropout(recurrent_dropout)
 
     def forward(
         self,

@@ -41,7 +41,7 @@ def cell_step(cell: str, from_x: Tensor, from_h: Tensor, h: Tensor, c: Tensor) -
     Args:
         cell: a key of `CELLS`.
         from_x: W_ih x_t + b_ih, [B, G H].
-        from_h: W_hh h_{t-1} + b_hh, [B, G H].
+        from_h: W_hh h_{t-1} + b_hh, [B, G H]; h_{t-1} may be under a mask here.
         h: h_{t-1}, [B, P].
         c: c_{t-1}, [B, H], of the LSTM; passed through for the others.
 
@@ -89,6 +89,7 @@ def recurrent(
     weights: list[Tensor],
     cell: str,
     keep: bool,
+    h_mask: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """One layer: y [T, B, D P] or as x has it, h_n [D, B, P], c_n [D, B, H] or [0], workspace [D, N, S, H] or [0]."""
     facts, dtype = CELLS[cell], x.dtype
@@ -117,7 +118,8 @@ def recurrent(
         for t in range(len(sizes)) if d == 0 else reversed(range(len(sizes))):
             size = sizes[t]
             h_step, c_step = h[:size], c[:size]
-            from_h = torch.nn.functional.linear(h_step, w_hh, b_hh)
+            h_factor = h_step if h_mask is None else h_step * h_mask[d, :size].to(wide)
+            from_h = torch.nn.functional.linear(h_factor, w_hh, b_hh)
             h_step, c_step, saved = cell_step(cell, from_x[first[t] : first[t] + size], from_h, h_step, c_step)
             if w_hr is not None:
                 h_step = torch.nn.functional.linear(h_step, w_hr)
@@ -157,10 +159,11 @@ def recurrent_backward(
     workspace: Tensor,
     need_dx: bool,
     need_dweights: bool,
+    h_mask: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
     """Gradients of `recurrent`; y and workspace, being functions of the other arguments, are computed anew."""
     gradients = (dy, dh_n, dc_n, None)
-    return _recurrent_gradients(gradients, x, batch_sizes, h0, c0, weights, cell, need_dx, need_dweights)
+    return _recurrent_gradients(gradients, x, batch_sizes, h0, c0, weights, cell, need_dx, need_dweights, h_mask)
 
 
 def recurrent_states_backward(
@@ -176,10 +179,11 @@ def recurrent_states_backward(
     cell: str,
     need_dx: bool,
     need_dweights: bool,
+    h_mask: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
     """The same, given a gradient of the workspace too."""
     gradients = (dy, dh_n, dc_n, dworkspace)
-    return _recurrent_gradients(gradients, x, batch_sizes, h0, c0, weights, cell, need_dx, need_dweights)
+    return _recurrent_gradients(gradients, x, batch_sizes, h0, c0, weights, cell, need_dx, need_dweights, h_mask)
 
 
 def _recurrent_gradients(
@@ -192,11 +196,12 @@ def _recurrent_gradients(
     cell: str,
     need_dx: bool,
     need_dweights: bool,
+    h_mask: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
     """Gradients of `recurrent`, given those of its outputs, None for zeros."""
 
     def outputs(x: Tensor, h0: Tensor, c0: Tensor | None, weights: list[Tensor]) -> tuple[Tensor, ...]:
-        return recurrent(x, batch_sizes, h0, c0, weights, cell, gradients[3] is not None)
+        return recurrent(x, batch_sizes, h0, c0, weights, cell, gradients[3] is not None, h_mask)
 
     if c0 is not None:
         values, pull = vjp(outputs, x, h0, c0, weights)

@@ -24,7 +24,7 @@ def wants_grad(*shape: int, device: str, dtype: torch.dtype = torch.float32) -> 
 
 
 def recurrent_samples(device: str) -> list[tuple[Any, ...]]:
-    """Arguments of `recurrent`: each cell, packed and not, with and without biases, projection and workspace."""
+    """Arguments of `recurrent`: each cell, packed and not, with and without biases, projection, workspace and mask."""
     samples = []
     for cell, facts in reference.CELLS.items():
         for directions in (1, 2):
@@ -33,13 +33,19 @@ def recurrent_samples(device: str) -> list[tuple[Any, ...]]:
             h0 = wants_grad(directions, 2, 5, device=device)
             c0 = wants_grad(directions, 2, 5, device=device) if facts.has_c else None
             x = wants_grad(4, 2, 3, device=device)
-            samples.append((x, None, h0, c0, weights, cell, True))
-            samples.append((wants_grad(5, 3, device=device), torch.tensor([2, 2, 1]), h0, c0, weights, cell, True))
+            packed = wants_grad(5, 3, device=device), torch.tensor([2, 2, 1])
+            samples.append((x, None, h0, c0, weights, cell, True, None))
+            samples.append((*packed, h0, c0, weights, cell, True, None))
             bare = [w for w in weights if w.dim() == 2]
-            samples.append((x, None, h0.detach(), None if c0 is None else c0.detach(), bare, cell, False))
+            samples.append((x, None, h0.detach(), None if c0 is None else c0.detach(), bare, cell, False, None))
+            h_mask = torch.randint(3, (directions, 2, 5), device=device).float()
+            samples.append((x, None, h0, c0, weights, cell, True, h_mask))
+            samples.append((*packed, h0, c0, bare, cell, True, h_mask))
     projected = [wants_grad(*s, device=device) for s in ((20, 3), (20, 2), (20,), (20,), (2, 5))]
     states = wants_grad(1, 2, 2, device=device), wants_grad(1, 2, 5, device=device)
-    samples.append((wants_grad(4, 2, 3, device=device), None, *states, projected, "lstm", True))
+    x = wants_grad(4, 2, 3, device=device)
+    samples.append((x, None, *states, projected, "lstm", True, None))
+    samples.append((x, None, *states, projected, "lstm", True, torch.randn_like(states[0])))
     return samples
 
 
@@ -69,15 +75,18 @@ def backward_samples(device: str) -> dict[str, list[tuple[Any, ...]]]:
         "embedding_bag_per_sample_backward": [],
     }
     for i, args in enumerate(recurrent_samples(device)):
-        if args[-1]:
+        *inputs, keep, h_mask = args
+        if keep:
             with torch.no_grad():
                 y, h_n, c_n, workspace = OPS.recurrent(*args)
             dc_n = torch.randn_like(c_n).requires_grad_() if args[3] is not None else None
             dy, dh_n = torch.randn_like(y).requires_grad_(), (None if i % 2 else torch.randn_like(h_n).requires_grad_())
-            samples["recurrent_backward"].append((dy, dh_n, dc_n, *args[:-1], y, workspace, i % 3 != 0, True))
+            samples["recurrent_backward"].append((dy, dh_n, dc_n, *inputs, y, workspace, i % 3 != 0, True, h_mask))
             if args[3] is not None:
                 dworkspace = torch.randn_like(workspace).requires_grad_()
-                samples["recurrent_states_backward"].append((dy, None, dc_n, dworkspace, *args[:-1], True, i % 3 != 0))
+                samples["recurrent_states_backward"].append(
+                    (dy, None, dc_n, dworkspace, *inputs, True, i % 3 != 0, h_mask)
+                )
     for table, ids, offsets, factors, mode, padding, last, by_freq, _ in bag_samples(device):
         with torch.no_grad():
             output, aux = OPS.embedding_bag(table, ids, offsets, factors, mode, padding, last, by_freq, False)
@@ -152,10 +161,10 @@ def test_reference_agrees(name: str, device: str) -> None:
 
 def test_forgotten_workspace_is_made_again() -> None:
     """An op called without keep still has its derivatives."""
-    for x, batch_sizes, h0, c0, weights, cell, _ in recurrent_samples("cpu"):
+    for x, batch_sizes, h0, c0, weights, cell, _, h_mask in recurrent_samples("cpu"):
         grads = []
         for keep in (True, False):
-            y = OPS.recurrent(x, batch_sizes, h0, c0, weights, cell, keep)[0]
+            y = OPS.recurrent(x, batch_sizes, h0, c0, weights, cell, keep, h_mask)[0]
             grads.append(torch.autograd.grad(y.sin().sum(), [x, *weights[:2]]))
         assert all(map(torch.equal, *grads))
 

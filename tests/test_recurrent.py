@@ -227,9 +227,9 @@ def test_tanh_and_sigmoid_are_exact_to_a_few_units() -> None:
     x = torch.cat([finite, torch.tensor([float("inf"), -float("inf"), float("nan")])])
     n, one, zero = len(x), torch.ones(1, 1), torch.zeros(1, 1)
     h0 = torch.zeros(1, n, 1)
-    tanh, *_ = torch.ops.nlpkernels.recurrent(x.reshape(1, n, 1), None, h0, None, [one, zero], "rnn_tanh", False)
+    tanh, *_ = torch.ops.nlpkernels.recurrent(x.reshape(1, n, 1), None, h0, None, [one, zero], "rnn_tanh", False, None)
     *_, kept = torch.ops.nlpkernels.recurrent(
-        x.reshape(1, n, 1), None, h0, h0, [one.expand(4, 1), zero.expand(4, 1)], "lstm", True
+        x.reshape(1, n, 1), None, h0, h0, [one.expand(4, 1), zero.expand(4, 1)], "lstm", True, None
     )
     for got, exact in ((tanh.reshape(n), x.double().tanh()), (kept[0, :, 0, 0], x.double().sigmoid())):
         error = (got.double() - exact).abs()[: len(finite)] / exact.abs()[: len(finite)]
@@ -411,7 +411,7 @@ def test_ops_refuse_what_does_not_fit(device: str) -> None:
     op = torch.ops.nlpkernels.recurrent
     x, h0, w_ih, w_hh = torch.randn(3, 2, 4), torch.zeros(1, 2, 5), torch.randn(5, 4), torch.randn(5, 5)
     sizes = torch.tensor([2, 1])
-    good = dict(x=x, batch_sizes=None, h0=h0, c0=None, weights=[w_ih, w_hh], cell="rnn_tanh", keep=False)
+    good = dict(x=x, batch_sizes=None, h0=h0, c0=None, weights=[w_ih, w_hh], cell="rnn_tanh", keep=False, h_mask=None)
     op(**good)
     for change, message in [
         ({"x": x[0]}, "x of shape"),
@@ -425,6 +425,9 @@ def test_ops_refuse_what_does_not_fit(device: str) -> None:
         ({"weights": [w_ih, w_hh, torch.zeros(4), torch.zeros(5)]}, "bias_ih of shape"),
         ({"c0": h0}, "c0 is for the LSTM"),
         ({"cell": "lstm"}, "shape"),
+        ({"h_mask": h0[0]}, r"h_mask of shape \[1, 2, 5\], got \[2, 5\]"),
+        ({"h_mask": h0[:, :1]}, "h_mask of shape"),
+        ({"h_mask": h0.bool()}, "h_mask of dtype Float like x, got Bool"),
         ({"cell": "elman"}, "expected cell"),
         ({"x": x[0], "batch_sizes": sizes.int()}, "batch_sizes"),
         ({"x": x[0], "batch_sizes": sizes}, "sum of batch_sizes"),

@@ -18,6 +18,8 @@
 // One Zen 3 core, which peaks at 103 GFLOP/s: the products run at 91 to 94; activations take 6 % of the time at
 // H = 512. Multiplying x panel by panel too, so that gates never leave the first-level cache, was no faster.
 //
+// With a mask of h, W_hh multiplies a masked copy of h_{t-1}, which is made anew at each step.
+//
 // Backward walks the steps the other way: dh_{t-1} = dgates W_hh. It stores dgates for all rows, [row][slot][unit],
 // from which the gradients of the weights and of x follow as large products.
 //
@@ -58,21 +60,24 @@ template <typename Cell, typename T>
 struct Layer : RecurrentArguments {
   using scalar = acc_t<T>;
 
-  Layer(const RecurrentArguments& args, const Tensor& x, const Tensor& h0, const OptionalTensor& c0)
+  Layer(const RecurrentArguments& args, const Tensor& x, const Tensor& h0, const OptionalTensor& c0,
+        const OptionalTensor& h_mask)
       : RecurrentArguments(args),
         x(x.stride(-1) == 1 || x.size(-1) <= 1 ? x : x.contiguous()),
         h0(h0.contiguous()),
         c0(contiguous(c0)),
+        h_mask(contiguous(h_mask)),
         x_(this->x.template const_data_ptr<T>()),
         h0_(this->h0.template const_data_ptr<T>()),
         c0_(data<T>(this->c0)),
+        h_mask_(data<T>(this->h_mask)),
         is_packed_(x.dim() == 2) {
     for (const Tensor& weight : args.weights) weight_storage.push_back(weight.contiguous());
     weights = weight_storage;
   }
 
   Tensor x, h0;
-  OptionalTensor c0;
+  OptionalTensor c0, h_mask;
   std::vector<Tensor> weight_storage;
 
   int64_t gate_rows() const { return Cell::gates * hidden; }
@@ -90,6 +95,15 @@ struct Layer : RecurrentArguments {
   }
   const T* h0_row(int64_t direction, int64_t b) const { return h0_ + (direction * batch + b) * features; }
   const T* c0_row(int64_t direction, int64_t b) const { return c0_ + (direction * batch + b) * hidden; }
+
+  // to = h o h_mask, of sequence b
+  template <typename To, typename From>
+  void mask(int64_t direction, int64_t b, To* to, const From* h) const {
+    const T* factors = h_mask_ + (direction * batch + b) * features;
+    for (const auto j : c10::irange(features)) {
+      to[j] = static_cast<To>(static_cast<scalar>(h[j]) * static_cast<scalar>(factors[j]));
+    }
+  }
 
   // The row of sequence b at the step before t, or -1 if t is the first one.
   int64_t previous_row(int64_t direction, int64_t t, int64_t b) const {
@@ -122,7 +136,7 @@ struct Layer : RecurrentArguments {
     return std::clamp<int64_t>(work / kMinWork, 1, at::get_num_threads());
   }
 
-  const T *x_, *h0_, *c0_;
+  const T *x_, *h0_, *c0_, *h_mask_;
   bool is_packed_;
 };
 
@@ -216,6 +230,7 @@ class Forward {
     const Scratch<scalar> gates(block_rows * gate_stride), copied_x(block_rows * x_stride);
     const Scratch<scalar> states(2 * batch * h_stride), c(batch * c_stride);
     const Scratch<scalar> unprojected(layer_.has_projection ? batch * c_stride : 0);
+    const Scratch<scalar> masked(layer_.h_mask ? batch * h_stride : 0);
     std::vector<const T*> x_rows(block_rows);
 
     // h_{t-1} and h_t change places after each step. A sequence that has not begun, or has ended, stands in both.
@@ -255,8 +270,13 @@ class Forward {
         active_before = active;
         if (active == 0) continue;
         if (d == 1) row -= active;
-        run_step(d, layer_.first_row[t] + begin, active, gates.data() + row * gate_stride, h, h_next, c.data(),
-                 unprojected.data());
+        if (layer_.h_mask) {
+          for (const auto r : c10::irange(active)) {
+            layer_.mask(d, begin + r, masked.data() + r * h_stride, h + r * h_stride);
+          }
+        }
+        run_step(d, layer_.first_row[t] + begin, active, gates.data() + row * gate_stride, h,
+                 layer_.h_mask ? masked.data() : h, h_next, c.data(), unprojected.data());
         if (d == 0) row += active;
         std::swap(h, h_next);
       }
@@ -282,15 +302,16 @@ class Forward {
     return {copied, k, stride};
   }
 
-  // One step of the first `active` sequences of a piece, whose data is in the rows from first_row on.
-  void run_step(int64_t d, int64_t first_row, int64_t active, scalar* gates, const scalar* h, scalar* h_next, scalar* c,
-                scalar* unprojected) const {
+  // One step of the first `active` sequences of a piece, whose data is in the rows from first_row on. W_hh multiplies
+  // `factor`: h, or h under the mask.
+  void run_step(int64_t d, int64_t first_row, int64_t active, scalar* gates, const scalar* h, const scalar* factor,
+                scalar* h_next, scalar* c, scalar* unprojected) const {
     const Direction& direction = *directions_[d];
     const auto& panels = direction.w_hh.panels;
     const int64_t features = layer_.features, gate_stride = this->gate_stride();
     const int64_t h_stride = row_stride<scalar>(features), c_stride = row_stride<scalar>(layer_.hidden);
     const RowTiles tiles(active);
-    const LeftOperand<scalar> left{h, features, h_stride};
+    const LeftOperand<scalar> left{factor, features, h_stride};
     const auto slot_of = [](int64_t gate) { return gate; };
     const int64_t last = last_slice<scalar>(tiles, features);
     multiply_slices(tiles, left, direction.w_hh, last, gates, gate_stride, kSlots, slot_of);
@@ -422,6 +443,7 @@ class Backward {
     const int64_t h_stride = row_stride<scalar>(features), c_stride = row_stride<scalar>(hidden);
     const Scratch<scalar> dh(batch * h_stride), dc(batch * c_stride);
     const Scratch<scalar> unprojected(layer_.has_projection ? batch * c_stride : 0);
+    const Scratch<scalar> dmasked(layer_.h_mask ? batch * h_stride : 0);
 
     for (const auto r : c10::irange(batch)) {
       const int64_t row = d * layer_.batch + begin + r;
@@ -453,8 +475,17 @@ class Backward {
         scalar* projected = layer_.has_projection ? unprojected.data() + r * c_stride : nullptr;
         differentiate(d, t, begin + r, dh.data() + r * h_stride, projected, dc.data() + r * c_stride);
       }
-      multiply(tiles, {dgates_row(d, first_row), layer_.gate_rows(), layer_.slot_stride()}, direction.w_hh, dh.data(),
-               h_stride, true);
+      const LeftOperand<scalar> left{dgates_row(d, first_row), layer_.gate_rows(), layer_.slot_stride()};
+      if (!layer_.h_mask) {
+        multiply(tiles, left, direction.w_hh, dh.data(), h_stride, true);
+        continue;
+      }
+      multiply(tiles, left, direction.w_hh, dmasked.data(), h_stride, false);
+      for (const auto r : c10::irange(active)) {
+        scalar* row = dmasked.data() + r * h_stride;
+        layer_.mask(d, begin + r, row, row);
+        for (const auto j : c10::irange(features)) dh.data()[r * h_stride + j] += row[j];
+      }
     }
 
     for (const auto r : c10::irange(batch)) {
@@ -497,7 +528,8 @@ class Backward {
     });
   }
 
-  // dW_ih = dgates^T x, dW_hh = dgates^T h_{t-1}, dW_hr = dh^T (o tanh c), and the biases' column sums.
+  // dW_ih = dgates^T x, dW_hh = dgates^T h_{t-1} (under the mask), dW_hr = dh^T (o tanh c), and the biases' column
+  // sums.
   void run_weights() {
     const int64_t rows = layer_.rows, hidden = layer_.hidden, features = layer_.features, inputs = layer_.inputs;
     std::vector<const T*> x_rows(rows);
@@ -509,6 +541,21 @@ class Backward {
           h_rows[d][layer_.first_row[t] + b] = previous_h(d, t, b);
         }
       }
+    }
+    const Scratch<T> masked(layer_.h_mask ? layer_.directions * rows * features : 0);
+    if (layer_.h_mask) {
+      const int64_t grain = std::max<int64_t>(1, kMinWork / std::max<int64_t>(1, layer_.batch * features));
+      at::parallel_for(0, layer_.directions * layer_.steps, grain, [&](int64_t begin, int64_t end) {
+        for (const auto i : c10::irange(begin, end)) {
+          const int64_t d = i / layer_.steps, t = i % layer_.steps;
+          for (const auto b : c10::irange(layer_.active[t])) {
+            const T*& h = h_rows[d][layer_.first_row[t] + b];
+            T* to = masked.data() + (d * rows + layer_.first_row[t] + b) * features;
+            layer_.mask(d, b, to, h);
+            h = to;
+          }
+        }
+      });
     }
     std::vector<TransposedProduct<scalar, T>> products;
     const auto dweight = [&](int64_t d, int64_t i) {
@@ -639,13 +686,13 @@ class Backward {
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> recurrent(const Tensor& x, const OptionalTensor& batch_sizes,
                                                      const Tensor& h0, const OptionalTensor& c0, at::TensorList weights,
-                                                     c10::string_view cell, bool keep) {
+                                                     c10::string_view cell, bool keep, const OptionalTensor& h_mask) {
   std::tuple<Tensor, Tensor, Tensor, Tensor> result;
   dispatch_cell(cell, [&](auto cell_type) {
     using Cell = decltype(cell_type);
-    const RecurrentArguments args = check_recurrent(x, batch_sizes, h0, c0, weights, Cell::gates, Cell::has_c);
+    const RecurrentArguments args = check_recurrent(x, batch_sizes, h0, c0, weights, h_mask, Cell::gates, Cell::has_c);
     AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, x.scalar_type(), "recurrent", [&] {
-      const Layer<Cell, scalar_t> layer(args, x, h0, c0);
+      const Layer<Cell, scalar_t> layer(args, x, h0, c0, h_mask);
       const Forward<Cell, scalar_t> forward(layer, keep);
       forward.run();
       result = {forward.y, forward.h_n, forward.c_n, forward.workspace};
@@ -657,14 +704,15 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> recurrent(const Tensor& x, const Opti
 std::tuple<Tensor, Tensor, Tensor, std::vector<Tensor>> recurrent_backward(
     const OptionalTensor& dy, const OptionalTensor& dh_n, const OptionalTensor& dc_n, const Tensor& x,
     const OptionalTensor& batch_sizes, const Tensor& h0, const OptionalTensor& c0, at::TensorList weights,
-    c10::string_view cell, const Tensor& y, const Tensor& workspace, bool need_dx, bool need_dweights) {
+    c10::string_view cell, const Tensor& y, const Tensor& workspace, bool need_dx, bool need_dweights,
+    const OptionalTensor& h_mask) {
   std::tuple<Tensor, Tensor, Tensor, std::vector<Tensor>> result;
   dispatch_cell(cell, [&](auto cell_type) {
     using Cell = decltype(cell_type);
-    const RecurrentArguments args = check_recurrent(x, batch_sizes, h0, c0, weights, Cell::gates, Cell::has_c);
+    const RecurrentArguments args = check_recurrent(x, batch_sizes, h0, c0, weights, h_mask, Cell::gates, Cell::has_c);
     check_recurrent_backward(args, Cell::saved, x, h0, c0, dy, dh_n, dc_n, y, workspace);
     AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, x.scalar_type(), "recurrent_backward", [&] {
-      const Layer<Cell, scalar_t> layer(args, x, h0, c0);
+      const Layer<Cell, scalar_t> layer(args, x, h0, c0, h_mask);
       Backward<Cell, scalar_t> backward(layer, dy, dh_n, dc_n, y, workspace, need_dx, need_dweights);
       backward.run();
       result = {backward.dx, backward.dh0, backward.dc0, backward.dweights};

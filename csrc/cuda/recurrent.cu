@@ -8,6 +8,7 @@
 //     from_h = h_{t-1} W_hh^T               one product
 //     h_t, c_t = cell(from_x + from_h + b)  one kernel, which also stores y_t and what backward needs
 //   (with a projection, h_t = W_hr (what the cell gave): another product, and a kernel that stores y_t)
+//   (with a mask of h, what stores h_t stores it once more, masked, for the next step's product)
 // Both directions take their i-th step side by side: the product is a batch of two, and the kernel's grid has two
 // layers. In packed data they hold different numbers of sequences, and the product is two.
 //
@@ -70,6 +71,8 @@ struct ForwardStep {
   acc_t<T>* state;         // [D, B, H]: c_{t-1}, which becomes c_t; of cells without c, h
   T* h;                    // [D, B, H]: h_t, for the next product; where T is acc_t<T> it may be `state`
   T* y;                    // [N, D, H]: h_t again; nullptr with a projection
+  const T* h_mask;         // [D, B, H], or nullptr, as with a projection
+  T* masked;               // [D, B, H]: h_t under the mask, for the next product
   T* workspace;            // [D, N, S, H], or nullptr
 };
 
@@ -108,6 +111,7 @@ __global__ void __launch_bounds__(kThreads) forward_step(const __grid_constant__
     step.state[at] = state;
     step.h[at] = static_cast<T>(h);
     if (step.y != nullptr) step.y[(row * turn.directions + d) * hidden + j] = static_cast<T>(h);
+    if (step.h_mask != nullptr) step.masked[at] = static_cast<T>(h * static_cast<scalar>(step.h_mask[at]));
     if (step.workspace != nullptr) {
 #pragma unroll
       for (int s = 0; s < Cell::saved; ++s) {
@@ -121,8 +125,10 @@ __global__ void __launch_bounds__(kThreads) forward_step(const __grid_constant__
 template <typename T>
 struct ProjectedStep {
   Turn turn;
-  const T* h;  // [D, B, P]
-  T* y;        // [N, D, P]
+  const T* h;       // [D, B, P]
+  T* y;             // [N, D, P]
+  const T* h_mask;  // [D, B, P], or nullptr
+  T* masked;        // [D, B, P]: h_t under the mask, for the next product
 };
 
 template <typename T>
@@ -131,8 +137,11 @@ __global__ void __launch_bounds__(kThreads) store_projected(const __grid_constan
   const int64_t d = blockIdx.z, b = row_of_thread(), features = turn.features;
   if (b >= turn.active[d]) return;
   for (int64_t j = first_column(); j < features; j += column_step()) {
-    step.y[((turn.first_row[d] + b) * turn.directions + d) * features + j] =
-        step.h[(d * turn.batch + b) * features + j];
+    const int64_t at = (d * turn.batch + b) * features + j;
+    step.y[((turn.first_row[d] + b) * turn.directions + d) * features + j] = step.h[at];
+    if (step.h_mask != nullptr) {
+      step.masked[at] = static_cast<T>(static_cast<acc_t<T>>(step.h[at]) * static_cast<acc_t<T>>(step.h_mask[at]));
+    }
   }
 }
 
@@ -149,7 +158,8 @@ struct BackwardStep {
   const T* c0;         // [D, B, H], LSTM
   T* factor;           // [D, B, G H]: dgates of W_hh's gates, for this step's product
   T* dgates;           // [N, D, slots, H], or nullptr
-  T* h_previous;       // [N, D, P]: h_{t-1}, for dW_hh; or nullptr
+  const T* h_mask;     // [D, B, P], or nullptr
+  T* h_previous;       // [N, D, P]: h_{t-1}, under the mask if there is one, for dW_hh; or nullptr
   T* outputs;          // [N, D, H]: h_t before the projection, for dW_hr; or nullptr
 };
 
@@ -171,7 +181,14 @@ __global__ void __launch_bounds__(kThreads) backward_step(const __grid_constant_
       has_previous ? step.y + (previous_row * turn.directions + d) * features : step.h0 + sequence * features;
   const T* workspace = step.workspace + (d * turn.rows + turn.first_row[d] + b) * Cell::saved * hidden;
   for (int64_t j = first_column(); j < hidden || j < features; j += column_step()) {
-    if (step.h_previous != nullptr && j < features) step.h_previous[row * features + j] = h_before[j];
+    if (step.h_previous != nullptr && j < features) {
+      T h_factor = h_before[j];
+      if (step.h_mask != nullptr) {
+        const T factor = step.h_mask[sequence * features + j];
+        h_factor = static_cast<T>(static_cast<scalar>(h_factor) * static_cast<scalar>(factor));
+      }
+      step.h_previous[row * features + j] = h_factor;
+    }
     if (j >= hidden) continue;
     const int64_t at = sequence * hidden + j;
     scalar saved[Cell::saved > 0 ? Cell::saved : 1], da[Cell::slots], h(0), h_prev(0), c_prev(0), dc(0);
@@ -228,16 +245,37 @@ __global__ void __launch_bounds__(kThreads) add_dy(const __grid_constant__ Proje
   }
 }
 
+// dL/dh_{t-1} of what W_hh read, under the mask.
+template <typename T>
+struct MaskStep {
+  Turn turn;
+  const T* h_mask;  // [D, B, P]
+  acc_t<T>* dh;     // [D, B, P]
+};
+
+template <typename T>
+__global__ void __launch_bounds__(kThreads) mask_dh(const __grid_constant__ MaskStep<T> step) {
+  const Turn& turn = step.turn;
+  const int64_t d = blockIdx.z, b = row_of_thread(), features = turn.features;
+  if (b >= turn.active[d]) return;
+  for (int64_t j = first_column(); j < features; j += column_step()) {
+    const int64_t at = (d * turn.batch + b) * features + j;
+    step.dh[at] *= static_cast<acc_t<T>>(step.h_mask[at]);
+  }
+}
+
 // Shared by forward and backward -------------------------------------------------------------------------------------
 
 // The arguments, contiguous, with x as [N, I] and the weights of both directions as one tensor (itself if there is
 // one). Direction 1 runs from the last step to the first; "previous" is meant in the direction's own order.
 struct Layer : RecurrentArguments {
-  Layer(const RecurrentArguments& args, const Tensor& x, const Tensor& h0, const OptionalTensor& c0)
+  Layer(const RecurrentArguments& args, const Tensor& x, const Tensor& h0, const OptionalTensor& c0,
+        const OptionalTensor& h_mask)
       : RecurrentArguments(args),
         x(x.reshape({args.rows, args.inputs}).contiguous()),
         h0(h0.contiguous()),
         c0(contiguous(c0)),
+        h_mask(contiguous(h_mask)),
         all_w_ih(all(0)),
         all_w_hh(all(1)) {
     if (has_bias) {
@@ -248,7 +286,7 @@ struct Layer : RecurrentArguments {
   }
 
   Tensor x, h0;
-  OptionalTensor c0;
+  OptionalTensor c0, h_mask;
   Tensor all_w_ih, all_w_hh;          // [D, G H, I], [D, G H, P]
   OptionalTensor all_b_ih, all_b_hh;  // [D, G H]
   OptionalTensor all_w_hr;            // [D, P, H]
@@ -317,6 +355,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward(const Layer& layer, at::IntAr
   const Tensor from_x = at::empty({rows, directions * gate_rows}, options.dtype(wide));
   const Tensor from_h = at::empty({directions, batch, gate_rows}, options.dtype(wide));
   const Tensor cell_h = layer.has_projection ? at::empty({directions, batch, hidden}, options) : h_n;
+  const Tensor masked = layer.h_mask ? layer.h0.mul(*layer.h_mask) : Tensor();
+  const T* h_mask = data_or_null<T>(layer.h_mask);
+  T* masked_data = data_or_null<T>(masked);
 
   ForwardStep<T> step{};
   step.from_x = from_x.const_data_ptr<scalar>();
@@ -326,18 +367,22 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward(const Layer& layer, at::IntAr
   step.state = state.mutable_data_ptr<scalar>();
   step.h = cell_h.mutable_data_ptr<T>();
   step.y = layer.has_projection ? nullptr : y.mutable_data_ptr<T>();
+  step.h_mask = layer.has_projection ? nullptr : h_mask;
+  step.masked = masked_data;
   step.workspace = data_or_null<T>(workspace);
 
-  const Matrix h(h_n), product(from_h), w_hh(layer.all_w_hh.transpose(1, 2)), unprojected(cell_h);
+  const Matrix h(h_n), left(layer.h_mask ? masked : h_n), product(from_h), w_hh(layer.all_w_hh.transpose(1, 2)),
+      unprojected(cell_h);
   layer.blas.multiply(Matrix(from_x), Matrix(layer.x),
                       Matrix(layer.all_w_ih.view({directions * gate_rows, layer.inputs}).t()));
   for (const auto i : c10::irange(layer.steps)) {
     step.turn = layer.turn(i);
-    layer.multiply_active(step.turn, product, h, w_hh);
+    layer.multiply_active(step.turn, product, left, w_hh);
     launch_turn(forward_step<Cell, T>, step.turn, hidden, step);
     if (layer.has_projection) {
       layer.multiply_active(step.turn, h, unprojected, Matrix(layer.all_w_hr->transpose(1, 2)));
-      const ProjectedStep<T> projected{step.turn, h_n.const_data_ptr<T>(), y.mutable_data_ptr<T>()};
+      const ProjectedStep<T> projected{step.turn, h_n.const_data_ptr<T>(), y.mutable_data_ptr<T>(), h_mask,
+                                       masked_data};
       launch_turn(store_projected<T>, step.turn, layer.features, projected);
     }
   }
@@ -409,6 +454,7 @@ class Backward {
     step.c0 = data_or_null<T>(layer_.c0);
     step.factor = factor.template mutable_data_ptr<T>();
     step.dgates = data_or_null<T>(dgates_);
+    step.h_mask = data_or_null<T>(layer_.h_mask);
     step.h_previous = data_or_null<T>(h_previous_);
     step.outputs = data_or_null<T>(outputs_);
     const Matrix sum(dh), product(cell_dh), left(factor), w_hh(layer_.all_w_hh);
@@ -423,6 +469,10 @@ class Backward {
       }
       launch_turn(backward_step<Cell, T>, step.turn, std::max(hidden, layer_.features), step);
       layer_.multiply_active(step.turn, sum, left, w_hh);
+      if (step.h_mask != nullptr) {
+        const MaskStep<T> masking{step.turn, step.h_mask, dh.template mutable_data_ptr<scalar>()};
+        launch_turn(mask_dh<T>, step.turn, layer_.features, masking);
+      }
     }
 
     if (kHasDirect<Cell>) dh.add_(direct);
@@ -506,14 +556,14 @@ class Backward {
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> recurrent(const Tensor& x, const OptionalTensor& batch_sizes,
                                                      const Tensor& h0, const OptionalTensor& c0, at::TensorList weights,
-                                                     c10::string_view cell, bool keep) {
+                                                     c10::string_view cell, bool keep, const OptionalTensor& h_mask) {
   const at::AutoDispatchBelowADInplaceOrView no_derivatives;  // of the products: the op has its own
   std::tuple<Tensor, Tensor, Tensor, Tensor> result;
   dispatch_cell(cell, [&](auto cell_type) {
     using Cell = decltype(cell_type);
-    const RecurrentArguments args = check_recurrent(x, batch_sizes, h0, c0, weights, Cell::gates, Cell::has_c);
+    const RecurrentArguments args = check_recurrent(x, batch_sizes, h0, c0, weights, h_mask, Cell::gates, Cell::has_c);
     const c10::cuda::CUDAGuard device(x.device());
-    const Layer layer(args, x, h0, c0);
+    const Layer layer(args, x, h0, c0, h_mask);
     AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, x.scalar_type(), "recurrent",
                                     [&] { result = forward<Cell, scalar_t>(layer, sizes_of_y(args, x), keep); });
   });
@@ -523,15 +573,16 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> recurrent(const Tensor& x, const Opti
 std::tuple<Tensor, Tensor, Tensor, std::vector<Tensor>> recurrent_backward(
     const OptionalTensor& dy, const OptionalTensor& dh_n, const OptionalTensor& dc_n, const Tensor& x,
     const OptionalTensor& batch_sizes, const Tensor& h0, const OptionalTensor& c0, at::TensorList weights,
-    c10::string_view cell, const Tensor& y, const Tensor& workspace, bool need_dx, bool need_dweights) {
+    c10::string_view cell, const Tensor& y, const Tensor& workspace, bool need_dx, bool need_dweights,
+    const OptionalTensor& h_mask) {
   const at::AutoDispatchBelowADInplaceOrView no_derivatives;
   std::tuple<Tensor, Tensor, Tensor, std::vector<Tensor>> result;
   dispatch_cell(cell, [&](auto cell_type) {
     using Cell = decltype(cell_type);
-    const RecurrentArguments args = check_recurrent(x, batch_sizes, h0, c0, weights, Cell::gates, Cell::has_c);
+    const RecurrentArguments args = check_recurrent(x, batch_sizes, h0, c0, weights, h_mask, Cell::gates, Cell::has_c);
     check_recurrent_backward(args, Cell::saved, x, h0, c0, dy, dh_n, dc_n, y, workspace);
     const c10::cuda::CUDAGuard device(x.device());
-    const Layer layer(args, x, h0, c0);
+    const Layer layer(args, x, h0, c0, h_mask);
     AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, x.scalar_type(), "recurrent_backward", [&] {
       const Backward<Cell, scalar_t> backward(layer, x.sizes(), need_dx, need_dweights);
       backward.run(dy, dh_n, dc_n, y, workspace);
