@@ -88,6 +88,11 @@ class Scratch {
   c10::DataPtr storage_;
 };
 
+// The panels, columns or values of k [begin, end).
+struct Slice {
+  int64_t begin, end;
+};
+
 // The columns of a matrix, or the units of a layer, cut into panels; the last is only as wide as the vectors it needs.
 template <typename scalar>
 struct Panels {
@@ -100,6 +105,7 @@ struct Panels {
   int64_t valid(int64_t panel) const { return std::min(full, columns - begin(panel)); }
   int64_t width(int64_t panel) const { return ceil_div(valid(panel), vector) * vector; }
   int64_t padded() const { return ceil_div(columns, vector) * vector; }
+  Slice all() const { return {0, count()}; }
 };
 
 // dst[k][j] = row(k)[j] for j < valid, 0 for the rest of width
@@ -353,11 +359,6 @@ TileKernel<scalar> tile_kernel(bool is_packed, int64_t rows, std::integer_sequen
   return (is_packed ? packed : unpacked)[rows - 1];
 }
 
-// The values [begin, end) of k.
-struct Slice {
-  int64_t begin, end;
-};
-
 // As many values of k as let the left operand's rows take kSliceBytes.
 template <typename scalar>
 int64_t slice_depth(const RowTiles& tiles) {
@@ -452,17 +453,16 @@ class StripGroup {
   scalar* c_[kMaxStrips];
 };
 
-// c += a b, or c = a b unless `add`, for the panels [begin, end) of b and one slice of k. A row of c holds, from panel
-// `begin` on, `slots` strips as wide as the panel; gate g adds to strip slot_of(g). With one gate and one slot that is
-// an ordinary row of columns.
+// c += a b, or c = a b unless `add`, for some panels of b and one slice of k. A row of c holds, from the first panel
+// on, `slots` strips as wide as the panel; gate g adds to strip slot_of(g). With one gate and one slot that is an
+// ordinary row of columns.
 template <typename scalar, typename SlotOf>
-void multiply_panels(const RowTiles& tiles, const LeftOperand<scalar>& a, const PackedMatrix<scalar>& b, int64_t begin,
-                     int64_t end, Slice slice, scalar* c, int64_t ldc, int64_t slots, const SlotOf& slot_of,
-                     bool add = true) {
+void multiply_panels(const RowTiles& tiles, const LeftOperand<scalar>& a, const PackedMatrix<scalar>& b, Slice panels,
+                     Slice slice, scalar* c, int64_t ldc, int64_t slots, const SlotOf& slot_of, bool add = true) {
   StripGroup<scalar> group(tiles, a, slice, ldc, add);
-  for (const auto panel : c10::irange(begin, end)) {
+  for (const auto panel : c10::irange(panels.begin, panels.end)) {
     const int64_t width = b.panels.width(panel);
-    scalar* c_panel = c + (b.panels.begin(panel) - b.panels.begin(begin)) * slots;
+    scalar* c_panel = c + (b.panels.begin(panel) - b.panels.begin(panels.begin)) * slots;
     for (const auto gate : c10::irange(b.gates)) {
       group.add(b.strip(panel, gate), c_panel + slot_of(gate) * width, width);
     }
@@ -477,25 +477,26 @@ int64_t last_slice(const RowTiles& tiles, int64_t k) {
   return k > depth ? (k - 1) / depth * depth : 0;
 }
 
-// c += a b for all panels and the slices of k before `end`, which is the begin of a slice or K.
+// The same for the slices of k before `end`, which is the begin of a slice or K.
 template <typename scalar, typename SlotOf>
-void multiply_slices(const RowTiles& tiles, const LeftOperand<scalar>& a, const PackedMatrix<scalar>& b, int64_t end,
-                     scalar* c, int64_t ldc, int64_t slots, const SlotOf& slot_of, bool add = true) {
+void multiply_slices(const RowTiles& tiles, const LeftOperand<scalar>& a, const PackedMatrix<scalar>& b, Slice panels,
+                     int64_t end, scalar* c, int64_t ldc, int64_t slots, const SlotOf& slot_of, bool add = true) {
   const int64_t depth = slice_depth<scalar>(tiles);
   for (int64_t begin = 0; begin < end; begin += depth) {
-    multiply_panels(tiles, a, b, 0, b.panels.count(), {begin, std::min(begin + depth, b.k)}, c, ldc, slots, slot_of,
+    multiply_panels(tiles, a, b, panels, {begin, std::min(begin + depth, b.k)}, c, ldc, slots, slot_of,
                     add || begin > 0);
   }
 }
 
-// c += a b, or c = a b unless `add`
+// c += a b, or c = a b unless `add`, for some panels of b, the first of which c begins with
 template <typename scalar>
-void multiply(const RowTiles& tiles, const LeftOperand<scalar>& a, const PackedMatrix<scalar>& b, scalar* c,
-              int64_t ldc, bool add) {
+void multiply(const RowTiles& tiles, const LeftOperand<scalar>& a, const PackedMatrix<scalar>& b, Slice panels,
+              scalar* c, int64_t ldc, bool add) {
   if (b.k == 0 && !add) {
-    for (const auto r : c10::irange(tiles.rows())) std::fill_n(c + r * ldc, b.panels.columns, scalar(0));
+    const int64_t columns = std::min(b.panels.columns, b.panels.begin(panels.end)) - b.panels.begin(panels.begin);
+    for (const auto r : c10::irange(tiles.rows())) std::fill_n(c + r * ldc, columns, scalar(0));
   }
-  multiply_slices(tiles, a, b, b.k, c, ldc, 1, [](int64_t) { return 0; }, add);
+  multiply_slices(tiles, a, b, panels, b.k, c, ldc, 1, [](int64_t) { return 0; }, add);
 }
 
 // A product over all rows of data, out [m, n] = a^T b, for the gradients of weights: a(k) and b(k) point to the k-th
@@ -559,7 +560,7 @@ void run_products(const std::vector<TransposedProduct<scalar, T>>& products) {
         for (int64_t m = 0; m < task.m_count; m += part_m) {
           const RowTiles tiles(std::min(part_m, task.m_count - m));
           pack_tiles(a.data(), tiles, b.k, product.a + k * product.lda + task.m + m, product.lda);
-          multiply(tiles, {a.data(), b.k, 0}, b, to + m * ldc, ldc, k > 0);
+          multiply(tiles, {a.data(), b.k, 0}, b, b.panels.all(), to + m * ldc, ldc, k > 0);
         }
       };
       const int64_t blocks = product.k / block_k;

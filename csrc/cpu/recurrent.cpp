@@ -1,11 +1,12 @@
 // The time loop of RNN, LSTM and GRU on the CPU, forward and backward. One call is one layer, all steps, both
 // directions.
 //
-// Work is cut by direction and by sequences: a thread runs all steps of its own sequences, so that no step needs a
-// barrier. Weights are packed once a call (gemm.h) and shared; those that a call uses once only are packed as they are
-// read.
+// Work is cut into shares by direction and by sequences: a thread runs all steps of its own sequences, so that no step
+// needs a barrier. Where there are too few of them it is cut by hidden units instead: then the threads wait for each
+// other once a step. Weights are packed once a call (gemm.h) and shared; those that a call uses once only are packed as
+// they are read.
 //
-// Forward, for the sequences of one thread:
+// Forward, for one share:
 //   for a block of steps whose gates fit kGateBytes:
 //     gates = biases + x W_ih^T                     one product for all steps of the block
 //     for each step, for each panel of hidden units:
@@ -31,7 +32,10 @@
 #include <ATen/ops/empty_like.h>
 #include <torch/library.h>
 
+#include <atomic>
+#include <exception>
 #include <memory>
+#include <thread>
 #include <tuple>
 #include <type_traits>
 
@@ -46,13 +50,73 @@ namespace {
 constexpr int64_t kGateBytes = 256 * 1024;
 // Sequences of one thread that are taken through the steps together: a panel's gates stay in the first-level cache.
 constexpr int64_t kMaxRows = 64;
-// Multiply-adds below which another thread costs more than it gives.
+// Multiply-adds below which another thread costs more than it gives, and those of a step below which a barrier does.
 constexpr int64_t kMinWork = 1 << 17;
+constexpr int64_t kMinStepWork = 1 << 13;
 
 template <typename T>
 const T* data(const OptionalTensor& tensor) {
   return tensor ? tensor->const_data_ptr<T>() : nullptr;
 }
+
+// Where threads wait for each other, once a step.
+class Barrier {
+ public:
+  void arrive(int64_t shares) { arrived_.fetch_add(shares, std::memory_order_acq_rel); }
+
+  void wait(int64_t shares) const {
+    constexpr int kSpins = 4096;  // some tens of microseconds, many times what a step is late by
+    for (int spins = 0; arrived_.load(std::memory_order_acquire) < shares; ++spins) {
+      if (spins > kSpins) std::this_thread::yield();  // another process may have the core that is waited for
+#if defined(__x86_64__)
+      __builtin_ia32_pause();
+#endif
+    }
+  }
+
+ private:
+  alignas(64) std::atomic<int64_t> arrived_{0};
+};
+
+// Whether all that parallel_for starts runs at once, so that it may wait for each other.
+#if AT_PARALLEL_OPENMP
+constexpr bool kCanWait = true;
+#else
+constexpr bool kCanWait = false;
+#endif
+
+// What one thread does: all steps of some sequences of a direction, for some panels of hidden units.
+class Share {
+ public:
+  Share(int64_t direction, Slice sequences, Slice panels, Barrier& barrier, int64_t own, int64_t all)
+      : direction(direction), sequences(sequences), panels(panels), barrier_(barrier), own_(own), all_(all) {}
+
+  const int64_t direction;
+  const Slice sequences, panels;
+
+  int64_t batch() const { return sequences.end - sequences.begin; }
+
+  // Waits until the shares of the same sequences have all come here.
+  void meet() {
+    if (own_ == all_) return;
+    met_ += all_;
+    barrier_.arrive(own_);
+    barrier_.wait(met_);
+  }
+
+  // One that fails is waited for no more; its exception ends the call.
+  ~Share() {
+    if (std::uncaught_exceptions() > exceptions_) barrier_.arrive(int64_t(1) << 62);
+  }
+
+  Share(const Share&) = delete;
+
+ private:
+  Barrier& barrier_;
+  const int64_t own_, all_;
+  int64_t met_ = 0;
+  const int exceptions_ = std::uncaught_exceptions();
+};
 
 // What forward and backward share: sizes, and where the rows of each tensor are. Direction 1 runs from the last step to
 // the first; "previous" is meant in the direction's own order.
@@ -96,11 +160,11 @@ struct Layer : RecurrentArguments {
   const T* h0_row(int64_t direction, int64_t b) const { return h0_ + (direction * batch + b) * features; }
   const T* c0_row(int64_t direction, int64_t b) const { return c0_ + (direction * batch + b) * hidden; }
 
-  // to = h o h_mask, of sequence b
+  // to = h o h_mask, of sequence b and some features
   template <typename To, typename From>
-  void mask(int64_t direction, int64_t b, To* to, const From* h) const {
+  void mask(int64_t direction, int64_t b, Slice columns, To* to, const From* h) const {
     const T* factors = h_mask_ + (direction * batch + b) * features;
-    for (const auto j : c10::irange(features)) {
+    for (const auto j : c10::irange(columns.begin, columns.end)) {
       to[j] = static_cast<To>(static_cast<scalar>(h[j]) * static_cast<scalar>(factors[j]));
     }
   }
@@ -111,23 +175,50 @@ struct Layer : RecurrentArguments {
     return before >= 0 && before < steps && b < active[before] ? first_row[before] + b : -1;
   }
 
-  // Sequences are run through in pieces, as many as threads can use; this is the size of one.
-  int64_t piece_size() const {
-    const int64_t wanted = std::max(ceil_div(threads(), directions), ceil_div(batch, kMaxRows));
-    return std::max<int64_t>(1, ceil_div(batch, wanted));
+  Panels<scalar> unit_panels() const { return {hidden}; }
+  // The hidden units of some panels.
+  Slice units(Slice panels) const {
+    return {unit_panels().begin(panels.begin), std::min(hidden, unit_panels().begin(panels.end))};
   }
 
-  // Calls body(direction, begin, end) for all pieces.
+  // Into how many pieces sequences and units are cut.
+  struct Cut {
+    int64_t sequences, units;
+  };
+
+  Cut cut() const {
+    const int64_t wanted = ceil_div(threads(), directions);
+    const bool can_cut_units = kCanWait && !has_projection;
+    // One step needs no barrier, and no thread then reads all weights.
+    if (steps == 1 && can_cut_units) return {1, std::min(wanted, unit_panels().count())};
+    const int64_t step_work = batch * gate_rows() * features;
+    if (can_cut_units && wanted > 1 && batch < wanted * kTileRows && step_work >= wanted * kMinStepWork) {
+      return {1, std::min(wanted, unit_panels().count())};
+    }
+    const int64_t pieces = std::max(wanted, ceil_div(batch, kMaxRows));
+    const int64_t size = std::max<int64_t>(1, ceil_div(batch, pieces));
+    return {ceil_div(batch, size), 1};
+  }
+
+  // Calls body(Share&) for all shares.
   template <typename Body>
-  void for_each_piece(const Body& body) const {
-    const int64_t size = piece_size(), pieces = ceil_div(batch, size);
-    // Pieces of one direction are neighbours, so that two threads take a direction each.
-    at::parallel_for(0, directions * pieces, threads() > 1 ? 1 : directions * pieces, [&](int64_t first, int64_t last) {
-      for (const auto i : c10::irange(first, last)) {
-        const int64_t begin = (i % pieces) * size;
-        body(i / pieces, begin, std::min(batch, begin + size));
-      }
-    });
+  void for_each_share(const Body& body) const {
+    const auto [pieces, parts] = cut();
+    const int64_t size = ceil_div(batch, std::max<int64_t>(1, pieces)), panels = unit_panels().count();
+    const int64_t shares = directions * pieces * parts;
+    std::vector<Barrier> barriers(directions * pieces);
+    // Neighbouring shares belong together, so that two threads take a direction each.
+    at::parallel_for(
+        0, shares, threads() > 1 ? 1 : shares, [&, parts = parts, pieces = pieces](int64_t i, int64_t end) {
+          while (i < end) {
+            const int64_t piece = i / parts, part = i % parts, own = std::min(parts - part, end - i);
+            const int64_t first = piece % pieces * size;
+            Share share(piece / pieces, {first, std::min(batch, first + size)},
+                        {panels * part / parts, panels * (part + own) / parts}, barriers[piece], own, parts);
+            body(share);
+            i += own;
+          }
+        });
   }
 
  private:
@@ -152,7 +243,10 @@ class Forward {
   static constexpr int64_t kPanelGroup = std::max(1, kMaxStrips / Cell::gates);
 
  public:
-  Forward(const Layer<Cell, T>& layer, bool keep) : layer_(layer) {
+  Forward(const Layer<Cell, T>& layer, bool keep)
+      : layer_(layer),
+        states_(2 * layer.directions * layer.batch * h_stride()),
+        c_(Cell::has_c ? layer.directions * layer.batch * c_stride() : 0) {
     const auto options = layer.x.options();
     y = at::empty(sizes_of_y(layer, layer.x), options);
     h_n = at::empty(layer.h0.sizes(), options);
@@ -162,28 +256,28 @@ class Forward {
     y_ = y.mutable_data_ptr<T>();
     kept_ = workspace.numel() > 0 ? workspace.mutable_data_ptr<T>() : nullptr;
     advise_huge_pages(kept_, workspace.nbytes());
-    // Weights that are used once only are not stored in packed form.
-    const bool one_piece = layer.piece_size() >= layer.batch;
-    const bool one_block = one_piece && layer.rows <= block_rows(layer.batch);
-    const bool one_step = one_piece && layer.steps == 1;
+    // Weights that are used once only are not stored in packed form; for a single step each share has its own.
+    if (layer.steps == 1) return;
+    const auto [pieces, parts] = layer.cut();
+    const bool one_block = pieces * parts == 1 && layer.rows <= block_rows(layer.batch, gate_columns(all_panels()));
     for (const auto d : c10::irange(layer.directions)) {
-      directions_.push_back(std::make_unique<Direction>(layer, d, one_block, one_step));
+      directions_.push_back(std::make_unique<Direction>(layer, d, !one_block, true));
     }
   }
 
   Tensor y, h_n, c_n, workspace;
 
   void run() const {
-    layer_.for_each_piece([&](int64_t d, int64_t begin, int64_t end) { run_piece(d, begin, end); });
+    layer_.for_each_share([&](Share& share) { run_share(share); });
   }
 
  private:
   // Packed weights, and the biases as the gates are stored: [panel][slot][unit].
   struct Direction {
-    Direction(const Layer<Cell, T>& layer, int64_t d, bool one_block, bool one_step)
-        : w_ih(layer.inputs, layer.hidden, Cell::gates, !one_block),
-          w_hh(layer.features, layer.hidden, Cell::gates, !one_step),
-          w_hr(layer.has_projection ? layer.hidden : 0, layer.features, 1, !one_step),
+    Direction(const Layer<Cell, T>& layer, int64_t d, bool stores_w_ih, bool stores_w_h)
+        : w_ih(layer.inputs, layer.hidden, Cell::gates, stores_w_ih),
+          w_hh(layer.features, layer.hidden, Cell::gates, stores_w_h),
+          w_hr(layer.has_projection ? layer.hidden : 0, layer.features, 1, stores_w_h),
           bias(kSlots * w_ih.panels.padded()) {
       w_ih.pack_transpose_of(layer.w_ih(d).template const_data_ptr<T>(), layer.inputs);
       w_hh.pack_transpose_of(layer.w_hh(d).template const_data_ptr<T>(), layer.features);
@@ -211,35 +305,45 @@ class Forward {
     Scratch<scalar> bias;
   };
 
-  int64_t gate_columns() const { return kSlots * Panels<scalar>{layer_.hidden}.padded(); }
-  int64_t gate_stride() const { return row_stride<scalar>(gate_columns()); }
+  Slice all_panels() const { return layer_.unit_panels().all(); }
+  // Where the gates of a panel begin, in a row of all of them.
+  int64_t gate_begin(int64_t panel) const {
+    const auto panels = layer_.unit_panels();
+    return kSlots * (panel < panels.count() ? panels.begin(panel) : panels.padded());
+  }
+  int64_t gate_columns(Slice panels) const { return gate_begin(panels.end) - gate_begin(panels.begin); }
+  int64_t h_stride() const { return row_stride<scalar>(layer_.features); }
+  int64_t c_stride() const { return row_stride<scalar>(layer_.hidden); }
 
   // Rows of a block of steps of `batch` sequences.
-  int64_t block_rows(int64_t batch) const {
-    const int64_t fitting = kGateBytes / (gate_stride() * sizeof(scalar));
+  int64_t block_rows(int64_t batch, int64_t gate_columns) const {
+    const int64_t fitting = kGateBytes / (row_stride<scalar>(gate_columns) * sizeof(scalar));
     return std::min(std::max<int64_t>(batch, fitting), batch * layer_.steps);
   }
 
-  void run_piece(int64_t d, int64_t begin, int64_t end) const {
-    const Direction& direction = *directions_[d];
-    const int64_t batch = end - begin, hidden = layer_.hidden, features = layer_.features;
-    const int64_t gate_columns = this->gate_columns(), gate_stride = this->gate_stride();
-    const int64_t block_rows = this->block_rows(batch);
-    const int64_t h_stride = row_stride<scalar>(features), c_stride = row_stride<scalar>(hidden);
-    const int64_t x_stride = row_stride<scalar>(layer_.inputs);
+  void run_share(Share& share) const {
+    const int64_t d = share.direction, begin = share.sequences.begin, end = share.sequences.end, batch = share.batch();
+    const int64_t gate_columns = this->gate_columns(share.panels), gate_stride = row_stride<scalar>(gate_columns);
+    const int64_t block_rows = this->block_rows(batch, gate_columns);
+    const int64_t x_stride = row_stride<scalar>(layer_.inputs), h_stride = this->h_stride(),
+                  c_stride = this->c_stride();
+    const Slice units = layer_.units(share.panels),
+                features = layer_.has_projection ? Slice{0, layer_.features} : units;
+    std::unique_ptr<Direction> own;
+    if (layer_.steps == 1) own = std::make_unique<Direction>(layer_, d, false, false);
+    const Direction& direction = own ? *own : *directions_[d];
     const Scratch<scalar> gates(block_rows * gate_stride), copied_x(block_rows * x_stride);
-    const Scratch<scalar> states(2 * batch * h_stride), c(batch * c_stride);
     const Scratch<scalar> unprojected(layer_.has_projection ? batch * c_stride : 0);
     const Scratch<scalar> masked(layer_.h_mask ? batch * h_stride : 0);
     std::vector<const T*> x_rows(block_rows);
 
     // h_{t-1} and h_t change places after each step. A sequence that has not begun, or has ended, stands in both.
-    scalar *h = states.data(), *h_next = h + batch * h_stride;
+    scalar *h = states_.data() + 2 * (d * layer_.batch + begin) * h_stride, *h_next = h + batch * h_stride;
+    scalar* c = c_.data() + (d * layer_.batch + begin) * c_stride;
     int64_t active_before = 0;
     for (const auto r : c10::irange(batch)) {
-      copy(h + r * h_stride, layer_.h0_row(d, begin + r), features);
-      copy(h_next + r * h_stride, layer_.h0_row(d, begin + r), features);
-      if (Cell::has_c) copy(c.data() + r * c_stride, layer_.c0_row(d, begin + r), hidden);
+      for (scalar* to : {h, h_next}) copy(to + r * h_stride, layer_.h0_row(d, begin + r), features);
+      if (Cell::has_c) copy(c + r * c_stride, layer_.c0_row(d, begin + r), units);
     }
 
     for (int64_t i = 0; i < layer_.steps;) {
@@ -256,27 +360,27 @@ class Forward {
         for (const auto r : c10::irange(layer_.active_of(t, begin, end))) x_rows[count++] = layer_.x_row(t, begin + r);
       }
       for (const auto r : c10::irange(count)) {
-        std::copy(direction.bias.data(), direction.bias.data() + gate_columns, gates.data() + r * gate_stride);
+        std::copy_n(direction.bias.data() + gate_begin(share.panels.begin), gate_columns,
+                    gates.data() + r * gate_stride);
       }
-      multiply_slices(RowTiles(count), read_rows(x_rows.data(), count, copied_x.data()), direction.w_ih, layer_.inputs,
-                      gates.data(), gate_stride, kSlots, Cell::input_slot);
+      multiply_slices(RowTiles(count), read_rows(x_rows.data(), count, copied_x.data()), direction.w_ih, share.panels,
+                      layer_.inputs, gates.data(), gate_stride, kSlots, Cell::input_slot);
 
       int64_t row = d == 0 ? 0 : count;
       for (; i < stop; ++i) {
         const int64_t t = layer_.step(d, i), active = layer_.active_of(t, begin, end);
-        if (active < active_before) {
-          std::copy(h + active * h_stride, h + active_before * h_stride, h_next + active * h_stride);
-        }
-        active_before = active;
         if (active == 0) continue;
         if (d == 1) row -= active;
+        share.meet();
+        for (int64_t r = active; r < active_before; ++r) copy(h_next + r * h_stride, h + r * h_stride, features);
+        active_before = active;
         if (layer_.h_mask) {
           for (const auto r : c10::irange(active)) {
-            layer_.mask(d, begin + r, masked.data() + r * h_stride, h + r * h_stride);
+            layer_.mask(d, begin + r, {0, layer_.features}, masked.data() + r * h_stride, h + r * h_stride);
           }
         }
-        run_step(d, layer_.first_row[t] + begin, active, gates.data() + row * gate_stride, h,
-                 layer_.h_mask ? masked.data() : h, h_next, c.data(), unprojected.data());
+        run_step(direction, share, layer_.first_row[t] + begin, active, gates.data() + row * gate_stride, gate_stride,
+                 h, layer_.h_mask ? masked.data() : h, h_next, c, unprojected.data());
         if (d == 0) row += active;
         std::swap(h, h_next);
       }
@@ -284,8 +388,8 @@ class Forward {
 
     for (const auto r : c10::irange(batch)) {
       const int64_t row = d * layer_.batch + begin + r;
-      copy(h_n.mutable_data_ptr<T>() + row * features, h + r * h_stride, features);
-      if (Cell::has_c) copy(c_n.mutable_data_ptr<T>() + row * hidden, c.data() + r * c_stride, hidden);
+      copy(h_n.mutable_data_ptr<T>() + row * layer_.features, h + r * h_stride, features);
+      if (Cell::has_c) copy(c_n.mutable_data_ptr<T>() + row * layer_.hidden, c + r * c_stride, units);
     }
   }
 
@@ -298,39 +402,40 @@ class Forward {
       for (int64_t r = 2; r < count && even; ++r) even = rows[r] - rows[r - 1] == ld;
       if (even) return {rows[0], k, ld};
     }
-    for (const auto r : c10::irange(count)) copy(copied + r * stride, rows[r], k);
+    for (const auto r : c10::irange(count)) copy(copied + r * stride, rows[r], {0, k});
     return {copied, k, stride};
   }
 
-  // One step of the first `active` sequences of a piece, whose data is in the rows from first_row on. W_hh multiplies
+  // One step of the first `active` sequences of a share, whose data is in the rows from first_row on. W_hh multiplies
   // `factor`: h, or h under the mask.
-  void run_step(int64_t d, int64_t first_row, int64_t active, scalar* gates, const scalar* h, const scalar* factor,
-                scalar* h_next, scalar* c, scalar* unprojected) const {
-    const Direction& direction = *directions_[d];
-    const auto& panels = direction.w_hh.panels;
-    const int64_t features = layer_.features, gate_stride = this->gate_stride();
-    const int64_t h_stride = row_stride<scalar>(features), c_stride = row_stride<scalar>(layer_.hidden);
+  void run_step(const Direction& direction, const Share& share, int64_t first_row, int64_t active, scalar* gates,
+                int64_t gate_stride, const scalar* h, const scalar* factor, scalar* h_next, scalar* c,
+                scalar* unprojected) const {
+    const auto panels = layer_.unit_panels();
+    const int64_t d = share.direction, features = layer_.features, h_stride = this->h_stride(),
+                  c_stride = this->c_stride();
     const RowTiles tiles(active);
     const LeftOperand<scalar> left{factor, features, h_stride};
     const auto slot_of = [](int64_t gate) { return gate; };
     const int64_t last = last_slice<scalar>(tiles, features);
-    multiply_slices(tiles, left, direction.w_hh, last, gates, gate_stride, kSlots, slot_of);
-    for (int64_t panel = 0; panel < panels.count(); panel += kPanelGroup) {
-      const int64_t stop = std::min(panel + kPanelGroup, panels.count());
-      multiply_panels(tiles, left, direction.w_hh, panel, stop, {last, features}, gates + panels.begin(panel) * kSlots,
-                      gate_stride, kSlots, slot_of);
+    multiply_slices(tiles, left, direction.w_hh, share.panels, last, gates, gate_stride, kSlots, slot_of);
+    for (int64_t panel = share.panels.begin; panel < share.panels.end; panel += kPanelGroup) {
+      const int64_t stop = std::min(panel + kPanelGroup, share.panels.end);
+      scalar* group = gates + gate_begin(panel) - gate_begin(share.panels.begin);
+      multiply_panels(tiles, left, direction.w_hh, {panel, stop}, {last, features}, group, gate_stride, kSlots,
+                      slot_of);
       for (int64_t p = panel; p < stop; ++p) {
-        const int64_t column = panels.begin(p);
         for (const auto r : c10::irange(active)) {
-          const scalar* a = gates + r * gate_stride + column * kSlots;
-          activate(d, first_row + r, column, panels.valid(p), panels.width(p), a, h + r * h_stride,
+          activate(d, first_row + r, panels.begin(p), panels.valid(p), panels.width(p),
+                   group + gate_begin(p) - gate_begin(panel) + r * gate_stride, h + r * h_stride,
                    layer_.has_projection ? unprojected + r * c_stride : h_next + r * h_stride, c + r * c_stride);
         }
       }
     }
     if (layer_.has_projection) {
-      multiply(tiles, {unprojected, layer_.hidden, c_stride}, direction.w_hr, h_next, h_stride, false);
-      for (const auto r : c10::irange(active)) copy(y_row(d, first_row + r), h_next + r * h_stride, features);
+      multiply(tiles, {unprojected, layer_.hidden, c_stride}, direction.w_hr, direction.w_hr.panels.all(), h_next,
+               h_stride, false);
+      for (const auto r : c10::irange(active)) copy(y_row(d, first_row + r), h_next + r * h_stride, {0, features});
     }
   }
 
@@ -359,11 +464,12 @@ class Forward {
   T* y_row(int64_t d, int64_t row) const { return y_ + (row * layer_.directions + d) * layer_.features; }
 
   template <typename To, typename From>
-  static void copy(To* to, const From* from, int64_t count) {
-    for (const auto i : c10::irange(count)) to[i] = static_cast<To>(from[i]);
+  static void copy(To* to, const From* from, Slice columns) {
+    for (const auto i : c10::irange(columns.begin, columns.end)) to[i] = static_cast<To>(from[i]);
   }
 
   const Layer<Cell, T>& layer_;
+  const Scratch<scalar> states_, c_;  // twice [B, P] and [B, H] for each direction, rows padded
   std::vector<std::unique_ptr<Direction>> directions_;
   T* y_;
   T* kept_;  // the workspace, or nullptr
@@ -389,6 +495,8 @@ class Backward {
         y_(y_tensor_.template const_data_ptr<T>()),
         workspace_(workspace_tensor_.template const_data_ptr<T>()),
         need_dweights_(need_dweights),
+        dh_(layer.directions * layer.batch * row_stride<scalar>(layer.features)),
+        dc_(Cell::has_c ? layer.directions * layer.batch * row_stride<scalar>(layer.hidden) : 0),
         dgates_(layer.directions * layer.rows * layer.slot_stride() + kTilePadding),
         dprojected_(layer.has_projection ? layer.directions * layer.rows * layer.features + kTilePadding : 0) {
     const auto options = layer.x.options();
@@ -398,22 +506,26 @@ class Backward {
     for (const Tensor& weight : layer.weights) {
       dweights.push_back(need_dweights ? at::empty(weight.sizes(), options) : at::empty({0}, options));
     }
-    for (const auto d : c10::irange(layer.directions)) directions_.push_back(std::make_unique<Direction>(layer, d));
+    if (layer.steps == 1) return;  // then each share has its own
+    for (const auto d : c10::irange(layer.directions)) {
+      directions_.push_back(std::make_unique<Direction>(layer, d, true));
+    }
   }
 
   Tensor dx, dh0, dc0;
   std::vector<Tensor> dweights;
 
   void run() {
-    layer_.for_each_piece([&](int64_t d, int64_t begin, int64_t end) { run_piece(d, begin, end); });
+    layer_.for_each_share([&](Share& share) { run_share(share); });
     if (need_dweights_) run_weights();
     if (dx.dim() > 1) run_inputs();
   }
 
  private:
   struct Direction {
-    Direction(const Layer<Cell, T>& layer, int64_t d)
-        : w_hh(layer.gate_rows(), layer.features), w_hr(layer.has_projection ? layer.features : 0, layer.hidden) {
+    Direction(const Layer<Cell, T>& layer, int64_t d, bool is_stored)
+        : w_hh(layer.gate_rows(), layer.features, 1, is_stored),
+          w_hr(layer.has_projection ? layer.features : 0, layer.hidden, 1, is_stored) {
       w_hh.pack(layer.w_hh(d).template const_data_ptr<T>(), layer.features);
       if (layer.has_projection) w_hr.pack(layer.w_hr(d).template const_data_ptr<T>(), layer.hidden);
     }
@@ -436,19 +548,25 @@ class Backward {
     return row >= 0 ? y_row(d, row) : layer_.h0_row(d, b);
   }
 
-  // All steps of the sequences [begin, end) of one direction: dgates of all their rows, and dh0, dc0.
-  void run_piece(int64_t d, int64_t begin, int64_t end) const {
-    const Direction& direction = *directions_[d];
-    const int64_t batch = end - begin, hidden = layer_.hidden, features = layer_.features;
-    const int64_t h_stride = row_stride<scalar>(features), c_stride = row_stride<scalar>(hidden);
-    const Scratch<scalar> dh(batch * h_stride), dc(batch * c_stride);
+  // All steps of a share: dgates of its rows and units, and dh0, dc0.
+  void run_share(Share& share) const {
+    const int64_t d = share.direction, begin = share.sequences.begin, end = share.sequences.end, batch = share.batch();
+    const int64_t h_stride = row_stride<scalar>(layer_.features), c_stride = row_stride<scalar>(layer_.hidden);
+    const Slice units = layer_.units(share.panels),
+                features = layer_.has_projection ? Slice{0, layer_.features} : units;
+    std::unique_ptr<Direction> own;
+    if (layer_.steps == 1) own = std::make_unique<Direction>(layer_, d, false);
+    const Direction& direction = own ? *own : *directions_[d];
+    const Slice panels = layer_.has_projection ? direction.w_hh.panels.all() : share.panels;
+    scalar *dh = dh_.data() + (d * layer_.batch + begin) * h_stride,
+           *dc = dc_.data() + (d * layer_.batch + begin) * c_stride;
     const Scratch<scalar> unprojected(layer_.has_projection ? batch * c_stride : 0);
     const Scratch<scalar> dmasked(layer_.h_mask ? batch * h_stride : 0);
 
     for (const auto r : c10::irange(batch)) {
       const int64_t row = d * layer_.batch + begin + r;
-      read_or_zero(dh.data() + r * h_stride, data<T>(dh_n_), row, features);
-      if (Cell::has_c) read_or_zero(dc.data() + r * c_stride, data<T>(dc_n_), row, hidden);
+      read_or_zero(dh + r * h_stride, data<T>(dh_n_), row * layer_.features, features);
+      if (Cell::has_c) read_or_zero(dc + r * c_stride, data<T>(dc_n_), row * layer_.hidden, units);
     }
 
     for (int64_t i = layer_.steps - 1; i >= 0; --i) {
@@ -458,46 +576,49 @@ class Backward {
       const RowTiles tiles(active);
       if (dy_) {
         for (const auto r : c10::irange(active)) {
-          const T* dy = data<T>(dy_) + ((first_row + r) * layer_.directions + d) * features;
-          scalar* out = dh.data() + r * h_stride;
-          for (const auto j : c10::irange(features)) out[j] += static_cast<scalar>(dy[j]);
+          const T* dy = data<T>(dy_) + ((first_row + r) * layer_.directions + d) * layer_.features;
+          scalar* out = dh + r * h_stride;
+          for (const auto j : c10::irange(features.begin, features.end)) out[j] += static_cast<scalar>(dy[j]);
         }
       }
       if (layer_.has_projection) {
         for (const auto r : c10::irange(active)) {
-          const scalar* row = dh.data() + r * h_stride;
-          std::copy(row, row + features, dprojected_.data() + (d * layer_.rows + first_row + r) * features);
+          std::copy_n(dh + r * h_stride, layer_.features,
+                      dprojected_.data() + (d * layer_.rows + first_row + r) * layer_.features);
         }
-        multiply(tiles, {dh.data(), features, h_stride}, direction.w_hr, unprojected.data(), c_stride, false);
-        std::fill(dh.data(), dh.data() + active * h_stride, scalar(0));
+        multiply(tiles, {dh, layer_.features, h_stride}, direction.w_hr, direction.w_hr.panels.all(),
+                 unprojected.data(), c_stride, false);
+        std::fill(dh, dh + active * h_stride, scalar(0));
       }
       for (const auto r : c10::irange(active)) {
         scalar* projected = layer_.has_projection ? unprojected.data() + r * c_stride : nullptr;
-        differentiate(d, t, begin + r, dh.data() + r * h_stride, projected, dc.data() + r * c_stride);
+        differentiate(d, t, begin + r, units, dh + r * h_stride, projected, dc + r * c_stride);
       }
+      share.meet();
       const LeftOperand<scalar> left{dgates_row(d, first_row), layer_.gate_rows(), layer_.slot_stride()};
       if (!layer_.h_mask) {
-        multiply(tiles, left, direction.w_hh, dh.data(), h_stride, true);
+        multiply(tiles, left, direction.w_hh, panels, dh + features.begin, h_stride, true);
         continue;
       }
-      multiply(tiles, left, direction.w_hh, dmasked.data(), h_stride, false);
+      multiply(tiles, left, direction.w_hh, panels, dmasked.data() + features.begin, h_stride, false);
       for (const auto r : c10::irange(active)) {
-        scalar* row = dmasked.data() + r * h_stride;
-        layer_.mask(d, begin + r, row, row);
-        for (const auto j : c10::irange(features)) dh.data()[r * h_stride + j] += row[j];
+        layer_.mask(d, begin + r, features, dmasked.data() + r * h_stride, dmasked.data() + r * h_stride);
+        for (const auto j : c10::irange(features.begin, features.end))
+          dh[r * h_stride + j] += dmasked.data()[r * h_stride + j];
       }
     }
 
     for (const auto r : c10::irange(batch)) {
       const int64_t row = d * layer_.batch + begin + r;
-      write(dh0.mutable_data_ptr<T>() + row * features, dh.data() + r * h_stride, features);
-      if (Cell::has_c) write(dc0.mutable_data_ptr<T>() + row * hidden, dc.data() + r * c_stride, hidden);
+      write(dh0.mutable_data_ptr<T>() + row * layer_.features, dh + r * h_stride, features);
+      if (Cell::has_c) write(dc0.mutable_data_ptr<T>() + row * layer_.hidden, dc + r * c_stride, units);
     }
   }
 
   // The cell's gradient on one row: dgates; dh becomes the part of dh_{t-1} that passes W_hh by; dc becomes dc_{t-1}.
   // With a projection, what came through W_hr stands in `projected`, and dh is zero already.
-  void differentiate(int64_t d, int64_t t, int64_t b, scalar* dh, const scalar* projected, scalar* dc) const {
+  void differentiate(int64_t d, int64_t t, int64_t b, Slice units, scalar* dh, const scalar* projected,
+                     scalar* dc) const {
     const int64_t row = layer_.first_row[t] + b, hidden = layer_.hidden;
     const int64_t previous = layer_.previous_row(d, t, b);
     const T* saved_row = workspace_row(d, row);
@@ -508,7 +629,8 @@ class Backward {
       c_previous = previous >= 0 ? workspace_row(d, previous) + Cell::saved_c * hidden : layer_.c0_row(d, b);
     }
     scalar* out = dgates_row(d, row);
-    for_each_vector<T>(hidden, [&](int64_t j, int64_t n) {
+    for_each_vector<T>(units.end - units.begin, [&](int64_t from_begin, int64_t n) {
+      const int64_t j = units.begin + from_begin;
       Vec<T> saved[std::max<int64_t>(1, kSaved)], da[kSlots], h(0), h_prev(0), c_prev(0), dc_t(0);
 #pragma GCC unroll 5
       for (int64_t s = 0; s < kSaved; ++s) saved[s] = load_vector(saved_row + s * hidden + j, n);
@@ -551,7 +673,7 @@ class Backward {
           for (const auto b : c10::irange(layer_.active[t])) {
             const T*& h = h_rows[d][layer_.first_row[t] + b];
             T* to = masked.data() + (d * rows + layer_.first_row[t] + b) * features;
-            layer_.mask(d, b, to, h);
+            layer_.mask(d, b, {0, features}, to, h);
             h = to;
           }
         }
@@ -594,8 +716,8 @@ class Backward {
                        }
                      });
     for (const auto gate : c10::irange<int64_t>(Cell::gates)) {
-      write(db_ih + gate * hidden, sums.data() + Cell::input_slot(gate) * hidden, hidden);
-      write(db_hh + gate * hidden, sums.data() + gate * hidden, hidden);
+      write(db_ih + gate * hidden, sums.data() + Cell::input_slot(gate) * hidden, {0, hidden});
+      write(db_hh + gate * hidden, sums.data() + gate * hidden, {0, hidden});
     }
   }
 
@@ -626,7 +748,7 @@ class Backward {
       run_products(products);
       for (const auto d : c10::irange(layer_.directions)) {
         const Tensor& dw_hr = dweights[(d + 1) * layer_.weights_per_direction - 1];
-        write(dw_hr.template mutable_data_ptr<T>(), sums.data() + d * features * hidden, features * hidden);
+        write(dw_hr.template mutable_data_ptr<T>(), sums.data() + d * features * hidden, {0, features * hidden});
       }
     }
   }
@@ -638,15 +760,16 @@ class Backward {
       int64_t direction, slot;
       std::unique_ptr<PackedMatrix<scalar>> w;
     };
+    const int64_t columns = row_stride<scalar>(inputs);
+    const int64_t block = std::clamp<int64_t>(ceil_div(rows, at::get_num_threads()), 1, 96);
     std::vector<Term> terms;
     for (const auto d : c10::irange(layer_.directions)) {
       for (const GateRun& run : input_gate_runs<Cell>()) {
-        terms.push_back({d, run.slot, std::make_unique<PackedMatrix<scalar>>(run.count * hidden, inputs)});
+        terms.push_back(
+            {d, run.slot, std::make_unique<PackedMatrix<scalar>>(run.count * hidden, inputs, 1, rows > block)});
         terms.back().w->pack(layer_.w_ih(d).template const_data_ptr<T>() + run.gate * hidden * inputs, inputs);
       }
     }
-    const int64_t columns = row_stride<scalar>(inputs);
-    const int64_t block = std::clamp<int64_t>(ceil_div(rows, at::get_num_threads()), 1, 96);
     T* out = dx.mutable_data_ptr<T>();
     at::parallel_for(0, ceil_div(rows, block), 1, [&](int64_t begin, int64_t end) {
       const Scratch<scalar> sum(block * columns);
@@ -655,22 +778,24 @@ class Backward {
         const RowTiles tiles(count);
         for (const Term& term : terms) {
           const scalar* dgates = dgates_row(term.direction, first) + term.slot * hidden;
-          multiply(tiles, {dgates, term.w->k, layer_.slot_stride()}, *term.w, sum.data(), columns,
+          multiply(tiles, {dgates, term.w->k, layer_.slot_stride()}, *term.w, term.w->panels.all(), sum.data(), columns,
                    &term != &terms.front());
         }
-        for (const auto r : c10::irange(count)) write(out + (first + r) * inputs, sum.data() + r * columns, inputs);
+        for (const auto r : c10::irange(count))
+          write(out + (first + r) * inputs, sum.data() + r * columns, {0, inputs});
       }
     });
   }
 
-  static void read_or_zero(scalar* to, const T* from, int64_t row, int64_t count) {
-    for (const auto i : c10::irange(count)) {
-      to[i] = from != nullptr ? static_cast<scalar>(from[row * count + i]) : scalar(0);
+  // to = from + offset, or zeros, for some columns
+  static void read_or_zero(scalar* to, const T* from, int64_t offset, Slice columns) {
+    for (const auto i : c10::irange(columns.begin, columns.end)) {
+      to[i] = from != nullptr ? static_cast<scalar>(from[offset + i]) : scalar(0);
     }
   }
 
-  static void write(T* to, const scalar* from, int64_t count) {
-    for (const auto i : c10::irange(count)) to[i] = static_cast<T>(from[i]);
+  static void write(T* to, const scalar* from, Slice columns) {
+    for (const auto i : c10::irange(columns.begin, columns.end)) to[i] = static_cast<T>(from[i]);
   }
 
   const Layer<Cell, T>& layer_;
@@ -679,6 +804,7 @@ class Backward {
   const T *y_, *workspace_;
   const bool need_dweights_;
   std::vector<std::unique_ptr<Direction>> directions_;
+  const Scratch<scalar> dh_, dc_;  // [B, P] and [B, H] for each direction, rows padded
   const Scratch<scalar> dgates_, dprojected_;
 };
 
