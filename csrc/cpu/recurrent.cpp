@@ -50,8 +50,7 @@ namespace {
 constexpr int64_t kGateBytes = 256 * 1024;
 // Sequences of one thread that are taken through the steps together: a panel's gates stay in the first-level cache.
 constexpr int64_t kMaxRows = 64;
-// Multiply-adds below which another thread costs more than it gives, and those of a step below which a barrier does.
-constexpr int64_t kMinWork = 1 << 17;
+// Multiply-adds of a step below which a barrier costs more than another thread gives.
 constexpr int64_t kMinStepWork = 1 << 13;
 
 template <typename T>
@@ -190,7 +189,7 @@ struct Layer : RecurrentArguments {
     const int64_t wanted = ceil_div(threads(), directions);
     const bool can_cut_units = kCanWait && !has_projection;
     // One step needs no barrier, and no thread then reads all weights.
-    if (steps == 1 && can_cut_units) return {1, std::min(wanted, unit_panels().count())};
+    if (steps == 1 && batch <= kMaxRows && can_cut_units) return {1, std::min(wanted, unit_panels().count())};
     const int64_t step_work = batch * gate_rows() * features;
     if (can_cut_units && wanted > 1 && batch < wanted * kTileRows && step_work >= wanted * kMinStepWork) {
       return {1, std::min(wanted, unit_panels().count())};
@@ -199,6 +198,9 @@ struct Layer : RecurrentArguments {
     const int64_t size = std::max<int64_t>(1, ceil_div(batch, pieces));
     return {ceil_div(batch, size), 1};
   }
+
+  // Whether a share uses each of its weights once only, and no other share does: then it packs them as it reads them.
+  bool uses_weights_once() const { return steps == 1 && cut().sequences == 1; }
 
   // Calls body(Share&) for all shares.
   template <typename Body>
@@ -222,10 +224,7 @@ struct Layer : RecurrentArguments {
   }
 
  private:
-  int64_t threads() const {
-    const int64_t work = rows * gate_rows() * (inputs + features);
-    return std::clamp<int64_t>(work / kMinWork, 1, at::get_num_threads());
-  }
+  int64_t threads() const { return threads_for(rows * gate_rows() * (inputs + features)); }
 
   const T *x_, *h0_, *c0_, *h_mask_;
   bool is_packed_;
@@ -256,9 +255,9 @@ class Forward {
     y_ = y.mutable_data_ptr<T>();
     kept_ = workspace.numel() > 0 ? workspace.mutable_data_ptr<T>() : nullptr;
     advise_huge_pages(kept_, workspace.nbytes());
-    // Weights that are used once only are not stored in packed form; for a single step each share has its own.
-    if (layer.steps == 1) return;
+    if (layer.uses_weights_once()) return;
     const auto [pieces, parts] = layer.cut();
+    // W_ih, too, is not stored in packed form if it is used once only.
     const bool one_block = pieces * parts == 1 && layer.rows <= block_rows(layer.batch, gate_columns(all_panels()));
     for (const auto d : c10::irange(layer.directions)) {
       directions_.push_back(std::make_unique<Direction>(layer, d, !one_block, true));
@@ -330,7 +329,7 @@ class Forward {
     const Slice units = layer_.units(share.panels),
                 features = layer_.has_projection ? Slice{0, layer_.features} : units;
     std::unique_ptr<Direction> own;
-    if (layer_.steps == 1) own = std::make_unique<Direction>(layer_, d, false, false);
+    if (layer_.uses_weights_once()) own = std::make_unique<Direction>(layer_, d, false, false);
     const Direction& direction = own ? *own : *directions_[d];
     const Scratch<scalar> gates(block_rows * gate_stride), copied_x(block_rows * x_stride);
     const Scratch<scalar> unprojected(layer_.has_projection ? batch * c_stride : 0);
@@ -506,7 +505,7 @@ class Backward {
     for (const Tensor& weight : layer.weights) {
       dweights.push_back(need_dweights ? at::empty(weight.sizes(), options) : at::empty({0}, options));
     }
-    if (layer.steps == 1) return;  // then each share has its own
+    if (layer.uses_weights_once()) return;
     for (const auto d : c10::irange(layer.directions)) {
       directions_.push_back(std::make_unique<Direction>(layer, d, true));
     }
@@ -555,7 +554,7 @@ class Backward {
     const Slice units = layer_.units(share.panels),
                 features = layer_.has_projection ? Slice{0, layer_.features} : units;
     std::unique_ptr<Direction> own;
-    if (layer_.steps == 1) own = std::make_unique<Direction>(layer_, d, false);
+    if (layer_.uses_weights_once()) own = std::make_unique<Direction>(layer_, d, false);
     const Direction& direction = own ? *own : *directions_[d];
     const Slice panels = layer_.has_projection ? direction.w_hh.panels.all() : share.panels;
     scalar *dh = dh_.data() + (d * layer_.batch + begin) * h_stride,
@@ -753,38 +752,63 @@ class Backward {
     }
   }
 
-  // dx = dgates W_ih, over both directions
+  // dx = dgates W_ih, over both directions. Cut by rows; or by columns, if the rows are so few that a thread may as
+  // well take them all, with weights that it packs as it reads them.
   void run_inputs() const {
-    const int64_t rows = layer_.rows, hidden = layer_.hidden, inputs = layer_.inputs;
-    struct Term {
-      int64_t direction, slot;
-      std::unique_ptr<PackedMatrix<scalar>> w;
-    };
-    const int64_t columns = row_stride<scalar>(inputs);
-    const int64_t block = std::clamp<int64_t>(ceil_div(rows, at::get_num_threads()), 1, 96);
+    constexpr int64_t max_block = 96;
+    const int64_t rows = layer_.rows, inputs = layer_.inputs;
+    const Panels<scalar> columns{inputs};
+    const int64_t threads = threads_for(rows * layer_.directions * layer_.gate_rows() * inputs);
+    if (rows <= max_block) {
+      const int64_t parts = std::clamp<int64_t>(columns.count(), 1, threads);
+      at::parallel_for(0, parts, 1, [&](int64_t begin, int64_t end) {
+        const std::vector<Term> terms = input_terms(false);
+        run_input_block(terms, {0, rows}, {columns.count() * begin / parts, columns.count() * end / parts});
+      });
+      return;
+    }
+    const std::vector<Term> terms = input_terms(true);
+    const int64_t block = std::min(ceil_div(rows, threads), max_block);
+    at::parallel_for(0, ceil_div(rows, block), threads > 1 ? 1 : rows, [&](int64_t begin, int64_t end) {
+      for (const auto i : c10::irange(begin, end)) {
+        run_input_block(terms, {i * block, std::min(rows, (i + 1) * block)}, columns.all());
+      }
+    });
+  }
+
+  // Gates of W_ih of one direction whose slots are neighbours.
+  struct Term {
+    int64_t direction, slot;
+    std::unique_ptr<PackedMatrix<scalar>> w;
+  };
+
+  std::vector<Term> input_terms(bool is_stored) const {
+    const int64_t hidden = layer_.hidden, inputs = layer_.inputs;
     std::vector<Term> terms;
     for (const auto d : c10::irange(layer_.directions)) {
       for (const GateRun& run : input_gate_runs<Cell>()) {
         terms.push_back(
-            {d, run.slot, std::make_unique<PackedMatrix<scalar>>(run.count * hidden, inputs, 1, rows > block)});
+            {d, run.slot, std::make_unique<PackedMatrix<scalar>>(run.count * hidden, inputs, 1, is_stored)});
         terms.back().w->pack(layer_.w_ih(d).template const_data_ptr<T>() + run.gate * hidden * inputs, inputs);
       }
     }
-    T* out = dx.mutable_data_ptr<T>();
-    at::parallel_for(0, ceil_div(rows, block), 1, [&](int64_t begin, int64_t end) {
-      const Scratch<scalar> sum(block * columns);
-      for (const auto i : c10::irange(begin, end)) {
-        const int64_t first = i * block, count = std::min(block, rows - first);
-        const RowTiles tiles(count);
-        for (const Term& term : terms) {
-          const scalar* dgates = dgates_row(term.direction, first) + term.slot * hidden;
-          multiply(tiles, {dgates, term.w->k, layer_.slot_stride()}, *term.w, term.w->panels.all(), sum.data(), columns,
-                   &term != &terms.front());
-        }
-        for (const auto r : c10::irange(count))
-          write(out + (first + r) * inputs, sum.data() + r * columns, {0, inputs});
-      }
-    });
+    return terms;
+  }
+
+  void run_input_block(const std::vector<Term>& terms, Slice rows, Slice panels) const {
+    const Panels<scalar> all{layer_.inputs};
+    const int64_t first = all.begin(panels.begin), count = std::min(layer_.inputs, all.begin(panels.end)) - first;
+    const int64_t stride = row_stride<scalar>(count);
+    const RowTiles tiles(rows.end - rows.begin);
+    const Scratch<scalar> sum(tiles.rows() * stride);
+    for (const Term& term : terms) {
+      const scalar* dgates = dgates_row(term.direction, rows.begin) + term.slot * layer_.hidden;
+      multiply(tiles, {dgates, term.w->k, layer_.slot_stride()}, *term.w, panels, sum.data(), stride,
+               &term != &terms.front());
+    }
+    for (const auto r : c10::irange(rows.begin, rows.end)) {
+      write(dx.mutable_data_ptr<T>() + r * layer_.inputs + first, sum.data() + (r - rows.begin) * stride, {0, count});
+    }
   }
 
   // to = from + offset, or zeros, for some columns
