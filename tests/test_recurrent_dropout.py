@@ -71,7 +71,8 @@ def with_gradients(outputs: list[Tensor], cotangents: list[Tensor], inputs: list
 def test_equals_masked_weights(kind: str, given: str, bidirectional: bool, dtype: torch.dtype, device: str) -> None:
     """Outputs, states and all gradients are those of torch.nn, each sequence with its own masked weights."""
     steps, batch = 6, 5
-    theirs, ours = with_dropout(kind, 19, 37, 2, bidirectional=bidirectional, device=device, dtype=dtype)
+    layers = 1 if kind == "rnn_relu" else 2  # rounding of one layer's output may turn a ReLU of the next on or off
+    theirs, ours = with_dropout(kind, 19, 37, layers, bidirectional=bidirectional, device=device, dtype=dtype)
     exact = copy.deepcopy(theirs).double()
     lengths = [steps] * batch if given == "padded" else [2, 6, 1, 4, 4]
     x = torch.randn(steps, batch, 19, dtype=dtype, device=device)
