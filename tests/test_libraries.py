@@ -1,6 +1,7 @@
 """convert and revert on models of other people, with random weights; skipped where their libraries are missing.
 
-`pip install stanza transformers` beside the package brings them; neither needs torchvision or torchaudio.
+The extra `test` has stanza and tft-torch; `pip install transformers` beside the package brings the third, which is large.
+None of them needs torchvision, torchaudio or lightning.
 """
 
 from __future__ import annotations
@@ -45,7 +46,30 @@ def codec() -> Case:
     return model, lambda model: model(x)
 
 
-@pytest.mark.parametrize("make", [tagger, recogniser, codec])
+def forecaster() -> Case:
+    """The Temporal Fusion Transformer of tft-torch: one LSTM reads the past, another goes on from its states."""
+    tft = pytest.importorskip("tft_torch.tft")
+    omegaconf = pytest.importorskip("omegaconf")
+    inputs = {
+        "num_historical_numeric": 2, "num_historical_categorical": 1, "historical_categorical_cardinalities": [4],
+        "num_static_numeric": 2, "num_static_categorical": 1, "static_categorical_cardinalities": [3],
+        "num_future_numeric": 1, "num_future_categorical": 1, "future_categorical_cardinalities": [4],
+    }  # fmt: skip
+    sizes = {"dropout": 0.0, "state_size": 8, "lstm_layers": 2, "attention_heads": 2, "output_quantiles": [0.1, 0.9]}
+    config = {"data_props": inputs, "task_type": "regression", "target_window_start": None, "model": sizes}
+    model = tft.TemporalFusionTransformer(omegaconf.OmegaConf.create(config))
+    batch = {
+        "historical_ts_numeric": torch.randn(3, 9, 2),
+        "historical_ts_categorical": torch.randint(4, (3, 9, 1)),
+        "static_feats_numeric": torch.randn(3, 2),
+        "static_feats_categorical": torch.randint(3, (3, 1)),
+        "future_ts_numeric": torch.randn(3, 4, 1),
+        "future_ts_categorical": torch.randint(4, (3, 4, 1)),
+    }
+    return model, lambda model: model(batch)["predicted_quantiles"]
+
+
+@pytest.mark.parametrize("make", [tagger, recogniser, codec, forecaster])
 def test_round_trip(make: Callable[[], Case]) -> None:
     model, run = make()
 
