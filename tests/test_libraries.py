@@ -1,7 +1,7 @@
 """convert and revert on models of other people, with random weights; skipped where their libraries are missing.
 
-The extra `test` has stanza and tft-torch; `pip install transformers` beside the package brings the third, which is large.
-None of them needs torchvision, torchaudio or lightning.
+The extra `test` has stanza and tft-torch; `pip install transformers` beside the package brings the third, which is
+large. None of them needs torchvision, torchaudio or lightning.
 """
 
 from __future__ import annotations

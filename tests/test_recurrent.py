@@ -417,7 +417,7 @@ def test_ops_refuse_what_does_not_fit(device: str) -> None:
     good = dict(x=x, batch_sizes=None, h0=h0, c0=None, weights=[w_ih, w_hh], cell="rnn_tanh", keep=False, h_mask=None)
     op(**good)
     for change, message in [
-        ({"x": x[0]}, "x of shape"),
+        ({"x": x[0, 0]}, "x of shape"),
         ({"x": x.int()}, "floating"),
         ({"h0": h0[0]}, "h0 of shape"),
         ({"h0": h0.double()}, "h0 of dtype"),
