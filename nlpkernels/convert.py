@@ -94,5 +94,8 @@ def convert(model: nn.Module, predicate: Callable[[str, nn.Module], bool] | None
 
 
 def revert(model: nn.Module, predicate: Callable[[str, nn.Module], bool] | None = None) -> Swaps:
-    """Swap nlpkernels' layers in `model` for torch.nn's, in place: the inverse of `convert`, same arguments."""
+    """Swap nlpkernels' layers in `model` for torch.nn's, in place: the inverse of `convert`, same arguments.
+
+    A layer with recurrent dropout is left alone and reported, as torch.nn's would train without.
+    """
     return _swap(model, {ours: theirs for theirs, ours in _PAIRS}, predicate)

@@ -186,7 +186,8 @@ class _Padding(NamedTuple):
     def of(lengths: Tensor | Sequence[int], x: Tensor, batch_first: bool) -> _Padding:
         """The padding of x, [T, B, I] or [B, T, I], by the lengths, [B]."""
         steps, batch = (x.size(1), x.size(0)) if batch_first else (x.size(0), x.size(1))
-        lengths = torch.as_tensor(lengths)
+        if not isinstance(lengths, Tensor):  # (of no numbers torch makes floats)
+            lengths = torch.as_tensor(lengths, dtype=None if len(lengths) > 0 else torch.long)
         if lengths.dim() != 1 or lengths.size(0) != batch or lengths.dtype not in (torch.int32, torch.int64):
             raise ValueError(
                 f"expected lengths to be {batch} integers (int32 or int64), one for each sequence, "
@@ -267,7 +268,8 @@ class RNN(_OneState):
         lengths (the argument of `torch.nn.utils.rnn.pack_padded_sequence`): how many steps of each sequence of a padded
         batch are real, [B] integers from 0 to T, in any order, a list or a tensor on any device. Padding is not read
         and costs nothing; output is zero there, the reverse direction starts at each sequence's own end, and h_n holds
-        the states at the ends; a sequence of length 0 keeps its initial states. The lengths are read by the CPU.
+        the states at the ends; a sequence of length 0 keeps its initial states. The lengths are read by the CPU. Under
+        torch.compile give a tensor (each new list is compiled anew) and fullgraph=True (or the graph breaks there).
 
         return_state_sequence (haste's name): return in the place of the final states those after every step of every
         layer, [L D, T, B, H], with steps and batch laid out as in output ([L D, N, H] for a PackedSequence).

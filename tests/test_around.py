@@ -130,23 +130,30 @@ def test_fake_and_meta_tensors(kind: str, device: str) -> None:
     same(ours, theirs, an_input(device))
 
 
+@pytest.mark.parametrize("use_reentrant", [False, True], ids=["saved_tensors", "reentrant"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_checkpoint_hooks_replicas_and_memory(kind: str, device: str) -> None:
+def test_checkpoint(kind: str, use_reentrant: bool, device: str) -> None:
+    """What is computed again has the masks of the first time."""
+    theirs, ours = pair(kind, 6, 5, 2, dropout=0.3, bidirectional=True, device=device)
+    x = an_input(device)
+    runs = []
+    for layer, call in ((theirs, theirs), (ours, lambda x: checkpoint(ours, x, use_reentrant=use_reentrant))):
+        x.grad = None
+        torch.manual_seed(1)
+        y = call(x)[0]
+        y.sin().sum().backward()  # which is all that a reentrant checkpoint has
+        runs.append([y, x.grad, *(parameter.grad for parameter in layer.parameters())])
+    torch.testing.assert_close(runs[1], runs[0])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_hooks_replicas_and_memory(kind: str, device: str) -> None:
     theirs, ours = pair(kind, 6, 5, 2, dropout=0.3, device=device)
     ours.flatten_parameters()
     if device == "cpu":
         ours.share_memory()
         assert all(parameter.is_shared() for parameter in ours.parameters())
     x = an_input(device)
-    runs = []
-    for layer in (lambda x: theirs(x)[0], lambda x: checkpoint(ours, x, use_reentrant=False)[0]):
-        torch.manual_seed(1)
-        y = layer(x)
-        parameters = list((ours if runs else theirs).parameters())
-        runs.append([y, *torch.autograd.grad(y.sin().sum(), [x, *parameters])])
-    for got, expected in zip(runs[1], runs[0], strict=True):
-        torch.testing.assert_close(got, expected)
-
     calls: list[str] = []
     ours.register_forward_pre_hook(lambda *_: calls.append("before"))
     ours.register_forward_hook(lambda *_: calls.append("after"))
@@ -222,18 +229,19 @@ def test_one_graph_for_packed_sequences(kind: str, given: str, one_graph: Any, d
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_one_graph_for_lengths_and_states(kind: str, one_graph: Any, device: str) -> None:
-    """How many rows are real is data: that torch.compile may trace it is a setting of torch's."""
+    """How many rows are real is data, which torch.compile traces with fullgraph=True; without, it breaks the graph."""
     _, ours = pair(kind, 6, 5, 2, bidirectional=True, device=device)
-    with torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True):
-        compiled = one_graph(ours)
-        for lengths in ([5, 3, 2], [0, 4, 7], [9, 4, 0, 3, 2]):
-            x = torch.randn(10, len(lengths), 6, device=device, requires_grad=True)
-            runs = []
-            for layer in (compiled, ours):
-                outputs = tensors(layer(x, lengths=torch.tensor(lengths), return_state_sequence=True))
-                loss = sum(output.sin().sum() for output in outputs)
-                runs.append(outputs + list(torch.autograd.grad(loss, [x, *ours.parameters()])))
-            torch.testing.assert_close(runs[0], runs[1])
+    in_one = one_graph(ours)
+    in_parts = torch.compile(ours, dynamic=True, backend="aot_eager")
+    for lengths in ([5, 3, 2], [0, 4, 7], [9, 4, 0, 3, 2]):
+        x = torch.randn(10, len(lengths), 6, device=device, requires_grad=True)
+        runs = []
+        for layer in (ours, in_one, in_parts):
+            outputs = tensors(layer(x, lengths=torch.tensor(lengths), return_state_sequence=True))
+            loss = sum(output.sin().sum() for output in outputs)
+            runs.append(outputs + list(torch.autograd.grad(loss, [x, *ours.parameters()])))
+        torch.testing.assert_close(runs[1], runs[0])
+        torch.testing.assert_close(runs[2], runs[0])
 
 
 def test_compiled_by_inductor(device: str) -> None:
@@ -262,6 +270,73 @@ def test_export_with_dynamic_batch_and_length(kind: str, device: str) -> None:
     for steps, batch in [(7, 2), (2, 9)]:
         x = torch.randn(steps, batch, 6, device=device)
         torch.testing.assert_close(tensors(program.module()(x)), tensors(theirs(x)))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_export_with_lengths(kind: str, device: str) -> None:
+    _, ours = pair(kind, 6, 5, 2, bidirectional=True, device=device)
+    steps, batch = torch.export.Dim("steps"), torch.export.Dim("batch")
+    example = (torch.randn(4, 3, 6, device=device),), {"lengths": torch.tensor([4, 2, 0])}
+    shapes = {"input": {0: steps, 1: batch}, "lengths": {0: batch}}
+    program = torch.export.export(ours, *example, dynamic_shapes=shapes)
+    for lengths in (torch.tensor([3, 7]), torch.tensor([0, 5, 1, 7, 7])):
+        x = torch.randn(7, len(lengths), 6, device=device)
+        torch.testing.assert_close(tensors(program.module()(x, lengths=lengths)), tensors(ours(x, lengths=lengths)))
+
+
+def check_traced(theirs: nn.Module, ours: nn.Module, make: Callable[[int], Tensor], one_graph: Any) -> None:
+    """One graph and one program for all batch sizes, fake and meta tensors; `make` makes an input of a batch size."""
+    batch = torch.export.Dim("batch")
+    program = torch.export.export(ours, (make(3),), dynamic_shapes=({0: batch},))
+    compiled = one_graph(ours)
+    for size in (4, 9, 2):
+        x = make(size)
+        expected = tensors(theirs(x))
+        torch.testing.assert_close(tensors(program.module()(x)), expected)
+        got = tensors(compiled(x))
+        torch.testing.assert_close(got, expected)
+        gradients = [
+            torch.autograd.grad(sum(output.sin().sum() for output in outputs), list(layer.parameters()))
+            for layer, outputs in ((ours, got), (theirs, expected))
+        ]
+        torch.testing.assert_close(*gradients)
+    shapes = [tensor.shape for tensor in expected]
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        assert [tensor.shape for tensor in tensors(ours(mode.from_tensor(x)))] == shapes
+    assert [tensor.shape for tensor in tensors(ours.to("meta")(x.to("meta")))] == shapes
+
+
+@pytest.mark.parametrize("name", ["RNNCell", "LSTMCell", "GRUCell"])
+def test_traced_cells(name: str, one_graph: Any, device: str) -> None:
+    theirs, ours = (getattr(library, name)(6, 5, device=device) for library in (nn, nlpkernels))
+    ours.load_state_dict(theirs.state_dict())
+    check_traced(theirs, ours, lambda size: torch.randn(size, 6, device=device), one_graph)
+
+
+@pytest.mark.parametrize("name", ["Embedding", "EmbeddingBag"])
+def test_traced_embeddings(name: str, one_graph: Any, device: str) -> None:
+    theirs, ours = (getattr(library, name)(10, 6, device=device) for library in (nn, nlpkernels))
+    ours.load_state_dict(theirs.state_dict())
+    check_traced(theirs, ours, lambda size: torch.randint(10, (size, 7), device=device), one_graph)
+
+
+@pytest.mark.parametrize("name", ["RNNCell", "LSTMCell", "GRUCell"])
+def test_function_transforms_of_cells(name: str, device: str) -> None:
+    options = {"device": device, "dtype": torch.float64}
+    theirs, ours = (getattr(library, name)(4, 3, **options) for library in (nn, nlpkernels))
+    ours.load_state_dict(theirs.state_dict())
+    x = torch.randn(2, 4, **options)
+
+    def loss(cell: nn.Module) -> Callable[[Tensor], Tensor]:
+        return lambda x: sum(state.sin().sum() for state in tensors(cell(x)))
+
+    expected = torch.autograd.functional.hessian(loss(theirs), x)
+    torch.testing.assert_close(torch.func.hessian(loss(ours))(x), expected)
+    _, tangent = torch.func.jvp(loss(ours), (x,), (x,))
+    torch.testing.assert_close(tangent, (torch.func.grad(loss(theirs))(x) * x).sum())
+    many = torch.randn(5, 2, 4, **options)
+    per_sample = torch.func.vmap(torch.func.grad(loss(ours)))(many)
+    torch.testing.assert_close(per_sample, torch.stack([torch.func.grad(loss(theirs))(one) for one in many]))
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -39,10 +39,10 @@ class Tagger(nn.Module):
 def run(model: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
     print(nlpkernels.convert(model, lambda name, layer: name != "head"))
     print(nlpkernels.revert(model).swapped["lstm"])
-    output, h_n = GRU(6, 5).forward(x, None, return_state_sequence=True)
+    output, h_n = GRU(6, 5, recurrent_dropout=0.3).forward(x, None, return_state_sequence=True)
     packed, h_n = RNN(6, 5, nonlinearity="relu").forward(pack_padded_sequence(x, [2, 1]))
     assert isinstance(packed, PackedSequence)
-    y, h, c = nlpkernels.functional.lstm(x, (h_n, h_n), [x, x], False, 1, 0.0, False, False)
+    y, h, c = nlpkernels.functional.lstm(x, (h_n, h_n), [x, x], False, 1, 0.0, False, False, recurrent_dropout=0.3)
     weight: Tensor = LSTM(6, 5).get_parameter("weight_ih_l0")
     return EmbeddingBag(20, 4, mode="sum").forward(torch.zeros(2, 3, dtype=torch.long)), weight + y + h + c
 """

@@ -68,11 +68,27 @@ def test_padding_is_never_read(kind: str, device: str) -> None:
     assert all(map(torch.equal, full, tensors(ours(clean[0].new_ones(4, 3, 6)))))
 
 
+@pytest.mark.parametrize("kind", LAYERS)
+def test_lengths_of_an_empty_batch(kind: str, device: str) -> None:
+    """No sequences have no lengths: the results are those of an empty batch without them, and so are the gradients."""
+    _, ours = pair(kind, 6, 5, 2, bidirectional=True, device=device)
+    x = torch.randn(4, 0, 6, device=device, requires_grad=True)
+    expected = tensors(ours(x))
+    for lengths in ([], (), torch.zeros(0, dtype=torch.long, device=device)):
+        got = tensors(ours(x, lengths=lengths))
+        assert [tensor.shape for tensor in got] == [tensor.shape for tensor in expected]
+        assert tensors(ours(x, lengths=lengths, return_state_sequence=True))[1].shape[:3] == (4, 4, 0)
+        dx, *gradients = torch.autograd.grad(sum(tensor.sum() for tensor in got), [x, *ours.parameters()])
+        assert dx.shape == x.shape
+        assert not any(gradient.any() for gradient in gradients)
+
+
 def test_wrong_lengths(device: str) -> None:
     layer = nlpkernels.GRU(6, 5, device=device)
     x = torch.randn(4, 3, 6, device=device)
     for lengths, message in [
         ([1, 2], r"expected lengths to be 3 integers .* got shape \[2\]"),
+        ([], r"got shape \[0\]"),
         ([[1, 2, 3]], r"got shape \[1, 3\]"),
         (torch.tensor([1.0, 2.0, 3.0]), "of torch.float32"),
         ([1, 5, 2], r"expected lengths from 0 to 4, the steps of input, got \[1, 5, 2\]"),

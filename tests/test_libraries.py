@@ -1,6 +1,7 @@
 """convert and revert on models of other people, with random weights; skipped where their libraries are missing.
 
-`pip install stanza transformers` beside the package brings them; neither needs torchvision or torchaudio.
+The extra `test` has stanza and tft-torch; `pip install transformers` beside the package brings the third, which is
+large. None of them needs torchvision, torchaudio or lightning.
 """
 
 from __future__ import annotations
@@ -45,22 +46,45 @@ def codec() -> Case:
     return model, lambda model: model(x)
 
 
-@pytest.mark.parametrize("make", [tagger, recogniser, codec])
+def forecaster() -> Case:
+    """The Temporal Fusion Transformer of tft-torch: one LSTM reads the past, another goes on from its states."""
+    tft = pytest.importorskip("tft_torch.tft")
+    omegaconf = pytest.importorskip("omegaconf")
+    inputs = {
+        "num_historical_numeric": 2, "num_historical_categorical": 1, "historical_categorical_cardinalities": [4],
+        "num_static_numeric": 2, "num_static_categorical": 1, "static_categorical_cardinalities": [3],
+        "num_future_numeric": 1, "num_future_categorical": 1, "future_categorical_cardinalities": [4],
+    }  # fmt: skip
+    sizes = {"dropout": 0.0, "state_size": 8, "lstm_layers": 2, "attention_heads": 2, "output_quantiles": [0.1, 0.9]}
+    config = {"data_props": inputs, "task_type": "regression", "target_window_start": None, "model": sizes}
+    model = tft.TemporalFusionTransformer(omegaconf.OmegaConf.create(config))
+    batch = {
+        "historical_ts_numeric": torch.randn(3, 9, 2),
+        "historical_ts_categorical": torch.randint(4, (3, 9, 1)),
+        "static_feats_numeric": torch.randn(3, 2),
+        "static_feats_categorical": torch.randint(3, (3, 1)),
+        "future_ts_numeric": torch.randn(3, 4, 1),
+        "future_ts_categorical": torch.randint(4, (3, 4, 1)),
+    }
+    return model, lambda model: model(batch)["predicted_quantiles"]
+
+
+@pytest.mark.parametrize("make", [tagger, recogniser, codec, forecaster])
 def test_round_trip(make: Callable[[], Case]) -> None:
     model, run = make()
 
-    def results() -> list[Tensor]:
+    def results(model: nn.Module) -> list[Tensor]:
         output = run(model)
         parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
         return [output, *torch.autograd.grad(output.sin().sum(), parameters, materialize_grads=True)]
 
-    expected, text = results(), repr(model)
+    expected, text = results(model), repr(model)
     swaps = nlpkernels.convert(model)
     assert swaps.swapped
-    torch.testing.assert_close(results(), expected, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(results(model), expected, atol=1e-5, rtol=1e-4)
     torch._dynamo.reset()
     compiled = torch.compile(model, backend="aot_eager")
-    torch.testing.assert_close(run(compiled), expected[0], atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(results(compiled), expected, atol=1e-5, rtol=1e-4)
     assert set(nlpkernels.revert(model).swapped) == set(swaps.swapped)
     assert repr(model) == text
-    torch.testing.assert_close(results(), expected, rtol=0, atol=0)
+    torch.testing.assert_close(results(model), expected, rtol=0, atol=0)

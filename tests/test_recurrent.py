@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from tolerances import assert_as_exact
+from tolerances import assert_as_exact, relative_error
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 
@@ -261,9 +261,11 @@ def test_nothing_to_do(kind: str, device: str) -> None:
     output, *states = tensors(ours(torch.empty(0, 3, 6, device=device), hx))
     assert output.shape[:2] == (0, 3)
     assert all(map(torch.equal, states, tensors(hx)))
-    x = torch.empty(4, 0, 6, device=device, requires_grad=True)
-    ours(x)[0].sum().backward()
-    assert all(not parameter.grad.any() for parameter in ours.parameters())
+    for steps in (4, 1):  # one step goes another way
+        x = torch.empty(steps, 0, 6, device=device, requires_grad=True)
+        ours.zero_grad()
+        ours(x)[0].sum().backward()
+        assert all(not parameter.grad.any() for parameter in ours.parameters())
 
 
 @pytest.mark.parametrize("kind", LAYERS)
@@ -353,6 +355,7 @@ def test_is_built_like_torchs(name: str, args: tuple[Any, ...], options: dict[st
         {"hidden_size": 0},
         {"input_size": -1},
         {"num_layers": 0},
+        {"num_layers": -1},
         {"dropout": 2},
         {"bias": 1},
         {"batch_first": None},
@@ -366,8 +369,10 @@ def test_constructor_refuses_what_torchs_refuses(name: str, args: dict[str, Any]
     complete = {"input_size": 3, "hidden_size": 5, **args}
     with pytest.raises(Exception) as expected:  # noqa: PT011 -- whatever torch raises
         getattr(nn, name)(**complete)
-    with pytest.raises(expected.type):
+    with pytest.raises(expected.type) as got:
         getattr(nlpkernels, name)(**complete)
+    if not {"proj_size", "nonlinearity"} & set(args):  # of which ours has words of its own
+        assert str(got.value) == str(expected.value)
 
 
 def bad_calls(device: str) -> list[tuple[str, Any, Any]]:
@@ -414,7 +419,7 @@ def test_ops_refuse_what_does_not_fit(device: str) -> None:
     good = dict(x=x, batch_sizes=None, h0=h0, c0=None, weights=[w_ih, w_hh], cell="rnn_tanh", keep=False, h_mask=None)
     op(**good)
     for change, message in [
-        ({"x": x[0]}, "x of shape"),
+        ({"x": x[0, 0]}, "x of shape"),
         ({"x": x.int()}, "floating"),
         ({"h0": h0[0]}, "h0 of shape"),
         ({"h0": h0.double()}, "h0 of dtype"),
@@ -456,17 +461,29 @@ def test_cells_refuse_bad_input(device: str) -> None:
                 ours(x, hx)
 
 
-def test_autocast(device: str) -> None:
-    """Under autocast everything is cast, as torch does; gradients keep the parameters' dtype."""
-    _, ours = pair("lstm", 6, 5, device=device)
-    x = torch.randn(4, 3, 6, device=device)
-    exact = ours(x)[0]
-    with torch.autocast(device, dtype=torch.bfloat16):
-        y = ours(x)[0]
-    assert y.dtype == torch.bfloat16
-    torch.testing.assert_close(y.float(), exact, atol=2e-2, rtol=2e-2)
-    y.float().sum().backward()
-    assert all(parameter.grad.dtype == torch.float32 for parameter in ours.parameters())
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("kind", [*LAYERS, *(f"{kind}_cell" for kind in CELLS)])
+def test_autocast(kind: str, dtype: torch.dtype, device: str) -> None:
+    """Under autocast everything is cast, as torch does, and the result is that of a layer in the dtype; gradients keep
+    the parameters' dtype."""
+    if kind.endswith("_cell"):
+        name, own = CELLS[kind.removesuffix("_cell")]
+        ours = getattr(nlpkernels, name)(6, 5, **own, device=device)
+        x = torch.randn(3, 6, device=device, requires_grad=True)
+    else:
+        _, ours = pair(kind, 6, 5, 2, bidirectional=True, device=device)
+        x = torch.randn(4, 3, 6, device=device, requires_grad=True)
+    with torch.autocast(device, dtype=dtype):
+        got = tensors(ours(x))
+    assert {tensor.dtype for tensor in got} == {dtype}
+    expected = tensors(copy.deepcopy(ours).to(dtype)(x.detach().to(dtype)))
+    torch.testing.assert_close(got, expected, rtol=0, atol=0)
+    sum(tensor.float().sin().sum() for tensor in got).backward()
+    exact = torch.autograd.grad(sum(tensor.sin().sum() for tensor in tensors(ours(x))), [x, *ours.parameters()])
+    for tensor, want in zip([x, *ours.parameters()], exact, strict=True):
+        assert tensor.grad.dtype == torch.float32
+        if "relu" not in kind:  # of which a unit near 0 may be on the other side of it in the dtype
+            assert relative_error(tensor.grad, want) < 0.1
 
 
 OTHERS = [name for name in _ops.INSTRUCTION_SETS if name != _ops.INSTRUCTION_SET]

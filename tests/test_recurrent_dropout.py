@@ -71,7 +71,8 @@ def with_gradients(outputs: list[Tensor], cotangents: list[Tensor], inputs: list
 def test_equals_masked_weights(kind: str, given: str, bidirectional: bool, dtype: torch.dtype, device: str) -> None:
     """Outputs, states and all gradients are those of torch.nn, each sequence with its own masked weights."""
     steps, batch = 6, 5
-    theirs, ours = with_dropout(kind, 19, 37, 2, bidirectional=bidirectional, device=device, dtype=dtype)
+    layers = 1 if kind == "rnn_relu" else 2  # rounding of one layer's output may turn a ReLU of the next on or off
+    theirs, ours = with_dropout(kind, 19, 37, layers, bidirectional=bidirectional, device=device, dtype=dtype)
     exact = copy.deepcopy(theirs).double()
     lengths = [steps] * batch if given == "padded" else [2, 6, 1, 4, 4]
     x = torch.randn(steps, batch, 19, dtype=dtype, device=device)
@@ -159,12 +160,17 @@ def test_function_transforms(kind: str, device: str) -> None:
 
 @pytest.mark.parametrize("kind", LAYERS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_bits_depend_on_neither_batch_nor_threads(kind: str, dtype: torch.dtype, restored_threads: None) -> None:
-    _, layer = pair(kind, 24, 40, bidirectional=True, dtype=dtype)
+@pytest.mark.parametrize("shape", [(50, 70, 24, 40), (12, 1, 64, 200), (1, 3, 64, 200)], ids=str)
+def test_bits_depend_on_neither_batch_nor_threads(
+    kind: str, shape: tuple[int, ...], dtype: torch.dtype, restored_threads: None
+) -> None:
+    steps, batch, inputs, hidden = shape
+    _, layer = pair(kind, inputs, hidden, bidirectional=batch > 1, dtype=dtype)
+    directions = 2 if batch > 1 else 1
     weights = [weight.detach().requires_grad_() for weight in layer._flat_weights]
     features = layer.proj_size or layer.hidden_size
-    x, h0 = torch.randn(50, 70, 24, dtype=dtype), torch.randn(2, 70, features, dtype=dtype)
-    c0 = torch.randn(2, 70, 40, dtype=dtype) if layer.mode == "LSTM" else None
+    x, h0 = torch.randn(steps, batch, inputs, dtype=dtype), torch.randn(directions, batch, features, dtype=dtype)
+    c0 = torch.randn(directions, batch, hidden, dtype=dtype) if layer.mode == "LSTM" else None
     h_mask = torch.dropout(torch.ones_like(h0), P, True)
     cell = layer.mode.lower()
     runs = []
@@ -174,7 +180,7 @@ def test_bits_depend_on_neither_batch_nor_threads(kind: str, dtype: torch.dtype,
         runs.append([y, h_n, *torch.autograd.grad(y.sin().sum() + h_n.sum(), weights)])
     for other in runs[1:]:
         assert all(map(torch.equal, other, runs[0]))
-    for own in (slice(0, 1), slice(3, 5), slice(10, 23)):
+    for own in (slice(0, 1), slice(1, 3), slice(10, 23)):
         some_c0 = None if c0 is None else c0[:, own]
         y = OPS.recurrent(x[:, own], None, h0[:, own], some_c0, weights, cell, True, h_mask[:, own])[0]
         assert torch.equal(y, runs[0][0][:, own])

@@ -189,7 +189,9 @@ struct Layer : RecurrentArguments {
     const int64_t wanted = ceil_div(threads(), directions);
     const bool can_cut_units = kCanWait && !has_projection;
     // One step needs no barrier, and no thread then reads all weights.
-    if (steps == 1 && batch <= kMaxRows && can_cut_units) return {1, std::min(wanted, unit_panels().count())};
+    if (steps == 1 && batch > 0 && batch <= kMaxRows && can_cut_units) {
+      return {1, std::min(wanted, unit_panels().count())};
+    }
     const int64_t step_work = batch * gate_rows() * features;
     if (can_cut_units && wanted > 1 && batch < wanted * kTileRows && step_work >= wanted * kMinStepWork) {
       return {1, std::min(wanted, unit_panels().count())};
