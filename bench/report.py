@@ -29,7 +29,15 @@ MODES = {
     "sparse": "training step, sparse gradient",
     "update": "training step with SGD",
 }
-BEGIN, END = "<!-- bench: begin -->", "<!-- bench: end -->"
+# Each summarised on its own: of whole layers, not of what is too little work to tell, nor of grids around one point.
+SUMMARISED = {
+    "RNN": ("recurrent", "rnn"),
+    "GRU": ("recurrent", "gru"),
+    "LSTM": ("recurrent", "lstm"),
+    "cells": ("cells", ""),
+    "EmbeddingBag": ("bag", "mean"),
+    "Embedding + mean": ("embedding", "mean"),
+}
 FLOOR_HOLDS = 1.1  # a share of the floor beyond this says that the floor was measured too low, noise aside
 STYLE = {  # colours that stay apart for colour-blind eyes; the peer that everybody has is black
     OURS: ("#d55e00", "D"),
@@ -135,6 +143,28 @@ def markdown_table(frame: pd.DataFrame) -> str:
     lines.sort(key=lambda line: line[0])
     rows = [head, ["---"] * len(head), *(line for _, line in lines)]
     return "\n".join("| " + " | ".join(row) + " |" for row in rows)
+
+
+def summary(frame: pd.DataFrame) -> str:
+    """One line for each layer and peer: the geometric mean over its cases, and the worst of them."""
+    parts = []
+    for (device, dtype, clock), group in frame.groupby(PLACE, sort=False):
+        good = group[(group.provider != OURS) & (group.status == "ok") & group.ratio.notna()]
+        modes = [mode for mode in MODES if (good["mode"] == mode).any()]
+        rows = [["layer", "against", *(MODES[mode] for mode in modes)]]
+        rows.append(["---"] * len(rows[0]))
+        for provider in PROVIDERS:
+            for name, (subject, cell) in SUMMARISED.items():
+                cases = good[(good.provider == provider) & (good.subject == subject) & good.cell.str.startswith(cell)]
+                if len(cases):
+                    ratios = [cases.ratio[cases["mode"] == mode] for mode in modes]
+                    means = [f"{np.exp(np.log(r).mean()):.2f} ({r.min():.2f})" if len(r) else "" for r in ratios]
+                    rows.append([name, LABEL.get(provider, provider), *means])
+        last = group.iloc[-1]
+        where = f"{device.upper()}, {dtype}" + (", CUDA graph replay" if clock == "graph" else "")
+        parts += [f"**{where}**: {last.machine}, commit {last.commit}, {last.date[:10]}"]
+        parts += ["\n".join("| " + " | ".join(row) + " |" for row in rows)]
+    return "\n\n".join(parts) + "\n"
 
 
 def text(frame: pd.DataFrame) -> str:
@@ -337,7 +367,7 @@ def _draw_scaling(panel: Axes, rows: pd.DataFrame, axis: str, names: Sequence[st
 
 
 def report(paths: Sequence[Path], folder: Path, readme: Path | None) -> int:
-    """Writes tables.md and the plots into `folder`, and the tables into `readme` between its marks."""
+    """Writes tables.md and the plots into `folder`, and summary and tables into `readme` between its marks."""
     frame = read(paths).drop_duplicates([*CASE, "provider"], keep="last")
     if len(machines := frame.machine.unique()) > 1:
         raise FileNotFoundError(f"these rows are of several machines, report on one at a time: {'; '.join(machines)}")
@@ -360,11 +390,14 @@ def report(paths: Sequence[Path], folder: Path, readme: Path | None) -> int:
                 written.append(folder / f"{kind}-{tag}.png")
                 figure.savefig(written[-1], dpi=130)
     if readme is not None:
-        before = readme.read_text(encoding="utf-8")
-        if BEGIN not in before or END not in before:
-            raise FileNotFoundError(f"{readme} has no lines '{BEGIN}' and '{END}' to put the tables between")
-        after = re.sub(f"{BEGIN}.*{END}", lambda _: f"{BEGIN}\n{tables}{END}", before, flags=re.DOTALL)
-        readme.write_text(after, encoding="utf-8")
+        content = readme.read_text(encoding="utf-8")
+        for name, part in {"summary": summary(frame), "tables": tables}.items():
+            begin, end = f"<!-- bench {name}: begin -->", f"<!-- bench {name}: end -->"
+            if begin not in content or end not in content:
+                raise FileNotFoundError(f"{readme} has no lines '{begin}' and '{end}' to put the {name} between")
+            between = f"{begin}\n{part}{end}"
+            content = re.sub(f"{begin}.*{end}", lambda _, text=between: text, content, flags=re.DOTALL)
+        readme.write_text(content, encoding="utf-8")
         written.append(readme)
     Console(stderr=True, highlight=False, markup=False).print("wrote " + ", ".join(map(str, written)), soft_wrap=True)
     return 0

@@ -204,7 +204,12 @@ def test_csv_round_trip(tmp_path: Path, made_up: list[measure.Row]) -> None:
 def test_report_shows_losses_first(tmp_path: Path, made_up: list[measure.Row], capsys: pytest.CaptureFixture) -> None:
     measure.append_rows(tmp_path / "run.csv", made_up)
     readme = tmp_path / "README.md"
-    readme.write_text(f"before\n{report.BEGIN}\nold\n{report.END}\nafter\n")
+    marks = ["<!-- bench {}: begin -->", "<!-- bench {}: end -->"]
+    readme.write_text(
+        "before\n{}\nold\n{}\nbetween\n{}\nold\n{}\nafter\n".format(
+            *(mark.format(name) for name in ("summary", "tables") for mark in marks)
+        )
+    )
     assert report.report([tmp_path / "run.csv"], tmp_path, readme) == 0
     tables = capsys.readouterr().out
     lines = [line for line in tables.splitlines() if line.startswith("| ") and "LSTM" in line]
@@ -212,7 +217,10 @@ def test_report_shows_losses_first(tmp_path: Path, made_up: list[measure.Row], c
     assert "**0.50×** (0.45–0.55)" in lines[1]
     assert "2.00× (1.80–2.20) | 50% | 8.00× torch.compile" in lines[2]
     assert "FBGEMM (missing: not here; 3 cases)" in tables
-    assert readme.read_text() == f"before\n{report.BEGIN}\n{tables.strip()}\n{report.END}\nafter\n"
+    content = readme.read_text()
+    assert f"{marks[0].format('tables')}\n{tables.strip()}\n{marks[1].format('tables')}\nafter\n" in content
+    assert "| LSTM | torch.nn | 1.00 (0.50) |" in content  # of 0.5 and 2; what is wrong does not count
+    assert content.startswith("before\n") and "\nbetween\n" in content and "\nold\n" not in content
     picture = (tmp_path / "recurrent-cpu-float32-1t.png").read_bytes()
     assert picture.startswith(b"\x89PNG") and len(picture) > 10_000
 

@@ -253,6 +253,26 @@ def test_bits_depend_on_neither_batch_nor_threads(kind: str, dtype: torch.dtype,
         assert torch.equal(ours(x[:, sequences])[0], runs[0][0][:, sequences])
 
 
+@pytest.mark.parametrize("steps", [1, 12])
+@pytest.mark.parametrize("bidirectional", [False, True])
+@pytest.mark.parametrize("kind", LAYERS)
+def test_bits_of_few_sequences(kind: str, bidirectional: bool, steps: int, restored_threads: None) -> None:
+    """Too few sequences for the threads: then it is hidden units that they share, and they wait for each other."""
+    _, ours = pair(kind, 100, 200, bidirectional=bidirectional)
+    ours.recurrent_dropout = 0.5
+    x = torch.randn(steps, 5, 100)
+    lengths = torch.randint(1, steps + 1, (5,))
+    runs = []
+    for threads in (1, 2, 3, 5, 8):
+        torch.set_num_threads(threads)
+        torch.manual_seed(steps)  # of the mask
+        runs.append(outputs_and_gradients(ours, x, None, Tensor.sin))
+        with torch.no_grad():
+            runs[-1] += tensors(ours(x, lengths=lengths))
+    for other in runs[1:]:
+        assert all(map(torch.equal, other, runs[0]))
+
+
 @pytest.mark.parametrize("kind", LAYERS)
 def test_nothing_to_do(kind: str, device: str) -> None:
     """No steps leave the states as they are; no sequences give empty results; gradients follow."""

@@ -18,6 +18,8 @@
 //
 // One Zen 3 core, which peaks at 103 GFLOP/s: the products run at 91 to 94; activations take 6 % of the time at
 // H = 512. Multiplying x panel by panel too, so that gates never leave the first-level cache, was no faster.
+// Two Zen 4 cores cut by units: a GRU of 256 over one sequence takes 1.5 ms for 2.4 with one core, one of 512 3.7 for
+// 7.0. With 8 to 80 sequences that and cutting by sequences are equally fast.
 //
 // With a mask of h, W_hh multiplies a masked copy of h_{t-1}, which is made anew at each step.
 //
