@@ -29,6 +29,7 @@ template <typename V>
 struct Math {
   static NLPKERNELS_INLINE V tanh(V x) { return std::tanh(x); }
   static NLPKERNELS_INLINE V sigmoid(V x) { return V(1) / (V(1) + std::exp(-x)); }
+  static NLPKERNELS_INLINE V sqrt(V x) { return std::sqrt(x); }
   // max(x, 0), and NaN stays NaN
   static NLPKERNELS_INLINE V relu(V x) { return x < V(0) ? V(0) : x; }
   // y where x > 0, else 0

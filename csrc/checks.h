@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "cells.h"
+#include "updates.h"
 
 namespace nlpkernels {
 
@@ -260,6 +261,14 @@ inline void check_embedding_bag_update(const char* op, const Tensor& weight, con
   const at::IntArrayRef by_row = weight.sizes().slice(0, 1);
   check_state("first", first, rule != Rule::sgd, rule == Rule::rowwise_adagrad ? by_row : weight.sizes());
   check_state("second", second, rule == Rule::adam, weight.sizes());
+}
+
+// The settings that passed, for updates.h.
+template <typename V>
+UpdateSettings<V> update_settings(at::ArrayRef<double> settings) {
+  const auto setting = [&](size_t i) { return i < settings.size() ? settings[i] : 0; };
+  return {static_cast<V>(setting(0)), static_cast<V>(setting(1)), static_cast<V>(1 - setting(2)),
+          static_cast<V>(1 - setting(3))};
 }
 
 }  // namespace nlpkernels

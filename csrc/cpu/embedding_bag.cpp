@@ -535,7 +535,7 @@ struct Step {
   const Rule rule;
   T* table;
   scalar *first, *second;  // the optimizer's states, or nullptr
-  const std::array<scalar, 4> settings;
+  const UpdateSettings<scalar> settings;
   std::vector<scalar> gradient;
 
   int64_t columns() const { return static_cast<int64_t>(gradient.size()); }
@@ -550,44 +550,32 @@ struct Step {
 
   scalar* destination(int64_t) { return gradient.data(); }
 
-  // weight_row[j] -= change(gradient[j], j, n), by vectors.
-  template <typename Change>
-  void change_row(int64_t row, const Change& change) {
-    T* weight_row = table + row * columns();
+  // The step of every value of a row.
+  template <typename Update>
+  void change_row(int64_t row, const UpdateSettings<scalar>& given) {
+    const UpdateSettings<V> numbers{V(given.rate), V(given.eps), V(given.rest1), V(given.rest2)};
     for_each_vector<T>(columns(), [&](int64_t j, int64_t n) {
-      const V g = load_vector(gradient.data() + j, n);
-      store_vector(weight_row + j, load_vector(weight_row + j, n) - change(g, j, n), n);
+      const int64_t at = row * columns() + j;
+      V state(0), state_of_squares(0);
+      if constexpr (Update::states > 0) state = load_vector(first + at, n);
+      if constexpr (Update::states > 1) state_of_squares = load_vector(second + at, n);
+      const V change = Update::change(numbers, load_vector(gradient.data() + j, n), state, state_of_squares);
+      if constexpr (Update::states > 0) store_vector(first + at, state, n);
+      if constexpr (Update::states > 1) store_vector(second + at, state_of_squares, n);
+      store_vector(table + at, load_vector(table + at, n) - change, n);
     });
   }
 
   void done(int64_t i) {
     const int64_t row = sorted.row(i);
-    const V rate(settings[0]), eps(settings[1]);
-    if (rule == Rule::sgd) return change_row(row, [&](const V& g, int64_t, int64_t) { return rate * g; });
-    if (rule == Rule::rowwise_adagrad) {
-      scalar squares = 0;
-      for (const scalar g : gradient) squares += g * g;
-      first[row] += squares / static_cast<scalar>(columns());
-      const V factor(settings[0] / (std::sqrt(first[row]) + settings[1]));
-      return change_row(row, [&](const V& g, int64_t, int64_t) { return factor * g; });
-    }
-    scalar* state = first + row * columns();
-    if (rule == Rule::adagrad) {
-      return change_row(row, [&](const V& g, int64_t j, int64_t n) {
-        const V sum = at::vec::fmadd(g, g, load_vector(state + j, n));
-        store_vector(state + j, sum, n);
-        return rate * g / (sum.sqrt() + eps);
-      });
-    }
-    scalar* state_of_squares = second + row * columns();
-    const V rest1(scalar(1) - settings[2]), rest2(scalar(1) - settings[3]);
-    change_row(row, [&](const V& g, int64_t j, int64_t n) {
-      const V m = load_vector(state + j, n), v = load_vector(state_of_squares + j, n);
-      const V new_m = at::vec::fmadd(g - m, rest1, m), new_v = at::vec::fmadd(g * g - v, rest2, v);
-      store_vector(state + j, new_m, n);
-      store_vector(state_of_squares + j, new_v, n);
-      return rate * new_m / (new_v.sqrt() + eps);
-    });
+    if (rule == Rule::sgd) return change_row<Sgd>(row, settings);
+    if (rule == Rule::adagrad) return change_row<Adagrad>(row, settings);
+    if (rule == Rule::adam) return change_row<Adam>(row, settings);
+    scalar squares = 0;
+    for (const scalar g : gradient) squares += g * g;
+    UpdateSettings<scalar> of_row = settings;
+    of_row.rate = RowwiseAdagrad::rate(settings, squares / static_cast<scalar>(columns()), first[row]);
+    change_row<Sgd>(row, of_row);
   }
 };
 
@@ -604,8 +592,7 @@ void embedding_bag_update(const Tensor& grad, const Tensor& weight, const Option
   // Everything has been checked: from here on tensors change.
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, weight.scalar_type(), "embedding_bag_update", [&] {
     using scalar = acc_t<scalar_t>;
-    std::array<scalar, 4> numbers{};
-    for (size_t i = 0; i < settings.size(); ++i) numbers[i] = static_cast<scalar>(settings[i]);
+    const UpdateSettings<scalar> numbers = update_settings<scalar>(settings);
     const auto data = [](const OptionalTensor& state) { return state ? state->mutable_data_ptr<scalar>() : nullptr; };
     scalar_t* table = weight.mutable_data_ptr<scalar_t>();
     scalar *first_data = data(first), *second_data = data(second);

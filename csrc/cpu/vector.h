@@ -35,6 +35,7 @@ struct Math<at::vec::Vectorized<T>> {
     }
   }
   static NLPKERNELS_INLINE V sigmoid(const V& x) { return V(1) / (V(1) + exp(x.neg())); }
+  static NLPKERNELS_INLINE V sqrt(const V& x) { return x.sqrt(); }
   static NLPKERNELS_INLINE V exp(const V& x) {
     if constexpr (std::is_same_v<T, float>) {
       // exp(x) = 2^n exp(r) with n = round(x / ln 2), |r| <= ln 2 / 2, and exp(r) = 1 + r + r^2 q(r), q fitted for the
