@@ -18,7 +18,7 @@ CONFORMANCE = pytest.StashKey[Counter[str]]()
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 
 CUDA_HEADERS = """
-cuda_runtime.h ATen/cuda/CUDAContextLight.h c10/cuda/CUDAException.h c10/cuda/CUDAFunctions.h
+cuda_runtime.h ATen/cuda/CUDAContextLight.h ATen/cuda/cub.h c10/cuda/CUDAException.h c10/cuda/CUDAFunctions.h
 c10/cuda/CUDAGraphsC10Utils.h c10/cuda/CUDAGuard.h c10/cuda/CUDAStream.h
 """
 OF_CPU_KERNELS = ("test_bits_depend_on_neither", "test_other_instruction_sets", "test_instruction_set")

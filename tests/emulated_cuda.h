@@ -14,6 +14,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <memory>
+#include <numeric>
 #include <vector>
 
 #define __global__
@@ -68,12 +69,14 @@ class Block {
     return block;
   }
 
-  // Waits for all threads of this one's warp; none may have ended, nor stay away.
-  void wait_for_warp() {
+  // Waits for those threads of this one's warp whose bit is set, among which it must be; none may have ended, nor stay
+  // away, nor wait for others meanwhile: those that wait for each other once always do.
+  void wait_for(unsigned lanes) {
     const unsigned mine = running_, first = mine / kWarp * kWarp, end = std::min(first + kWarp, count_);
+    TORCH_CHECK(lanes >> (mine - first) & 1, "emulated CUDA: thread ", mine, " waits in lanes that it is not among");
     const unsigned turn = ++waits_[mine];
     for (unsigned other = first; other < end; ++other) {
-      while (waits_[other] < turn) {
+      while ((lanes >> (other - first) & 1) && waits_[other] < turn) {
         TORCH_CHECK(!ended_[other], "emulated CUDA: thread ", other, " ended while its warp waits for it");
         pause();
       }
@@ -189,7 +192,7 @@ inline cudaError_t cudaMemset2DAsync(void* data, size_t pitch, int value, size_t
   return 0;
 }
 
-constexpr unsigned cudaHostAllocPortable = 1;
+constexpr unsigned cudaHostAllocPortable = 1, cudaStreamCaptureModeRelaxed = 2;
 inline cudaError_t cudaHostAlloc(void** data, size_t size, unsigned) { return (*data = std::malloc(size)) == nullptr; }
 inline cudaError_t cudaStreamSynchronize(cudaStream_t) { return 0; }
 inline void __threadfence_system() {}
@@ -201,15 +204,26 @@ T atomicCAS(T* at, T expected, T value) {
   return before;
 }
 
+// The value of another lane of the warp, one of `lanes`.
 template <typename T>
-T __shfl_xor_sync(unsigned mask, T value, int distance) {
-  TORCH_CHECK(mask == 0xffffffffu, "emulated CUDA: only whole warps exchange values");
+T value_of_lane(unsigned lanes, T value, unsigned lane) {
+  TORCH_CHECK(lanes >> lane & 1, "emulated CUDA: a value of lane ", lane, ", which takes no part");
   emulated_cuda::Block& block = *emulated_cuda::Block::current();
   block.lanes()[block.lane()] = value;
-  block.wait_for_warp();
-  const T other = static_cast<T>(block.lanes()[block.lane() ^ distance]);
-  block.wait_for_warp();
+  block.wait_for(lanes);
+  const T other = static_cast<T>(block.lanes()[lane]);
+  block.wait_for(lanes);
   return other;
+}
+
+template <typename T>
+T __shfl_xor_sync(unsigned lanes, T value, unsigned distance) {
+  return value_of_lane(lanes, value, emulated_cuda::Block::current()->lane() ^ distance);
+}
+
+template <typename T>
+T __shfl_sync(unsigned lanes, T value, unsigned lane, unsigned width) {
+  return value_of_lane(lanes, value, emulated_cuda::Block::current()->lane() / width * width + lane % width);
 }
 
 // torch's part -------------------------------------------------------------------------------------------------------
@@ -223,9 +237,37 @@ struct CUDAGuard {
 };
 inline int current_device() { return 0; }
 inline cudaStream_t getCurrentCUDAStream() { return nullptr; }
+struct CUDAStreamCaptureModeGuard {
+  explicit CUDAStreamCaptureModeGuard(unsigned /*mode*/) {}
+  ~CUDAStreamCaptureModeGuard() {}  // not trivial: its variable is used
+};
 enum class CaptureStatus { None };
 inline CaptureStatus currentStreamCaptureStatusMayInitCtx() { return CaptureStatus::None; }
 }  // namespace c10::cuda
+
+namespace at::cuda::cub {
+inline int get_num_bits(uint64_t most) {
+  int bits = 1;
+  while (most >>= 1) ++bits;
+  return bits;
+}
+
+// Stable, by the bits from `first` up to `end`.
+template <typename K, typename V>
+void radix_sort_pairs(const K* keys_in, K* keys_out, const V* values_in, V* values_out, int64_t count, bool descending,
+                      int64_t first, int64_t end) {
+  TORCH_CHECK(!descending && count > 0);
+  const auto digits = [&](K key) { return static_cast<uint64_t>(key) >> first & ((uint64_t(1) << (end - first)) - 1); };
+  std::vector<int64_t> order(count);
+  std::iota(order.begin(), order.end(), 0);
+  std::stable_sort(order.begin(), order.end(),
+                   [&](int64_t a, int64_t b) { return digits(keys_in[a]) < digits(keys_in[b]); });
+  for (int64_t i = 0; i < count; ++i) {
+    keys_out[i] = keys_in[order[i]];
+    values_out[i] = values_in[order[i]];
+  }
+}
+}  // namespace at::cuda::cub
 
 // cuBLAS -------------------------------------------------------------------------------------------------------------
 

@@ -29,7 +29,7 @@ needs_kernels = pytest.mark.skipif(not _ops.USES_CUDA_KERNELS, reason="the CUDA 
 
 
 @needs_kernels
-@pytest.mark.parametrize("name", WITH_KERNELS)
+@pytest.mark.parametrize("name", [*WITH_KERNELS, "embedding_bag_update"])
 def test_every_op_has_its_kernel(name: str) -> None:
     assert torch._C._dispatch_has_kernel_for_dispatch_key(f"nlpkernels::{name}", "CUDA")
 
@@ -113,6 +113,55 @@ def test_wrong_indices_may_be_raised_later(request: pytest.FixtureRequest, monke
         ours(right)
 
 
+def test_an_update_with_a_wrong_index_changes_nothing(
+    request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not even in the rows whose indices are right, although nobody has been told yet."""
+    device = "cpu" if request.config.getoption("emulated_cuda") else "cuda"
+    if device == "cuda" and not (torch.cuda.is_available() and _ops.USES_CUDA_KERNELS):
+        pytest.skip("no CUDA kernels")
+    monkeypatch.setenv("NLPKERNELS_CUDA_CHECK", "later")
+    ids, offsets = torch.arange(200, device=device) % 10, torch.tensor([0, 120], device=device)
+    wrong_ids, wrong_offsets = ids.clone(), torch.tensor([1, 120], device=device)
+    wrong_ids[133] = 10
+    for rule, states in (("sgd", 0), ("rowwise_adagrad", 1), ("adagrad", 1), ("adam", 2)):
+        weight = torch.rand(10, 4, device=device)
+        shape = (10,) if rule == "rowwise_adagrad" else (10, 4)
+        first, second = (torch.rand(shape, device=device) if i < states else None for i in range(2))
+        settings = [0.1, 0.1, 0.9, 0.9][: {"sgd": 1, "adam": 4}.get(rule, 2)]
+        before = [t.clone() for t in (weight, first, second) if t is not None]
+        none = torch.empty(0, dtype=torch.long, device=device)
+
+        def update(
+            ids: Tensor,
+            offsets: Tensor,
+            weight: Tensor = weight,
+            first: Any = first,
+            second: Any = second,
+            none: Tensor = none,
+            rule: str = rule,
+            settings: list[float] = settings,
+        ) -> None:
+            grad = torch.ones(2, 4, device=device)
+            OPS.embedding_bag_update(
+                grad, weight, first, second, ids, offsets, None, none, "sum", -1, False, False, rule, settings
+            )
+            if device == "cuda":
+                torch.cuda.synchronize()  # fmt: skip
+
+        for wrong, message in (
+            ((wrong_ids, offsets), r"indices\[133\] is 10"),
+            ((ids, wrong_offsets), r"offsets\[0\]"),
+        ):
+            update(*wrong)
+            with pytest.raises((IndexError, ValueError), match=message):
+                update(ids, offsets)
+            after = [t for t in (weight, first, second) if t is not None]
+            assert all(map(torch.equal, after, before))
+        update(ids, offsets)
+        assert not torch.equal(weight, before[0])
+
+
 # --- On a GPU ---------------------------------------------------------------------------------------------------------
 
 
@@ -137,6 +186,21 @@ def training_steps(dtype: torch.dtype) -> dict[str, Callable[[], list[Tensor]]]:
             return [pooled.detach(), *torch.autograd.grad(pooled.float().square().mean(), list(bag.parameters()))]
 
         steps[mode] = pool
+    table, states = torch.randn(500, 100, device="cuda").to(dtype), torch.rand(2, 500, 100, device="cuda")
+    grad, none = torch.randn(300, 100, device="cuda").to(dtype), torch.empty(0, dtype=torch.long, device="cuda")
+    for rule, given, settings in (
+        ("rowwise_adagrad", [states[0, :, 0].contiguous()], [0.1, 0.1]),
+        ("adam", [*states], [0.1, 0.1, 0.9, 0.9]),
+    ):
+
+        def update(rule: str = rule, given: list[Tensor] = given, settings: list[float] = settings) -> list[Tensor]:
+            own = [tensor.clone() for tensor in (table, *given)]
+            weight, first, second, *_ = (*own, None)
+            rest = (ids, None, None, none, "sum", -1, False, False, rule, settings)
+            OPS.embedding_bag_update(grad, weight, first, second, *rest)
+            return own
+
+        steps[rule] = update
     return steps
 
 

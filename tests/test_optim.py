@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from tolerances import FEW, FLOOR, relative_error
 from torch import Tensor, nn
 
 import nlpkernels
@@ -256,28 +257,93 @@ def test_bad_arguments() -> None:
 UPDATE = torch.ops.nlpkernels.embedding_bag_update
 
 
-@pytest.mark.parametrize(
-    ("rule", "states", "settings"),
-    [("sgd", 0, [0.1]), ("rowwise_adagrad", 1, [0.1, 1e-6]), ("adagrad", 1, [0.1, 1e-6]),
-     ("adam", 2, [0.1, 1e-6, 0.9, 0.99])],
-)  # fmt: skip
-def test_op(rule: str, states: int, settings: list[float], device: str) -> None:
+# A rule of the op: how many states it has, and settings.
+RULES: dict[str, tuple[int, list[float]]] = {
+    "sgd": (0, [0.1]),
+    "rowwise_adagrad": (1, [0.1, 1e-3]),
+    "adagrad": (1, [0.1, 1e-3]),
+    "adam": (2, [0.1, 1e-3, 0.9, 0.99]),
+}
+
+
+def tables(rule: str, columns: int, dtype: torch.dtype, device: str) -> list[Tensor]:
+    """A table and its states."""
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    shape = (V,) if rule == "rowwise_adagrad" else (V, columns)
+    states = [torch.rand(shape, device=device, dtype=wide) for _ in range(RULES[rule][0])]
+    return [torch.rand(V, columns, device=device).to(dtype), *states]
+
+
+def update(function: Any, grad: Tensor, tensors: list[Tensor], *rest: Any) -> list[Tensor]:
+    """What the op, or what stands in for it, makes of copies of a table and its states."""
+    own = [t.clone() for t in tensors]
+    weight, first, second, *_ = (*own, None, None)
+    function(grad, weight, first, second, *rest)
+    return own
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_op(rule: str, device: str) -> None:
     """opcheck; and the kernel does what the reference does."""
-    shape = (V,) if rule == "rowwise_adagrad" else (V, E)
-    tensors = [torch.rand(V, E, device=device), *(torch.rand(shape, device=device) for _ in range(states))]
+    tensors, settings = tables(rule, E, torch.float32, device), RULES[rule][1]
     ids, grad = torch.randint(V, (4, 5), device=device), torch.randn(4, E, device=device)
     rest = (ids, None, None, torch.empty(0, dtype=torch.long, device=device), "sum", 2, False, True, rule, settings)
-    runs = []
-    for function in (UPDATE, nlpkernels.reference.embedding_bag_update):
-        own = [t.clone() for t in tensors]
-        weight, first, second, *_ = (*own, None, None)
-        function(grad, weight, first, second, *rest)
-        runs.append(own)
+    runs = [update(f, grad, tensors, *rest) for f in (UPDATE, nlpkernels.reference.embedding_bag_update)]
     for a, b in zip(*runs, strict=True):
         torch.testing.assert_close(a, b)
     torch.use_deterministic_algorithms(False)
     weight, first, second, *_ = (*tensors, None, None)
     torch.library.opcheck(UPDATE.default, (grad, weight, first, second, *rest))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("columns", [1, 16, 19, 300, 520])
+@pytest.mark.parametrize("rule", RULES)
+def test_rows_used_often(rule: str, columns: int, dtype: torch.dtype, device: str) -> None:
+    """Rows with hundreds of uses between rows with few, in every mode, against the reference in float64."""
+    tensors, settings = tables(rule, columns, dtype, device), RULES[rule][1]
+    ids = torch.randint(V, (340,), device=device)
+    ids[torch.randperm(340, device=device)[:230]] = 7
+    ids[5:70] = 6
+    offsets = torch.tensor([0, 0, 11, 200, 340], device=device)
+    factors = torch.rand(340, device=device).to(dtype)
+    for mode, by_freq in (("mean", False), ("sum", True), ("max", False)):
+        out, aux = torch.ops.nlpkernels.embedding_bag(tensors[0], ids, offsets, None, mode, 3, False, by_freq, False)
+        grad = torch.randn_like(out)
+        exact, given = ([g if g is None else g.double() for g in group] for group in ((grad, *tensors), (factors,)))
+        rest = (aux, mode, 3, False, by_freq, rule, settings)
+        per_sample = (factors, given[0]) if mode == "sum" else (None, None)
+        got = update(UPDATE, grad, tensors, ids, offsets, per_sample[0], *rest)
+        expected = update(
+            nlpkernels.reference.embedding_bag_update, exact[0], exact[1:], ids, offsets, per_sample[1], *rest
+        )
+        untouched = torch.ones(V, dtype=torch.bool, device=device)
+        untouched[ids] = False
+        untouched[3] = True
+        for before, a, b in zip(tensors, got, expected, strict=True):
+            assert a.dtype == before.dtype
+            assert torch.equal(a[untouched], before[untouched])
+            # A hot row's sum is most of the norm, and its rounding adds up.
+            allowed = {**FLOOR, **FEW}[a.dtype]
+            assert relative_error(a, b) <= allowed, f"{mode}: error {relative_error(a, b):.2e}, allowed {allowed:.2e}"
+        again = update(UPDATE, grad, tensors, ids, offsets, per_sample[0], *rest)
+        assert all(map(torch.equal, got, again))
+
+
+def test_tables_that_are_not_aligned(device: str) -> None:
+    """Vectors of 16 bytes only where all that a row touches begins there."""
+    memory = [torch.rand(V * 16 + 1, device=device) for _ in range(3)]
+    ids, grad = torch.randint(V, (9, 5), device=device), torch.randn(9, 16, device=device)
+    rest = (ids, None, None, torch.empty(0, dtype=torch.long, device=device), "sum", -1, False, False, "adam")
+    settings = RULES["adam"][1]
+    aligned = [m[:-1].view(V, 16).clone() for m in memory]
+    expected = update(UPDATE, grad, aligned, *rest, settings)
+    for shifted in range(3):
+        own = [a.clone() for a in aligned]
+        own[shifted] = memory[shifted][1:].view(V, 16).copy_(aligned[shifted])
+        weight, first, second = own
+        UPDATE(grad, weight, first, second, *rest, settings)
+        assert all(map(torch.equal, own, expected))
 
 
 def test_op_refuses_what_does_not_fit() -> None:

@@ -62,6 +62,24 @@ __device__ __forceinline__ int64_t column_step() {
   return static_cast<int64_t>(gridDim.y) * blockDim.x * vector;
 }
 
+// The lanes of a thread's group in its warp. All of them must take part in what follows, however the rest of the warp
+// goes; groups are of 1, 2, 4, ... or 32 threads, and so never in two warps.
+__device__ __forceinline__ unsigned lanes_of_group() {
+  const unsigned lanes = blockDim.x == kWarp ? 0xffffffffu : (1u << blockDim.x) - 1;
+  return lanes << (threadIdx.y * blockDim.x % kWarp);
+}
+template <typename T>
+__device__ __forceinline__ T sum_of_group(T value) {
+  for (unsigned distance = blockDim.x / 2; distance > 0; distance /= 2) {
+    value += __shfl_xor_sync(lanes_of_group(), value, distance);
+  }
+  return value;
+}
+template <typename T>
+__device__ __forceinline__ T from_first_of_group(T value) {
+  return __shfl_sync(lanes_of_group(), value, 0, blockDim.x);
+}
+
 // Runs a kernel on the caller's stream; an empty shape is no launch.
 template <typename... Parameters, typename... Arguments>
 void launch(void (*kernel)(Parameters...), const Shape& shape, const Arguments&... arguments) {
@@ -91,10 +109,10 @@ __device__ __forceinline__ void store_pack(T* to, const Pack<T, count>& values) 
   *reinterpret_cast<Pack<T, count>*>(to) = values;
 }
 
-// Whether all rows of a contiguous tensor [*, columns] begin where 16 bytes can be read.
-template <typename T>
+// Whether all rows of a contiguous tensor [*, columns], if there is one, are whole packs of `count` that can be read.
+template <int count, typename T>
 bool has_aligned_rows(const T* data, int64_t columns) {
-  return columns % kPackOf16Bytes<T> == 0 && reinterpret_cast<uintptr_t>(data) % 16 == 0;
+  return columns % count == 0 && reinterpret_cast<uintptr_t>(data) % sizeof(Pack<T, count>) == 0;
 }
 
 }  // namespace nlpkernels

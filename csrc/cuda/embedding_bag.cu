@@ -1,4 +1,4 @@
-// Embedding-bag pooling on CUDA, forward and backward.
+// Embedding-bag pooling on CUDA: forward, backward, and backward with the optimizer's step in it.
 //
 // Forward: a group of threads (common.cuh) takes one bag, or one row of a lookup, and a thread 16 bytes of its columns
 // where they are aligned. It has kInFlight rows on their way before it adds the first one up, in float.
@@ -8,25 +8,31 @@
 // in parts, which a second kernel adds up in order. No atomics, the same bits at every run, and a row that everyone
 // uses does not keep the others waiting. The sorted rows, numbered, are the coalesced sparse gradient.
 //
+// Update (embedding_bag_update): the same two kernels, but a row's gradient goes from registers into the optimizer's
+// step instead of to memory. One group finishes a row, so that its weights and states are read and written once.
+//
 // Indices and offsets are checked on the device, by a kernel of its own, before they are used; what is wrong is read as
 // if it were not there, so that no kernel leaves a tensor's memory or ends the process. The first that is found is
 // written down in memory that the host reads too (Report), and an op raises. NLPKERNELS_CUDA_CHECK says when:
 //   later   (the default) at the next call of an op here that finds it written down; nothing waits for the device
 //   now     at once: every call waits for the device, unless it is being captured in a CUDA graph
-// But for that only the sparse gradient waits, to learn its size, and so cannot be captured.
+// But for that only the sparse gradient waits, to learn its size, and so cannot be captured. The update looks on the
+// device for what its own check has found, and with it changes nothing at all, whenever it is raised.
 //
 // Letters are those of library.cpp.
 #include <ATen/Dispatch.h>
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/core/Tensor.h>
+#include <ATen/cuda/cub.h>
 #include <ATen/ops/cumsum.h>
 #include <ATen/ops/empty.h>
-#include <ATen/ops/sort.h>
+#include <ATen/ops/empty_like.h>
 #include <ATen/ops/zeros.h>
 #include <c10/cuda/CUDAGraphsC10Utils.h>
 #include <torch/library.h>
 
 #include <array>
+#include <atomic>
 #include <cstdlib>
 #include <limits>
 #include <mutex>
@@ -34,6 +40,7 @@
 #include <tuple>
 
 #include "../checks.h"
+#include "../updates.h"
 #include "common.cuh"
 
 namespace nlpkernels {
@@ -43,6 +50,8 @@ namespace {
 constexpr int kInFlight = 4;
 // Sorted uses of rows that a group adds up.
 constexpr int kUses = 32;
+// Blocks of the kernels that add up, for each multiprocessor: without a word ptxas takes too few registers, and spills.
+constexpr int kBlocks = 6;
 
 // Arguments ----------------------------------------------------------------------------------------------------------
 
@@ -103,13 +112,13 @@ Shape positions(int64_t count) { return {dim3(static_cast<unsigned>(ceil_div(cou
 struct Report {
   enum Kind : int { kIndex, kFirstOffset, kOffset };
 
-  int is_taken;           // by the first thread that has something to report
+  volatile int is_taken;  // by the first thread that has something to report
   volatile int is_ready;  // for the host
   Kind kind;
   int64_t position, columns, value, least, most;
 
   __device__ void take(Kind kind, int64_t position, int64_t columns, int64_t value, int64_t least, int64_t most) {
-    if (atomicCAS(&is_taken, 0, 1) != 0) return;
+    if (atomicCAS(const_cast<int*>(&is_taken), 0, 1) != 0) return;
     this->kind = kind;
     this->position = position;
     this->columns = columns;
@@ -127,6 +136,7 @@ struct Report {
     Report*& report = reports.at(device);
     if (report == nullptr) {
       void* memory = nullptr;  // until the process ends: a kernel may still be writing to it
+      const c10::cuda::CUDAStreamCaptureModeGuard may_be_capturing(cudaStreamCaptureModeRelaxed);
       C10_CUDA_CHECK(cudaHostAlloc(&memory, sizeof(Report), cudaHostAllocPortable));
       report = new (memory) Report{};
     }
@@ -136,8 +146,9 @@ struct Report {
   // What was written down is forgotten when it is raised.
   void raise(const char* op) {
     if (is_ready == 0) return;
+    std::atomic_thread_fence(std::memory_order_acquire);
     const Report found = *this;
-    is_ready = 0;
+    is_ready = 0;  // before another thread may take it
     is_taken = 0;
     TORCH_CHECK_VALUE(found.kind != kFirstOffset, op, ": expected offsets[0] to be 0, got ", found.value);
     TORCH_CHECK_VALUE(found.kind != kOffset, op, ": expected offsets[", found.position, "] between ", found.least,
@@ -157,26 +168,31 @@ bool raises_now() {
   return when == "now";
 }
 
-// columns: of the indices that the caller wrote, 0 if they are 1-D.
+// columns: of the indices that the caller wrote, 0 if they are 1-D. is_wrong: [1], 0 before, or nullptr.
 template <typename index_t>
-__global__ void __launch_bounds__(kThreads)
-    check_values(const index_t* indices, const Bags bags, int64_t columns, int64_t rows, Report* report) {
+__global__ void __launch_bounds__(kThreads) check_values(const index_t* indices, const Bags bags, int64_t columns,
+                                                         int64_t rows, Report* report, int* is_wrong) {
   const int64_t i = thread_index();
+  const auto take = [&](auto... found) {
+    if (is_wrong != nullptr) *is_wrong = 1;
+    report->take(found...);
+  };
   if (i < bags.given) {
     const int64_t least = i == 0 ? 0 : bags.offsets[i - 1], most = i == 0 ? 0 : bags.total, value = bags.offsets[i];
     if (value < least || value > most) {
-      report->take(i == 0 ? Report::kFirstOffset : Report::kOffset, i, 0, value, least, most);
+      take(i == 0 ? Report::kFirstOffset : Report::kOffset, i, int64_t(0), value, least, most);
     }
   }
   if (i < bags.total && i < bags.end() && (indices[i] < 0 || indices[i] >= rows)) {
-    report->take(Report::kIndex, i, columns, indices[i], 0, rows - 1);
+    take(Report::kIndex, i, columns, static_cast<int64_t>(indices[i]), int64_t(0), rows - 1);
   }
 }
 
 // Indices and offsets as the caller wrote them, on their way through the check.
 class Input {
  public:
-  Input(const char* op, const Tensor& indices, const OptionalTensor& offsets, bool include_last_offset, int64_t rows)
+  Input(const char* op, const Tensor& indices, const OptionalTensor& offsets, bool include_last_offset, int64_t rows,
+        const OptionalTensor& is_wrong = std::nullopt)
       : op_(op), report_(Report::of_device(c10::cuda::current_device())), indices_(indices.contiguous()) {
     report_.raise(op);
     bags.total = indices.numel();
@@ -192,7 +208,8 @@ class Input {
     }
     AT_DISPATCH_INDEX_TYPES(indices.scalar_type(), "embedding_bag", [&] {
       launch(check_values<index_t>, positions(std::max(bags.total, bags.given)), data<index_t>(), bags,
-             indices.dim() == 2 ? indices.size(1) : 0, rows, &report_);
+             indices.dim() == 2 ? indices.size(1) : 0, rows, &report_,
+             is_wrong ? is_wrong->mutable_data_ptr<int>() : nullptr);
     });
   }
 
@@ -365,7 +382,7 @@ void pool(const Input& input, const Tensor& table, const OptionalTensor& factors
                                     data<T>(factors),
                                     out.mutable_data_ptr<T>(),
                                     aux.mutable_data_ptr<int64_t>()};
-  dispatch_vector<T>(has_aligned_rows(pooling.table, columns), [&](auto size) {
+  dispatch_vector<T>(has_aligned_rows<kPackOf16Bytes<T>>(pooling.table, columns), [&](auto size) {
     constexpr int vector = decltype(size)::value;
     const Shape shape = rows_by_columns(pooling.bags.count, columns, vector);
     if (mode == Mode::lookup) launch(look_up<T, index_t, vector>, shape, pooling);
@@ -405,14 +422,16 @@ std::tuple<Tensor, Tensor> embedding_bag(const Tensor& weight, const Tensor& ind
 
 // Backward -----------------------------------------------------------------------------------------------------------
 
-// keys: the row that each position uses, or `rows` for none; bag_of: its bag.
+// keys: the row that each position uses, or `rows` for none; positions: themselves, to be sorted with the keys;
+// bag_of: their bags.
 template <typename index_t, typename key_t>
 __global__ void __launch_bounds__(kThreads)
-    find_uses(const Indices<index_t> indices, const Bags bags, key_t* keys, int64_t* bag_of) {
+    find_uses(const Indices<index_t> indices, const Bags bags, key_t* keys, int32_t* positions, int64_t* bag_of) {
   const int64_t position = thread_index();
   if (position >= bags.total) return;
   const int64_t bag = bags.of(position), row = bag >= 0 ? indices[position] : -1;
   keys[position] = static_cast<key_t>(row >= 0 ? row : indices.rows);
+  positions[position] = static_cast<int32_t>(position);
   bag_of[position] = bag;
 }
 
@@ -458,60 +477,139 @@ __global__ void __launch_bounds__(kThreads)
   if (i < total && is_first_use(keys, i, rows)) out[numbers[i] - 1] = keys[i];
 }
 
+// Sorted uses of rows, and what their gradients are made of.
 template <typename T, typename key_t>
 struct RowGradients {
   const T* grad;             // [B, E]
   int64_t columns;           // E
   const key_t* keys;         // [total], sorted rows
-  const int64_t* positions;  // [total], of the keys before they were sorted
+  const int32_t* positions;  // [total], of the keys before they were sorted
   const int64_t* bag_of;     // [total], of positions
   int64_t total, rows;
   const T* factors;    // of positions, or nullptr
   const int64_t* aux;  // as forward gave it
   bool is_mean, scale_grad_by_freq;
-  const int64_t* numbers;  // [total]: a row's place in `out`, plus 1; or nullptr: its place is the row
-  acc_t<T>* partial;       // [chunks, 2, E]: of the row that came in, and of the one that begins here and goes on
-  T* out;                  // [V, E] or [R, E]
+  acc_t<T>* partial;  // [chunks, 2, E]: of the row that came in, and of the one that begins here and goes on
+
+  // Of the gradient of a row whose uses are [first, end).
+  __device__ acc_t<T> share(int64_t first, int64_t end) const {
+    return scale_grad_by_freq ? acc_t<T>(1) / static_cast<acc_t<T>>(end - first) : acc_t<T>(1);
+  }
 };
 
-template <typename T, typename key_t, int vector>
-__device__ __forceinline__ void store_row(const RowGradients<T, key_t>& work, int64_t first, int64_t end,
-                                          int64_t column, const acc_t<T>* sum) {
-  const auto share = work.scale_grad_by_freq ? acc_t<T>(1) / static_cast<acc_t<T>>(end - first) : acc_t<T>(1);
-  const int64_t place = work.numbers != nullptr ? work.numbers[first] - 1 : static_cast<int64_t>(work.keys[first]);
-  Pack<T, vector> out;
+// What is done with a row's gradient g: its group of threads calls take() for columns of it, each thread for its own,
+// and complete() when all have been taken. first: the row's first use; spare: [E], the group's to write to; `squares`
+// is what take() has added to it.
+
+template <typename T>
+struct StoreRows {
+  const int64_t*
+      numbers;  // [total]: a row's place in `out`, plus 1, at its first use; or nullptr: its place is the row
+  T* out;       // [V, E] or [R, E]
+
+  __device__ bool is_off() const { return false; }
+
+  template <int vector>
+  __device__ void take(int64_t first, int64_t row, int64_t column, int64_t columns, const Pack<acc_t<T>, vector>& g,
+                       acc_t<T>* /*spare*/, acc_t<T>& /*squares*/) const {
+    const int64_t place = numbers != nullptr ? numbers[first] - 1 : row;
+    Pack<T, vector> values;
 #pragma unroll
-  for (int v = 0; v < vector; ++v) out.values[v] = static_cast<T>(sum[v] * share);
-  store_pack(work.out + place * work.columns + column, out);
-}
+    for (int v = 0; v < vector; ++v) values.values[v] = static_cast<T>(g.values[v]);
+    store_pack(out + place * columns + column, values);
+  }
+
+  template <int vector>
+  __device__ void complete(int64_t /*row*/, int64_t /*columns*/, const acc_t<T>* /*spare*/,
+                           acc_t<T> /*squares*/) const {}
+};
+
+// The row-wise rule must know all of a row's gradient before it changes the first weight, and keeps it in `spare` until
+// then: it wants all columns of a row in one group.
+template <typename T>
+struct UpdateRows {
+  using scalar = acc_t<T>;
+
+  const int* is_wrong;  // [1]: whether the indices are
+  Rule rule;
+  UpdateSettings<scalar> settings;
+  T* table;                // [V, E]
+  scalar *first, *second;  // [V, E] or [V], or nullptr
+
+  __device__ bool is_off() const { return *is_wrong != 0; }
+
+  template <typename Update, int vector>
+  __device__ void change(const UpdateSettings<scalar>& of_row, int64_t at, const Pack<scalar, vector>& g) const {
+    auto weights = load_pack<vector>(table + at);
+    Pack<scalar, vector> state{}, state_of_squares{};
+    if constexpr (Update::states > 0) state = load_pack<vector>(first + at);
+    if constexpr (Update::states > 1) state_of_squares = load_pack<vector>(second + at);
+#pragma unroll
+    for (int v = 0; v < vector; ++v) {
+      const scalar change = Update::change(of_row, g.values[v], state.values[v], state_of_squares.values[v]);
+      weights.values[v] = static_cast<T>(static_cast<scalar>(weights.values[v]) - change);
+    }
+    store_pack(table + at, weights);
+    if constexpr (Update::states > 0) store_pack(first + at, state);
+    if constexpr (Update::states > 1) store_pack(second + at, state_of_squares);
+  }
+
+  template <int vector>
+  __device__ void take(int64_t /*first*/, int64_t row, int64_t column, int64_t columns, const Pack<scalar, vector>& g,
+                       scalar* spare, scalar& squares) const {
+    const int64_t at = row * columns + column;
+    if (rule == Rule::sgd) return change<Sgd>(settings, at, g);
+    if (rule == Rule::adagrad) return change<Adagrad>(settings, at, g);
+    if (rule == Rule::adam) return change<Adam>(settings, at, g);
+    store_pack(spare + column, g);
+#pragma unroll
+    for (int v = 0; v < vector; ++v) squares += g.values[v] * g.values[v];
+  }
+
+  template <int vector>
+  __device__ void complete(int64_t row, int64_t columns, const scalar* spare, scalar squares) const {
+    if (rule != Rule::rowwise_adagrad) return;
+    squares = sum_of_group(squares);
+    UpdateSettings<scalar> of_row = settings;
+    if (threadIdx.x == 0) {
+      of_row.rate = RowwiseAdagrad::rate(settings, squares / static_cast<scalar>(columns), first[row]);
+    }
+    of_row.rate = from_first_of_group(of_row.rate);
+    for (int64_t column = first_column<vector>(); column < columns; column += column_step<vector>()) {
+      change<Sgd>(of_row, row * columns + column, load_pack<vector>(spare + column));
+    }
+  }
+};
 
 // A group of threads for each chunk of kUses sorted uses. Rows whose uses all lie in it are done; what it has of those
 // before and behind it is left in `partial`.
-template <typename T, typename key_t, int vector, bool is_max>
-__global__ void __launch_bounds__(kThreads) add_up_chunks(const RowGradients<T, key_t> work) {
+template <typename T, typename key_t, int vector, bool is_max, typename Finish>
+__global__ void __launch_bounds__(kThreads, kBlocks)
+    add_up_chunks(const RowGradients<T, key_t> work, const Finish finish) {
   using scalar = acc_t<T>;
   constexpr int in_flight = is_max ? 2 : kInFlight;  // max reads who won besides, and with more it spills
+  if (finish.is_off()) return;
   const int64_t chunk = row_of_thread(), columns = work.columns;
   const int64_t begin = chunk * kUses, end = begin + kUses < work.total ? begin + kUses : work.total;
-  for (int64_t column = first_column<vector>(); column < columns; column += column_step<vector>()) {
-    int64_t i = begin;
-    while (i < end && work.keys[i] < work.rows) {
-      const key_t key = work.keys[i];
-      const int64_t first = i;
-      scalar sum[vector];
-#pragma unroll
-      for (int v = 0; v < vector; ++v) sum[v] = scalar(0);
-      bool is_use = true;
-      while (is_use) {
+  int64_t first = begin;
+  while (first < end && work.keys[first] < work.rows) {
+    const key_t key = work.keys[first];
+    const int64_t behind = end_of_run(work.keys, first, end);
+    const bool came_in = first == begin && begin > 0 && work.keys[begin - 1] == key;
+    const bool goes_on = behind == end && end < work.total && work.keys[end] == key;
+    // The second part is spare until the last row, should that go on.
+    scalar *part = work.partial + (chunk * 2 + (came_in ? 0 : 1)) * columns, squares(0);
+    for (int64_t column = first_column<vector>(); column < columns; column += column_step<vector>()) {
+      Pack<scalar, vector> sum{};
+      for (int64_t i = first; i < behind; i += in_flight) {
         Pack<T, vector> values[in_flight];
         scalar scale[in_flight];
 #pragma unroll
         for (int j = 0; j < in_flight; ++j) {
-          is_use = is_use && i < end && work.keys[i] == key;
           values[j] = {};
           scale[j] = scalar(0);
-          if (!is_use) continue;
-          const int64_t position = work.positions[i], bag = work.bag_of[position], at = bag * columns + column;
+          if (i + j >= behind) continue;
+          const int64_t position = work.positions[i + j], bag = work.bag_of[position], at = bag * columns + column;
           values[j] = load_pack<vector>(work.grad + at);
           scale[j] = scalar(1);
           if constexpr (is_max) {
@@ -524,32 +622,33 @@ __global__ void __launch_bounds__(kThreads) add_up_chunks(const RowGradients<T, 
             if (work.is_mean) scale[j] /= static_cast<scalar>(work.aux[bag]);
             if (work.factors != nullptr) scale[j] *= static_cast<scalar>(work.factors[position]);
           }
-          ++i;
         }
 #pragma unroll
         for (int j = 0; j < in_flight; ++j) {
 #pragma unroll
-          for (int v = 0; v < vector; ++v) sum[v] += scale[j] * static_cast<scalar>(values[j].values[v]);
+          for (int v = 0; v < vector; ++v) sum.values[v] += scale[j] * static_cast<scalar>(values[j].values[v]);
         }
       }
-      const bool came_in = first == begin && begin > 0 && work.keys[begin - 1] == key;
-      const bool goes_on = i == end && end < work.total && work.keys[end] == key;
       if (came_in || goes_on) {
-        Pack<scalar, vector> part;
-#pragma unroll
-        for (int v = 0; v < vector; ++v) part.values[v] = sum[v];
-        store_pack(work.partial + (chunk * 2 + (came_in ? 0 : 1)) * columns + column, part);
+        store_pack(part + column, sum);
       } else {
-        store_row<T, key_t, vector>(work, first, i, column, sum);
+        const scalar share = work.share(first, behind);
+#pragma unroll
+        for (int v = 0; v < vector; ++v) sum.values[v] *= share;
+        finish.template take<vector>(first, key, column, columns, sum, part, squares);
       }
     }
+    if (!came_in && !goes_on) finish.template complete<vector>(key, columns, part, squares);
+    first = behind;
   }
 }
 
 // Rows whose uses lie in several chunks: the group of the first of them adds up the others' parts, in their order.
-template <typename T, typename key_t, int vector>
-__global__ void __launch_bounds__(kThreads) join_chunks(const RowGradients<T, key_t> work) {
+template <typename T, typename key_t, int vector, typename Finish>
+__global__ void __launch_bounds__(kThreads, kBlocks)
+    join_chunks(const RowGradients<T, key_t> work, const Finish finish) {
   using scalar = acc_t<T>;
+  if (finish.is_off()) return;
   const int64_t chunk = row_of_thread(), columns = work.columns, begin = chunk * kUses, behind = begin + kUses;
   if (behind >= work.total) return;
   const key_t key = work.keys[behind];
@@ -557,19 +656,21 @@ __global__ void __launch_bounds__(kThreads) join_chunks(const RowGradients<T, ke
   while (first > begin && work.keys[first - 1] == key) --first;
   if (key >= work.rows || first == behind || (first == begin && begin > 0 && work.keys[begin - 1] == key)) return;
   const int64_t end = end_of_run(work.keys, behind, work.total), last = (end - 1) / kUses;
+  const scalar share = work.share(first, end);
+  scalar *own = work.partial + (chunk * 2 + 1) * columns, squares(0);
   for (int64_t column = first_column<vector>(); column < columns; column += column_step<vector>()) {
-    const auto own = load_pack<vector>(work.partial + (chunk * 2 + 1) * columns + column);
-    scalar sum[vector];
-#pragma unroll
-    for (int v = 0; v < vector; ++v) sum[v] = own.values[v];
+    auto sum = load_pack<vector>(own + column);
 #pragma unroll 4
     for (int64_t other = chunk + 1; other <= last; ++other) {
       const auto part = load_pack<vector>(work.partial + other * 2 * columns + column);
 #pragma unroll
-      for (int v = 0; v < vector; ++v) sum[v] += part.values[v];
+      for (int v = 0; v < vector; ++v) sum.values[v] += part.values[v];
     }
-    store_row<T, key_t, vector>(work, first, end, column, sum);
+#pragma unroll
+    for (int v = 0; v < vector; ++v) sum.values[v] *= share;
+    finish.template take<vector>(first, key, column, columns, sum, own, squares);
   }
+  finish.template complete<vector>(key, columns, own, squares);
 }
 
 // The uses of all rows, sorted by row.
@@ -579,19 +680,28 @@ struct SortedUses {
 
   SortedUses(const Input& input, int64_t rows, int64_t padding_idx, at::TensorOptions options)
       : total(input.bags.total), rows(rows) {
-    // Half the bits to sort, where the number of rows permits.
-    const bool is_narrow = rows < std::numeric_limits<int32_t>::max();
-    const Tensor unsorted = at::empty({total}, options.dtype(is_narrow ? at::kInt : at::kLong));
+    TORCH_CHECK_VALUE(total < std::numeric_limits<int32_t>::max(), "embedding_bag_backward: expected fewer than 2^31 ",
+                      "indices on CUDA, got ", total);
+    const auto key_dtype = rows < std::numeric_limits<int32_t>::max() ? at::kInt : at::kLong;
+    const Tensor unsorted_keys = at::empty({total}, options.dtype(key_dtype));
+    const Tensor unsorted_positions = at::empty({total}, options.dtype(at::kInt));
+    keys = at::empty_like(unsorted_keys);
+    positions = at::empty_like(unsorted_positions);
     bag_of = at::empty({total}, options.dtype(at::kLong));
-    dispatch_keys(unsorted, [&](auto key) {
+    if (total == 0) return;
+    dispatch_keys(keys, [&](auto key) {
       using key_t = decltype(key);
       AT_DISPATCH_INDEX_TYPES(input.index_type(), "embedding_bag_backward", [&] {
         const Indices<index_t> indices{input.data<index_t>(), rows, padding_idx};
         launch(find_uses<index_t, key_t>, nlpkernels::positions(total), indices, input.bags,
-               unsorted.mutable_data_ptr<key_t>(), bag_of.mutable_data_ptr<int64_t>());
+               unsorted_keys.mutable_data_ptr<key_t>(), unsorted_positions.mutable_data_ptr<int32_t>(),
+               bag_of.mutable_data_ptr<int64_t>());
       });
+      at::cuda::cub::radix_sort_pairs(unsorted_keys.const_data_ptr<key_t>(), keys.mutable_data_ptr<key_t>(),
+                                      unsorted_positions.const_data_ptr<int32_t>(),
+                                      positions.mutable_data_ptr<int32_t>(), total, /*descending=*/false,
+                                      /*begin_bit=*/0, /*end_bit=*/at::cuda::cub::get_num_bits(rows));
     });
-    std::tie(keys, positions) = at::sort(unsorted, /*stable=*/true, /*dim=*/0, /*descending=*/false);
   }
 
   template <typename Body>
@@ -605,7 +715,7 @@ struct SortedUses {
 
   // The place of each row among those in use, plus 1, at its first use.
   Tensor number() const {
-    const Tensor marks = at::empty({total}, positions.options());
+    const Tensor marks = at::empty({total}, bag_of.options());
     dispatch_keys(keys, [&](auto key) {
       using key_t = decltype(key);
       launch(mark_first_uses<key_t>, nlpkernels::positions(total), keys.const_data_ptr<key_t>(), total, rows,
@@ -634,9 +744,10 @@ struct BackwardArguments {
 
   BackwardArguments(const char* op, const Tensor& grad, int64_t num_embeddings, const Tensor& indices,
                     const OptionalTensor& offsets, const OptionalTensor& per_sample_weights, const Tensor& aux,
-                    Mode mode, int64_t padding_idx, bool include_last_offset, bool scale_grad_by_freq)
+                    Mode mode, int64_t padding_idx, bool include_last_offset, bool scale_grad_by_freq,
+                    const OptionalTensor& is_wrong = std::nullopt)
       : mode(mode),
-        input(op, indices, offsets, include_last_offset, num_embeddings),
+        input(op, indices, offsets, include_last_offset, num_embeddings, is_wrong),
         grad(grad.contiguous()),
         aux(aux.contiguous()),
         factors(contiguous(per_sample_weights)),
@@ -646,37 +757,51 @@ struct BackwardArguments {
   }
 
   // The gradient of each row in use, to its place in `out`.
-  void add_up(const OptionalTensor& numbers, const Tensor& out) const {
+  void store(const OptionalTensor& numbers, const Tensor& out) const {
+    dispatch([&](auto value) {
+      using scalar_t = decltype(value);
+      add_up<scalar_t>(StoreRows<scalar_t>{data<int64_t>(numbers), out.mutable_data_ptr<scalar_t>()},
+                       has_aligned_rows<kPackOf16Bytes<scalar_t>>(out.const_data_ptr<scalar_t>(), grad.size(1)));
+    });
+  }
+
+  // Calls body(a value of grad's dtype).
+  template <typename Body>
+  void dispatch(const Body& body) const {
+    AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, grad.scalar_type(), "embedding_bag_backward",
+                                    [&] { body(scalar_t()); });
+  }
+
+  // finish: StoreRows or UpdateRows; is_aligned: whether it can take 16 bytes of grad's at once.
+  template <typename T, typename Finish>
+  void add_up(const Finish& finish, bool is_aligned, bool wants_whole_rows = false) const {
     const int64_t columns = grad.size(1), chunks = ceil_div(uses.total, kUses);
     const Tensor partial = at::empty({chunks, 2, columns}, grad.options().dtype(at::toOpMathType(grad.scalar_type())));
-    AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, grad.scalar_type(), "embedding_bag_backward", [&] {
-      SortedUses::dispatch_keys(uses.keys, [&](auto key) {
-        using key_t = decltype(key);
-        RowGradients<scalar_t, key_t> work{};
-        work.grad = grad.const_data_ptr<scalar_t>();
-        work.columns = columns;
-        work.keys = uses.keys.const_data_ptr<key_t>();
-        work.positions = uses.positions.const_data_ptr<int64_t>();
-        work.bag_of = uses.bag_of.const_data_ptr<int64_t>();
-        work.total = uses.total;
-        work.rows = uses.rows;
-        work.factors = data<scalar_t>(factors);
-        work.aux = aux.const_data_ptr<int64_t>();
-        work.is_mean = mode == Mode::mean;
-        work.scale_grad_by_freq = scale_grad_by_freq;
-        work.numbers = data<int64_t>(numbers);
-        work.partial = partial.mutable_data_ptr<acc_t<scalar_t>>();
-        work.out = out.mutable_data_ptr<scalar_t>();
-        dispatch_vector<scalar_t>(has_aligned_rows(work.grad, columns), [&](auto size) {
-          constexpr int vector = decltype(size)::value;
-          const Shape shape = rows_by_columns(chunks, columns, vector);
-          if (mode == Mode::max) {
-            launch(add_up_chunks<scalar_t, key_t, vector, true>, shape, work);
-          } else {
-            launch(add_up_chunks<scalar_t, key_t, vector, false>, shape, work);
-          }
-          launch(join_chunks<scalar_t, key_t, vector>, shape, work);
-        });
+    SortedUses::dispatch_keys(uses.keys, [&](auto key) {
+      using key_t = decltype(key);
+      RowGradients<T, key_t> work{};
+      work.grad = grad.const_data_ptr<T>();
+      work.columns = columns;
+      work.keys = uses.keys.const_data_ptr<key_t>();
+      work.positions = uses.positions.const_data_ptr<int32_t>();
+      work.bag_of = uses.bag_of.const_data_ptr<int64_t>();
+      work.total = uses.total;
+      work.rows = uses.rows;
+      work.factors = data<T>(factors);
+      work.aux = aux.const_data_ptr<int64_t>();
+      work.is_mean = mode == Mode::mean;
+      work.scale_grad_by_freq = scale_grad_by_freq;
+      work.partial = partial.mutable_data_ptr<acc_t<T>>();
+      dispatch_vector<T>(is_aligned && has_aligned_rows<kPackOf16Bytes<T>>(work.grad, columns), [&](auto size) {
+        constexpr int vector = decltype(size)::value;
+        Shape shape = rows_by_columns(chunks, columns, vector);
+        if (wants_whole_rows) shape.grid.y = std::min(shape.grid.y, 1u);
+        if (mode == Mode::max) {
+          launch(add_up_chunks<T, key_t, vector, true, Finish>, shape, work, finish);
+        } else {
+          launch(add_up_chunks<T, key_t, vector, false, Finish>, shape, work, finish);
+        }
+        launch(join_chunks<T, key_t, vector, Finish>, shape, work, finish);
       });
     });
   }
@@ -704,7 +829,7 @@ Tensor embedding_bag_backward(const Tensor& grad, int64_t num_embeddings, const 
   const BackwardArguments arguments(op, grad, num_embeddings, indices, offsets, per_sample_weights, aux, mode,
                                     padding_idx, include_last_offset, scale_grad_by_freq);
   const Tensor dweight = at::zeros({num_embeddings, grad.size(1)}, grad.options());
-  arguments.add_up(std::nullopt, dweight);
+  arguments.store(std::nullopt, dweight);
   arguments.input.raise_if_wrong();
   return dweight;
 }
@@ -727,8 +852,41 @@ std::tuple<Tensor, Tensor> embedding_bag_sparse_backward(const Tensor& grad, int
   const Tensor rows = at::empty({count}, numbers.options());
   const Tensor values = at::empty({count, grad.size(1)}, grad.options());
   arguments.uses.list(numbers, rows);
-  arguments.add_up(numbers, values);
+  arguments.store(numbers, values);
   return {rows, values};
+}
+
+void embedding_bag_update(const Tensor& grad, const Tensor& weight, const OptionalTensor& first,
+                          const OptionalTensor& second, const Tensor& indices, const OptionalTensor& offsets,
+                          const OptionalTensor& per_sample_weights, const Tensor& aux, c10::string_view mode_name,
+                          int64_t padding_idx, bool include_last_offset, bool scale_grad_by_freq,
+                          c10::string_view rule_name, at::ArrayRef<double> settings) {
+  const at::AutoDispatchBelowADInplaceOrView no_derivatives;
+  const char* op = "embedding_bag_update";
+  const Rule rule = parse_rule(rule_name);
+  check_embedding_bag_update(op, weight, grad, first, second, rule, settings);
+  const int64_t rows = weight.size(0), columns = weight.size(1);
+  const Mode mode =
+      check_backward(op, grad, rows, indices, offsets, per_sample_weights, mode_name, include_last_offset);
+  const c10::cuda::CUDAGuard device(weight.device());
+  const Tensor is_wrong = at::zeros({1}, weight.options().dtype(at::kInt));
+  const BackwardArguments arguments(op, grad, rows, indices, offsets, per_sample_weights, aux, mode, padding_idx,
+                                    include_last_offset, scale_grad_by_freq, is_wrong);
+  arguments.dispatch([&](auto value) {
+    using scalar_t = decltype(value);
+    using scalar = acc_t<scalar_t>;
+    constexpr int vector = kPackOf16Bytes<scalar_t>;
+    const auto state = [](const OptionalTensor& given) { return given ? given->mutable_data_ptr<scalar>() : nullptr; };
+    const UpdateRows<scalar_t> update{
+        is_wrong.const_data_ptr<int>(),      rule,         update_settings<scalar>(settings),
+        weight.mutable_data_ptr<scalar_t>(), state(first), state(second)};
+    const bool is_by_row = rule == Rule::rowwise_adagrad;
+    const bool is_aligned = has_aligned_rows<vector>(update.table, columns) &&
+                            (is_by_row || has_aligned_rows<vector>(update.first, columns)) &&
+                            has_aligned_rows<vector>(update.second, columns);
+    arguments.add_up<scalar_t>(update, is_aligned, /*wants_whole_rows=*/is_by_row);
+  });
+  arguments.input.raise_if_wrong();
 }
 
 // The product of a bag's gradient and the row of one position in it, a warp for each position.
@@ -755,8 +913,7 @@ __global__ void __launch_bounds__(kThreads) multiply_rows(const Products<T, inde
 #pragma unroll
     for (int v = 0; v < vector; ++v) sum += static_cast<scalar>(a.values[v]) * static_cast<scalar>(b.values[v]);
   }
-#pragma unroll
-  for (int distance = kWarp / 2; distance > 0; distance /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, distance);
+  sum = sum_of_group(sum);
   if (threadIdx.x == 0) work.out[position] = static_cast<T>(sum);
 }
 
@@ -781,7 +938,8 @@ Tensor embedding_bag_per_sample_backward(const Tensor& grad, const Tensor& weigh
                                              {input.data<index_t>(), weight.size(0), padding_idx},
                                              input.bags,
                                              out.mutable_data_ptr<scalar_t>()};
-      const bool is_aligned = has_aligned_rows(work.grad, columns) && has_aligned_rows(work.table, columns);
+      constexpr int most = kPackOf16Bytes<scalar_t>;
+      const bool is_aligned = has_aligned_rows<most>(work.grad, columns) && has_aligned_rows<most>(work.table, columns);
       dispatch_vector<scalar_t>(is_aligned, [&](auto size) {
         constexpr int vector = decltype(size)::value;
         // One group over all columns, for the sum to be within a warp.
@@ -801,5 +959,6 @@ TORCH_LIBRARY_IMPL(nlpkernels, CUDA, m) {
   m.impl("embedding_bag", TORCH_FN(nlpkernels::embedding_bag));
   m.impl("embedding_bag_backward", TORCH_FN(nlpkernels::embedding_bag_backward));
   m.impl("embedding_bag_sparse_backward", TORCH_FN(nlpkernels::embedding_bag_sparse_backward));
+  m.impl("embedding_bag_update", TORCH_FN(nlpkernels::embedding_bag_update));
   m.impl("embedding_bag_per_sample_backward", TORCH_FN(nlpkernels::embedding_bag_per_sample_backward));
 }
