@@ -67,7 +67,7 @@ cuda-check:  ## compile the CUDA kernels and check all that can be without a GPU
 	@cd tests && PYTHONPATH='$(CURDIR)/$(VENV)/nlpkernels' NLPKERNELS_CUDA=1 ../$(BIN)/pytest -q test_cuda.py
 	@echo 'The same code compiled for the CPU, in place of the kernels of csrc/cpu'
 	@cd tests && PYTHONPATH='$(CURDIR)/$(VENV)/nlpkernels' ../$(BIN)/pytest -q -r fE --emulated-cuda \
-	  test_recurrent.py test_recurrent_dropout.py test_embedding.py test_ops.py test_cuda.py
+	  test_recurrent.py test_recurrent_dropout.py test_embedding.py test_optim.py test_ops.py test_cuda.py
 
 # Takes the interpreter as it is, and installs nothing.
 gpu-report:  ## build, test, sanitise and time the CUDA kernels on a GPU, with what $(PYTHON) has

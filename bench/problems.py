@@ -63,10 +63,10 @@ class Problem(ABC):
         self.workload, self.cell, self.mode, self.train = case.workload, case.cell, case.mode, case.train
         self.dtype, self.device = case.dtype, case.device
         self.rng = np.random.default_rng(0)
-        self.generator = torch.Generator().manual_seed(0)
+        self.generator = torch.Generator(self.device).manual_seed(0)
 
     def random(self, *shape: int, scale: float = 1.0) -> Tensor:
-        return torch.randn(*shape, generator=self.generator).mul_(scale).to(self.device, self.dtype)
+        return torch.randn(*shape, generator=self.generator, device=self.device).mul_(scale).to(self.dtype)
 
     @functools.cached_property
     def reference(self) -> Results:
@@ -172,12 +172,12 @@ class SequenceProblem(Problem):
     def _build(self, library: ModuleType) -> torch.nn.Module:
         work = self.workload
         if self.is_cell:
-            return getattr(library, self.cell.upper() + "Cell")(work.I, work.H)
-        options = {"num_layers": work.layers, "bidirectional": work.directions == 2}
+            return getattr(library, self.cell.upper() + "Cell")(work.I, work.H, device=self.device)
+        options = {"num_layers": work.layers, "bidirectional": work.directions == 2, "device": self.device}
         return getattr(library, self.cell.upper())(work.I, work.H, **options)
 
     def module(self, library: ModuleType, dtype: torch.dtype | None = None) -> torch.nn.Module:
-        module = self._build(library).to(self.device, dtype or self.dtype)
+        module = self._build(library).to(dtype or self.dtype)
         module.load_state_dict(self.parameters)
         return module.train(self.train).requires_grad_(self.train)
 

@@ -16,6 +16,10 @@ An optimizer is one of torch's: `param_groups`, where the learning rate may be c
 scheduler of torch.optim.lr_scheduler; `state_dict`, which is the unfused optimizer's. The layers are nlpkernels'
 Embedding and EmbeddingBag, or the functions under them; the tables' states are float32, or float64 for such a table.
 
+On CUDA, with the kernels in use, an update waits for nothing. A wrong index then holds the whole update of its table
+back, on the device, and is raised when NLPKERNELS_CUDA_CHECK says. A CUDA graph repeats an update with the learning
+rate and the bias correction that it was captured with.
+
 What cannot work raises a RuntimeError, with the table as it was: a second backward pass through one graph, derivatives
 of the gradient, a table that also gets a gradient in another way. In the place of the gradient, `table.grad`, stands
 an object that raises when it is used, so that clipping by global norm, `torch.amp.GradScaler` and other optimizers,

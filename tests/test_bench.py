@@ -17,7 +17,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # bench is no part of the installed package
 
 from bench import __main__ as cli
-from bench import machine, measure, providers, report
+from bench import gpu_report, machine, measure, providers, report
 from bench.machine import Floor
 from bench.problems import Case, PoolProblem, Problem, Results, make_problem
 from bench.providers import OURS, Prepared
@@ -299,3 +299,40 @@ def test_what_does_not_fit_is_skipped(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_every_provider_can_be_drawn() -> None:
     assert set(report.STYLE) == set(providers.PROVIDERS)
+
+
+def test_gpu_report_wants_evidence(tmp_path: Path) -> None:
+    """A tool that ends well without having done its work has not passed."""
+    steps = gpu_report.Report(tmp_path)
+    for i, (code, passes) in enumerate((("print('SUMMARY: 0 errors')", True), ("pass", False), ("exit(9)", False))):
+        process = steps.start(f"{i}.log", [sys.executable, "-c", code])
+        assert steps.finish(code, process, f"{i}.log", 60, "SUMMARY: 0 ") == passes
+    assert steps.failed
+    assert "ended without 'SUMMARY: 0 '" in " ".join(steps.lines)
+    assert "exit 9" in " ".join(steps.lines)
+
+
+def test_gpu_report_stops_what_takes_too_long(tmp_path: Path) -> None:
+    steps = gpu_report.Report(tmp_path)
+    process = steps.start("log", [sys.executable, "-c", "import time; time.sleep(600)"])
+    assert not steps.finish("sleep", process, "log", 0)
+    assert "stopped after" in " ".join(steps.lines)
+
+
+def test_gpu_report_without_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What it runs on a GPU runs on the CPU, small; what it makes of the rows is a table with a line for each kind."""
+    gpu_report.smoke("cpu")
+    assert {case.mode for case in gpu_report.cases()} == {"inference", "train", "sparse", "update"}
+    update = dataclasses.replace(BAG, modes=("update",))
+    small = [case_of(work, mode) for work, mode in ((SMALL, "inference"), (SMALL, "train"), (update, "update"))]
+    monkeypatch.setattr(gpu_report, "cases", lambda: small)
+    monkeypatch.setattr(machine, "floor", lambda *_: Floor(1e9, ((1, 1e9),)))
+    gpu_report.benchmark(tmp_path / "gpu.csv", 60)
+    text = "\n".join(gpu_report.speeds(tmp_path / "gpu.csv"))
+    for line in (
+        "| lstm | float32 | inference | 1 |",
+        "| lstm | float32 | train | 1 |",
+        "| mean | float32 | update | 1 |",
+    ):
+        assert line in text
+    assert "Wrong or failed: 0" in text

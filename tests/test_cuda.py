@@ -287,3 +287,8 @@ class TestOnGpu:
         pooled = nlpkernels.functional.embedding_bag(ids, weight, mode="mean")
         expected = weight[ids].float().mean(1).bfloat16()
         assert torch.equal(pooled, expected)
+        before, ones = weight[ids.reshape(-1)], torch.ones(2, columns, device="cuda", dtype=torch.bfloat16)
+        none = torch.empty(0, dtype=torch.long, device="cuda")
+        rest = (ids, None, None, none, "sum", -1, False, False, "sgd", [1.0])
+        OPS.embedding_bag_update(ones, weight, None, None, *rest)
+        assert torch.equal(weight[ids.reshape(-1)], before - 1)
