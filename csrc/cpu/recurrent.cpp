@@ -198,9 +198,23 @@ struct Layer : RecurrentArguments {
     if (can_cut_units && wanted > 1 && batch < wanted * kTileRows && step_work >= wanted * kMinStepWork) {
       return {1, std::min(wanted, unit_panels().count())};
     }
-    const int64_t pieces = std::max(wanted, ceil_div(batch, kMaxRows));
-    const int64_t size = std::max<int64_t>(1, ceil_div(batch, pieces));
-    return {ceil_div(batch, size), 1};
+    return {std::min(batch, std::max(wanted, ceil_div(batch, kMaxRows))), 1};
+  }
+
+  // Where each of some pieces of the sequences begins, and the last ends: all have about as many rows.
+  std::vector<int64_t> piece_begins(int64_t pieces) const {
+    std::vector<int64_t> begins;
+    int64_t length = steps, before = 0;  // of sequence b; rows of the sequences before it
+    for (const auto b : c10::irange(batch)) {
+      while (length > 0 && active[length - 1] <= b) --length;
+      while (before * pieces >= rows * static_cast<int64_t>(begins.size()) &&
+             static_cast<int64_t>(begins.size()) < pieces) {
+        begins.push_back(b);
+      }
+      before += length;
+    }
+    begins.resize(pieces + 1, batch);
+    return begins;
   }
 
   // Whether a share uses each of its weights once only, and no other share does: then it packs them as it reads them.
@@ -210,21 +224,22 @@ struct Layer : RecurrentArguments {
   template <typename Body>
   void for_each_share(const Body& body) const {
     const auto [pieces, parts] = cut();
-    const int64_t size = ceil_div(batch, std::max<int64_t>(1, pieces)), panels = unit_panels().count();
-    const int64_t shares = directions * pieces * parts;
+    const int64_t shares = directions * pieces * parts, panels = unit_panels().count();
+    const std::vector<int64_t> begins = piece_begins(pieces);
     std::vector<Barrier> barriers(directions * pieces);
     // Neighbouring shares belong together, so that two threads take a direction each.
-    at::parallel_for(
-        0, shares, threads() > 1 ? 1 : shares, [&, parts = parts, pieces = pieces](int64_t i, int64_t end) {
-          while (i < end) {
-            const int64_t piece = i / parts, part = i % parts, own = std::min(parts - part, end - i);
-            const int64_t first = piece % pieces * size;
-            Share share(piece / pieces, {first, std::min(batch, first + size)},
-                        {panels * part / parts, panels * (part + own) / parts}, barriers[piece], own, parts);
-            body(share);
-            i += own;
-          }
-        });
+    at::parallel_for(0, shares, threads() > 1 ? 1 : shares,
+                     [&, parts = parts, pieces = pieces](int64_t i, int64_t end) {
+                       while (i < end) {
+                         const int64_t piece = i / parts, part = i % parts, own = std::min(parts - part, end - i);
+                         i += own;
+                         const Slice sequences{begins[piece % pieces], begins[piece % pieces + 1]};
+                         if (sequences.begin == sequences.end) continue;
+                         Share share(piece / pieces, sequences, {panels * part / parts, panels * (part + own) / parts},
+                                     barriers[piece], own, parts);
+                         body(share);
+                       }
+                     });
   }
 
  private:
