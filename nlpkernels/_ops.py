@@ -370,7 +370,7 @@ def _differentiable(
     def call(*args: Any) -> Any:
         if torch.compiler.is_compiling():
             return op(*args)
-        if _is_forward_mode() or torch._C._are_functorch_transforms_active():
+        if _is_transformed():
             result = Function.apply(*inputs_of.flatten(args))
         elif torch.is_grad_enabled() and any(
             isinstance(v, Tensor) and v.requires_grad for v in inputs_of.flatten(args)
@@ -385,6 +385,11 @@ def _differentiable(
 
 def _is_forward_mode() -> bool:
     return torch.autograd.forward_ad._current_level >= 0
+
+
+def _is_transformed() -> bool:
+    """Whether forward mode or a transform of torch.func is at work."""
+    return _is_forward_mode() or torch._C._are_functorch_transforms_active()
 
 
 def _differentiable_by_reference(name: str) -> Callable[..., Any]:
@@ -631,13 +636,24 @@ def embedding_bag(
     scale_grad_by_freq: bool,
     sparse: bool,
 ) -> Tensor:
-    """Pooled rows of a table: the first output of `reference.embedding_bag`, with derivatives."""
-    if not torch.compiler.is_compiling() and UPDATED_IN_BACKWARD and optimizer_of(weight) is not None:
-        pooled: Tensor = _EmbeddingBagWithUpdate.apply(
-            weight, per_sample_weights, indices, offsets, mode, padding_idx, include_last_offset, scale_grad_by_freq
-        )
-        return pooled
-    result: Tensor = _embedding_bag(
-        weight, indices, offsets, per_sample_weights, mode, padding_idx, include_last_offset, scale_grad_by_freq, sparse
-    )[0]
-    return result
+    """Pooled rows of a table: the first output of `reference.embedding_bag`, with derivatives.
+
+    Indices of mode "lookup" may have any shape, [*]; their rows come as [*, E].
+    """
+    settings = (mode, padding_idx, include_last_offset, scale_grad_by_freq)
+    if not torch.compiler.is_compiling():
+        if UPDATED_IN_BACKWARD and optimizer_of(weight) is not None:
+            table = (weight, per_sample_weights)
+            return _of_flat_lookup(lambda i: _EmbeddingBagWithUpdate.apply(*table, i, offsets, *settings), mode, indices)
+        if not _is_transformed():
+            return _C.embedding_bag(weight, indices, offsets, per_sample_weights, *settings, sparse)
+    return _of_flat_lookup(
+        lambda i: _embedding_bag(weight, i, offsets, per_sample_weights, *settings, sparse)[0], mode, indices
+    )
+
+
+def _of_flat_lookup(pool: Callable[[Tensor], Tensor], mode: str, indices: Tensor) -> Tensor:
+    if mode != "lookup":
+        return pool(indices)
+    rows = pool(indices.reshape(-1, 1))
+    return rows.reshape(*indices.shape, rows.shape[1])
