@@ -1,4 +1,5 @@
-// embedding_bag with its derivatives for eager calls: in Python they would take longer than the kernels of a small call.
+// embedding_bag with its derivatives for eager calls: in Python they would take longer than the kernels of a small
+// call.
 //
 // Reverse mode only; its backward consists of ops, so that it can be differentiated again. Forward mode, torch.func and
 // torch.compile go by nlpkernels/_ops.py, which has the same formulas.
@@ -6,6 +7,7 @@
 
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/ops/_sparse_coo_tensor_with_dims_and_tensors.h>
+#include <c10/core/impl/LocalDispatchKeySet.h>
 #include <torch/csrc/autograd/custom_function.h>
 
 #include <optional>
@@ -20,7 +22,8 @@ using OptionalTensor = std::optional<Tensor>;
 // An op of library.cpp as a function.
 template <typename Signature>
 auto op(const char* name) {
-  return c10::Dispatcher::singleton().findSchemaOrThrow((std::string("nlpkernels::") + name).c_str(), "")
+  return c10::Dispatcher::singleton()
+      .findSchemaOrThrow((std::string("nlpkernels::") + name).c_str(), "")
       .typed<Signature>();
 }
 
@@ -42,9 +45,8 @@ inline std::tuple<Tensor, Tensor> call_embedding_bag(const Tensor& weight, const
     return embedding_bag.call(weight, indices, offsets, per_sample_weights, settings.mode, settings.padding_idx,
                               settings.include_last_offset, settings.scale_grad_by_freq, settings.sparse);
   }
-  auto [rows, aux] =
-      embedding_bag.call(weight, indices.reshape({-1, 1}), offsets, per_sample_weights, settings.mode,
-                         settings.padding_idx, false, settings.scale_grad_by_freq, settings.sparse);
+  auto [rows, aux] = embedding_bag.call(weight, indices.reshape({-1, 1}), offsets, per_sample_weights, settings.mode,
+                                        settings.padding_idx, false, settings.scale_grad_by_freq, settings.sparse);
   auto shape = indices.sym_sizes().vec();
   shape.push_back(weight.sym_size(1));
   return {rows.view_symint(shape), aux};
@@ -55,9 +57,9 @@ inline Tensor embedding_bag_gradient(const Tensor& grad, const c10::SymInt& rows
                                      const Tensor& aux, const PoolingSettings& settings) {
   using Dense = Tensor(const Tensor&, c10::SymInt, const Tensor&, const OptionalTensor&, const OptionalTensor&,
                        const Tensor&, c10::string_view, int64_t, bool, bool);
-  using Sparse = std::tuple<Tensor, Tensor>(const Tensor&, c10::SymInt, const Tensor&, const OptionalTensor&,
-                                            const OptionalTensor&, const Tensor&, c10::string_view, int64_t, bool,
-                                            bool);
+  using Sparse =
+      std::tuple<Tensor, Tensor>(const Tensor&, c10::SymInt, const Tensor&, const OptionalTensor&,
+                                 const OptionalTensor&, const Tensor&, c10::string_view, int64_t, bool, bool);
   static const auto dense = op<Dense>("embedding_bag_backward");
   static const auto sparse = op<Sparse>("embedding_bag_sparse_backward");
   if (!settings.sparse) {
@@ -82,10 +84,10 @@ class EmbeddingBagFunction : public torch::autograd::Function<EmbeddingBagFuncti
     // The table itself only where it is needed, so that it may be changed in place (max_norm) before backward.
     const bool needs_weight = per_sample_weights && per_sample_weights->requires_grad();
     ctx->set_materialize_grads(false);
-    ctx->save_for_backward(
-        {needs_weight ? weight : Tensor(), per_sample_weights.value_or(Tensor()), indices, offsets.value_or(Tensor()), aux});
-    ctx->saved_data["settings"] =
-        std::make_tuple(settings.mode, settings.padding_idx, settings.include_last_offset, settings.scale_grad_by_freq, settings.sparse);
+    ctx->save_for_backward({needs_weight ? weight : Tensor(), per_sample_weights.value_or(Tensor()), indices,
+                            offsets.value_or(Tensor()), aux});
+    ctx->saved_data["settings"] = std::make_tuple(settings.mode, settings.padding_idx, settings.include_last_offset,
+                                                  settings.scale_grad_by_freq, settings.sparse);
     ctx->saved_data["rows"] = weight.sym_size(0);
     return out;
   }
@@ -98,15 +100,19 @@ class EmbeddingBagFunction : public torch::autograd::Function<EmbeddingBagFuncti
     const Tensor &weight = saved[0], &aux = saved[4];
     const OptionalTensor per_sample_weights = optional(saved[1]), offsets = optional(saved[3]);
     const auto stored = ctx->saved_data["settings"].toTuple()->elements().vec();
-    const PoolingSettings settings{stored[0].toStringRef(), stored[1].toInt(), stored[2].toBool(), stored[3].toBool(), stored[4].toBool()};
+    const PoolingSettings settings{stored[0].toStringRef(), stored[1].toInt(), stored[2].toBool(), stored[3].toBool(),
+                                   stored[4].toBool()};
     const bool lookup = settings.mode == "lookup";
     const Tensor indices = lookup ? saved[2].reshape({-1, 1}) : saved[2];
     const Tensor grad = lookup ? grads[0].reshape_symint({indices.sym_size(0), grads[0].sym_size(-1)}) : grads[0];
-    // Nobody differentiates what follows: past the dispatcher's autograd, which is in Python.
+    // Past the dispatcher's autograd, which is in Python, where nobody will differentiate what follows.
     std::optional<at::AutoDispatchBelowADInplaceOrView> below_autograd;
-    if (!at::GradMode::is_enabled() && !at::functorch::functorchTLSAccessor()) below_autograd.emplace();
+    const bool is_transformed =
+        c10::impl::tls_is_dispatch_key_included(at::DispatchKey::FuncTorchDynamicLayerFrontMode);
+    if (!at::GradMode::is_enabled() && !is_transformed) below_autograd.emplace();
     if (ctx->needs_input_grad(0)) {
-      result[0] = embedding_bag_gradient(grad, ctx->saved_data["rows"].toSymInt(), indices, offsets, per_sample_weights, aux, settings);
+      result[0] = embedding_bag_gradient(grad, ctx->saved_data["rows"].toSymInt(), indices, offsets, per_sample_weights,
+                                         aux, settings);
     }
     if (per_sample_weights && ctx->needs_input_grad(1)) {
       using Signature = Tensor(const Tensor&, const Tensor&, const Tensor&, const OptionalTensor&, int64_t, bool);
@@ -121,7 +127,8 @@ inline Tensor embedding_bag(const Tensor& weight, const Tensor& indices, const O
                             const OptionalTensor& per_sample_weights, std::string mode, int64_t padding_idx,
                             bool include_last_offset, bool scale_grad_by_freq, bool sparse) {
   const PoolingSettings settings{std::move(mode), padding_idx, include_last_offset, scale_grad_by_freq, sparse};
-  const bool wants_derivative = at::GradMode::is_enabled() && (weight.requires_grad() || (per_sample_weights && per_sample_weights->requires_grad()));
+  const bool wants_derivative = at::GradMode::is_enabled() &&
+                                (weight.requires_grad() || (per_sample_weights && per_sample_weights->requires_grad()));
   if (wants_derivative) return EmbeddingBagFunction::apply(weight, per_sample_weights, indices, offsets, settings);
   return std::get<0>(call_embedding_bag(weight, indices, offsets, per_sample_weights, settings));
 }

@@ -5,7 +5,8 @@ csrc holds schemas (`library.cpp` says what each argument is) and kernels. Here 
 - A device without kernels of its own runs `reference.py`.
 - Derivatives come in three forms made from the same functions. Compiled code calls the op, whose formula is registered
   with the dispatcher. Under torch.func and in forward mode an `autograd.Function` is called that knows them. Elsewhere
-  it is one that does not, at half the cost (13 us around nothing for 21); where no derivative is wanted, the op.
+  it is one that does not, at half the cost (13 us around nothing for 21), or for bags csrc/autograd.h, at a few; where
+  no derivative is wanted, the op.
 - First derivatives are ops. Their own derivatives, and forward mode, come from differentiating `reference.py`.
 """
 
@@ -644,7 +645,9 @@ def embedding_bag(
     if not torch.compiler.is_compiling():
         if UPDATED_IN_BACKWARD and optimizer_of(weight) is not None:
             table = (weight, per_sample_weights)
-            return _of_flat_lookup(lambda i: _EmbeddingBagWithUpdate.apply(*table, i, offsets, *settings), mode, indices)
+            return _of_flat_lookup(
+                lambda i: _EmbeddingBagWithUpdate.apply(*table, i, offsets, *settings), mode, indices
+            )
         if not _is_transformed():
             return _C.embedding_bag(weight, indices, offsets, per_sample_weights, *settings, sparse)
     return _of_flat_lookup(
