@@ -8,10 +8,14 @@
 // I input features, H hidden units, P features of h (proj_size if there is one, else H), D directions (1 or 2),
 // G gates (RNN 1, LSTM 4, GRU 3), S saved values a unit (RNN 0, LSTM 5, GRU 4); V rows and E columns of a table.
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+#include <torch/csrc/utils/pybind.h>
 #include <torch/library.h>
 #include <torch/version.h>
 
 #include <string>
+
+#include "autograd.h"
 
 TORCH_LIBRARY(nlpkernels, m) {
   // One layer of an RNN, all steps, both directions.
@@ -106,4 +110,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.attr("compiler") = std::string(__VERSION__);
   m.attr("torch_version") = std::string(TORCH_VERSION);
   m.attr("cuda_archs") = std::string(NLPKERNELS_CUDA_ARCHS);
+  m.def("embedding_bag", &nlpkernels::embedding_bag, pybind11::call_guard<pybind11::gil_scoped_release>(),
+        "The first output of the op of this name, with derivatives for eager calls; indices of a lookup may have any "
+        "shape, before which goes no reshape.");
 }

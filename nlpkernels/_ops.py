@@ -5,7 +5,8 @@ csrc holds schemas (`library.cpp` says what each argument is) and kernels. Here 
 - A device without kernels of its own runs `reference.py`.
 - Derivatives come in three forms made from the same functions. Compiled code calls the op, whose formula is registered
   with the dispatcher. Under torch.func and in forward mode an `autograd.Function` is called that knows them. Elsewhere
-  it is one that does not, at half the cost (13 us around nothing for 21); where no derivative is wanted, the op.
+  it is one that does not, at half the cost (13 us around nothing for 21), or for bags csrc/autograd.h, at a few; where
+  no derivative is wanted, the op.
 - First derivatives are ops. Their own derivatives, and forward mode, come from differentiating `reference.py`.
 """
 
@@ -370,7 +371,7 @@ def _differentiable(
     def call(*args: Any) -> Any:
         if torch.compiler.is_compiling():
             return op(*args)
-        if _is_forward_mode() or torch._C._are_functorch_transforms_active():
+        if _is_transformed():
             result = Function.apply(*inputs_of.flatten(args))
         elif torch.is_grad_enabled() and any(
             isinstance(v, Tensor) and v.requires_grad for v in inputs_of.flatten(args)
@@ -385,6 +386,11 @@ def _differentiable(
 
 def _is_forward_mode() -> bool:
     return torch.autograd.forward_ad._current_level >= 0
+
+
+def _is_transformed() -> bool:
+    """Whether forward mode or a transform of torch.func is at work."""
+    return _is_forward_mode() or torch._C._are_functorch_transforms_active()
 
 
 def _differentiable_by_reference(name: str) -> Callable[..., Any]:
@@ -631,13 +637,26 @@ def embedding_bag(
     scale_grad_by_freq: bool,
     sparse: bool,
 ) -> Tensor:
-    """Pooled rows of a table: the first output of `reference.embedding_bag`, with derivatives."""
-    if not torch.compiler.is_compiling() and UPDATED_IN_BACKWARD and optimizer_of(weight) is not None:
-        pooled: Tensor = _EmbeddingBagWithUpdate.apply(
-            weight, per_sample_weights, indices, offsets, mode, padding_idx, include_last_offset, scale_grad_by_freq
-        )
-        return pooled
-    result: Tensor = _embedding_bag(
-        weight, indices, offsets, per_sample_weights, mode, padding_idx, include_last_offset, scale_grad_by_freq, sparse
-    )[0]
-    return result
+    """Pooled rows of a table: the first output of `reference.embedding_bag`, with derivatives.
+
+    Indices of mode "lookup" may have any shape, [*]; their rows come as [*, E].
+    """
+    settings = (mode, padding_idx, include_last_offset, scale_grad_by_freq)
+    if not torch.compiler.is_compiling():
+        if UPDATED_IN_BACKWARD and optimizer_of(weight) is not None:
+            table = (weight, per_sample_weights)
+            return _of_flat_lookup(
+                lambda i: _EmbeddingBagWithUpdate.apply(*table, i, offsets, *settings), mode, indices
+            )
+        if not _is_transformed():
+            return _C.embedding_bag(weight, indices, offsets, per_sample_weights, *settings, sparse)
+    return _of_flat_lookup(
+        lambda i: _embedding_bag(weight, i, offsets, per_sample_weights, *settings, sparse)[0], mode, indices
+    )
+
+
+def _of_flat_lookup(pool: Callable[[Tensor], Tensor], mode: str, indices: Tensor) -> Tensor:
+    if mode != "lookup":
+        return pool(indices)
+    rows = pool(indices.reshape(-1, 1))
+    return rows.reshape(*indices.shape, rows.shape[1])

@@ -262,10 +262,7 @@ def embedding(
     padding = _wrap_padding("embedding", padding_idx, weight.shape[0])
     if max_norm is not None:
         _renormalise(weight, input, max_norm, norm_type)
-    rows = _ops.embedding_bag(
-        weight, input.reshape(-1, 1), None, None, "lookup", padding, False, scale_grad_by_freq, sparse
-    )
-    return rows.reshape(*input.shape, weight.shape[1])
+    return _ops.embedding_bag(weight, input, None, None, "lookup", padding, False, scale_grad_by_freq, sparse)
 
 
 def embedding_bag(
@@ -351,9 +348,9 @@ def embedding_bag(
             )
         position = torch.arange(input.numel(), device=input.device).reshape(input.shape)
         if mode == "max":
-            rows = _ops.embedding_bag(
-                weight, input.reshape(-1, 1), None, None, "lookup", padding, False, False, False
-            ) * per_sample_weights.reshape(-1, 1)
+            ids = input.reshape(-1)
+            rows = _ops.embedding_bag(weight, ids, None, None, "lookup", padding, False, False, False)
+            rows = rows * per_sample_weights.reshape(-1, 1)
             # Each index is a row of its own, and the padding one more, in which nothing stands.
             rows = torch.cat([rows, rows.new_zeros(1, rows.shape[1])])
             position = torch.where(input == padding, input.numel(), position)

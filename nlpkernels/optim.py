@@ -23,7 +23,8 @@ rate and the bias correction that it was captured with.
 What cannot work raises a RuntimeError, with the table as it was: a second backward pass through one graph, derivatives
 of the gradient, a table that also gets a gradient in another way. In the place of the gradient, `table.grad`, stands
 an object that raises when it is used, so that clipping by global norm, `torch.amp.GradScaler` and other optimizers,
-which would not find the table's part, do not go on without it; of these only the scaler finds out after a first update.
+which would not find the table's part, do not go on without it. The scaler, which only multiplies the loss until then,
+finds out at its first unscale_() or step(), after one update; a compiled layer's gradient is refused by step().
 """
 
 from __future__ import annotations

@@ -239,6 +239,31 @@ def test_gradcheck_embedding(device: str) -> None:
     assert torch.autograd.gradgradcheck(lambda w: functional.embedding(ids, w).sin(), (weight,))
 
 
+@pytest.mark.parametrize("name", ["Embedding", "EmbeddingBag"])
+def test_batched_gradients(name: str, device: str) -> None:
+    """A vmap over backward alone: forward ran in plain eager mode."""
+    theirs, ours = pair(name, 9, 5, dtype=torch.float64, device=device)
+    ids = torch.randint(9, (4, 6), device=device)
+    output = ours(ids)
+    cotangents = torch.randn(3, *output.shape, dtype=output.dtype, device=device)
+    (got,) = torch.autograd.grad(output, ours.weight, cotangents, is_grads_batched=True)
+    expected = [torch.autograd.grad(theirs(ids), theirs.weight, c)[0] for c in cotangents]
+    torch.testing.assert_close(got, torch.stack(expected))
+
+
+def test_saved_tensors_pass_the_hooks(device: str) -> None:
+    """What backward needs is saved through autograd: hooks see it, and it is gone after backward."""
+    _, ours = pair("EmbeddingBag", 9, 5, mode="sum", device=device)
+    ids, factors = torch.randint(9, (4, 6), device=device), torch.randn(4, 6, device=device, requires_grad=True)
+    seen: list[Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: seen.append(t) or t, lambda t: t):  # type: ignore[func-returns-value]
+        output = ours(ids, None, factors).sum()
+    assert {ids.data_ptr(), factors.data_ptr(), ours.weight.data_ptr()} <= {t.data_ptr() for t in seen}
+    output.backward()
+    with pytest.raises(RuntimeError, match="second time"):
+        output.backward()
+
+
 def test_sparse_gradients_are_refused_a_second_derivative(device: str) -> None:
     ours = nlpkernels.EmbeddingBag(6, 3, sparse=True, device=device)
     output = ours(torch.tensor([[1, 2]], device=device))

@@ -213,6 +213,16 @@ def test_refuses_what_cannot_work(device: str) -> None:
     assert torch.equal(bag.weight, after)
 
 
+def test_refuses_the_gradient_of_a_compiled_layer(device: str) -> None:
+    """The compiled graph makes a gradient like any other, which step() refuses."""
+    _, _, bag, optimizer = make("SGD", device)
+    before = bag.weight.detach().clone()
+    torch.compile(bag, backend="aot_eager")(torch.randint(V, (6, 7), device=device)).sum().backward()
+    with refusing("in eager mode"):
+        optimizer.step()
+    assert torch.equal(bag.weight, before)
+
+
 def test_a_failed_backward_pass_applies_nothing(device: str) -> None:
     _, _, bag, _ = make("Adagrad", device)
     before, ids = bag.weight.detach().clone(), torch.randint(V, (6, 7), device=device)
