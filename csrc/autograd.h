@@ -1,18 +1,20 @@
-// embedding_bag with its derivatives for eager calls: in Python they would take longer than the kernels of a small
-// call.
+// The ops with their derivatives for eager calls: in Python these would take longer than the kernels of a small call.
 //
-// Reverse mode only; its backward consists of ops, so that it can be differentiated again. Forward mode, torch.func and
+// Reverse mode only; backward consists of ops, so that it can be differentiated again. Forward mode, torch.func and
 // torch.compile go by nlpkernels/_ops.py, which has the same formulas.
 #pragma once
 
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/ops/_sparse_coo_tensor_with_dims_and_tensors.h>
+#include <ATen/ops/empty.h>
 #include <c10/core/impl/LocalDispatchKeySet.h>
+#include <c10/util/irange.h>
 #include <torch/csrc/autograd/custom_function.h>
 
 #include <optional>
 #include <string>
 #include <tuple>
+#include <vector>
 
 namespace nlpkernels {
 
@@ -26,6 +28,105 @@ auto op(const char* name) {
       .findSchemaOrThrow((std::string("nlpkernels::") + name).c_str(), "")
       .typed<Signature>();
 }
+
+using Context = torch::autograd::AutogradContext;
+using torch::autograd::variable_list;
+
+inline OptionalTensor optional(const Tensor& tensor) {
+  return tensor.defined() ? OptionalTensor(tensor) : std::nullopt;
+}
+
+inline bool requires_grad(const OptionalTensor& tensor) { return tensor && tensor->requires_grad(); }
+
+// Past the dispatcher's autograd, which is in Python, in a backward that nobody will differentiate.
+class BackwardGuard {
+ public:
+  BackwardGuard() {
+    const bool is_transformed =
+        c10::impl::tls_is_dispatch_key_included(at::DispatchKey::FuncTorchDynamicLayerFrontMode);
+    if (!at::GradMode::is_enabled() && !is_transformed) below_autograd_.emplace();
+  }
+
+ private:
+  std::optional<at::AutoDispatchBelowADInplaceOrView> below_autograd_;
+};
+
+// Recurrent layers ----------------------------------------------------------------------------------------------------
+
+inline std::tuple<Tensor, Tensor, Tensor, Tensor> call_recurrent(const Tensor& x, const OptionalTensor& batch_sizes,
+                                                                 const Tensor& h0, const OptionalTensor& c0,
+                                                                 at::TensorList weights, c10::string_view cell,
+                                                                 bool keep, const OptionalTensor& h_mask) {
+  using Signature = std::tuple<Tensor, Tensor, Tensor, Tensor>(const Tensor&, const OptionalTensor&, const Tensor&,
+                                                               const OptionalTensor&, at::TensorList, c10::string_view,
+                                                               bool, const OptionalTensor&);
+  static const auto recurrent = op<Signature>("recurrent");
+  const at::AutoDispatchBelowADInplaceOrView below_autograd;
+  return recurrent.call(x, batch_sizes, h0, c0, weights, cell, keep, h_mask);
+}
+
+// Arguments: first those that have gradients.
+class RecurrentFunction : public torch::autograd::Function<RecurrentFunction> {
+ public:
+  static variable_list forward(Context* ctx, const Tensor& x, const Tensor& h0, const OptionalTensor& c0,
+                               at::TensorList weights, const OptionalTensor& batch_sizes, const OptionalTensor& h_mask,
+                               const std::string& cell) {
+    const auto [y, h_n, c_n, workspace] = call_recurrent(x, batch_sizes, h0, c0, weights, cell, true, h_mask);
+    ctx->set_materialize_grads(false);
+    variable_list saved{x, h0,       c0.value_or(Tensor()), batch_sizes.value_or(Tensor()), h_mask.value_or(Tensor()),
+                        y, workspace};
+    saved.insert(saved.end(), weights.begin(), weights.end());
+    ctx->save_for_backward(std::move(saved));
+    ctx->saved_data["cell"] = cell;
+    return c0 ? variable_list{y, h_n, c_n} : variable_list{y, h_n};
+  }
+
+  static variable_list backward(Context* ctx, const variable_list& grads) {
+    const auto saved = ctx->get_saved_variables();
+    const OptionalTensor c0 = optional(saved[2]);
+    const at::TensorList weights = at::TensorList(saved).slice(kSaved);
+    const size_t first_weight = c0 ? 3 : 2;
+    bool need_dweights = false;
+    for (const auto i : c10::irange(weights.size())) need_dweights |= ctx->needs_input_grad(first_weight + i);
+    const BackwardGuard guard;
+    // y and workspace are functions of the other arguments: what differentiates this anew goes by those.
+    using Signature = std::tuple<Tensor, Tensor, Tensor, std::vector<Tensor>>(
+        const OptionalTensor&, const OptionalTensor&, const OptionalTensor&, const Tensor&, const OptionalTensor&,
+        const Tensor&, const OptionalTensor&, at::TensorList, c10::string_view, const Tensor&, const Tensor&, bool,
+        bool, const OptionalTensor&);
+    static const auto recurrent_backward = op<Signature>("recurrent_backward");
+    const bool need_dx = ctx->needs_input_grad(0);
+    auto [dx, dh0, dc0, dweights] = recurrent_backward.call(
+        optional(grads[0]), optional(grads[1]), c0 ? optional(grads[2]) : std::nullopt, saved[0], optional(saved[3]),
+        saved[1], c0, weights, ctx->saved_data["cell"].toStringRef(), saved[5].detach(), saved[6].detach(), need_dx,
+        need_dweights, optional(saved[4]));
+    variable_list result{need_dx ? dx : Tensor(), dh0, c0 ? dc0 : Tensor()};
+    for (Tensor& dweight : dweights) result.push_back(need_dweights ? std::move(dweight) : Tensor());
+    result.resize(result.size() + 3);  // batch_sizes, h_mask, cell
+    return result;
+  }
+
+ private:
+  static constexpr size_t kSaved = 7;  // tensors before the weights
+};
+
+inline variable_list recurrent(const Tensor& x, const OptionalTensor& batch_sizes, const Tensor& h0,
+                               const OptionalTensor& c0, const std::vector<Tensor>& weights, const std::string& cell,
+                               const OptionalTensor& h_mask) {
+  TORCH_CHECK_NOT_IMPLEMENTED(!at::GradMode::is_enabled() || !requires_grad(h_mask),
+                              "recurrent: h_mask has no gradient: expected one that requires none");
+  bool wants_derivative = x.requires_grad() || h0.requires_grad() || requires_grad(c0);
+  for (const Tensor& weight : weights) wants_derivative |= weight.requires_grad();
+  if (at::GradMode::is_enabled() && wants_derivative) {
+    variable_list results = RecurrentFunction::apply(x, h0, c0, at::TensorList(weights), batch_sizes, h_mask, cell);
+    if (!c0) results.push_back(at::empty({0}, x.options()));
+    return results;
+  }
+  auto [y, h_n, c_n, workspace] = call_recurrent(x, batch_sizes, h0, c0, weights, cell, false, h_mask);
+  return {y, h_n, c_n};
+}
+
+// Embedding bags ------------------------------------------------------------------------------------------------------
 
 struct PoolingSettings {
   std::string mode;
@@ -76,13 +177,11 @@ inline Tensor embedding_bag_gradient(const Tensor& grad, const c10::SymInt& rows
 
 class EmbeddingBagFunction : public torch::autograd::Function<EmbeddingBagFunction> {
  public:
-  using Context = torch::autograd::AutogradContext;
-
   static Tensor forward(Context* ctx, const Tensor& weight, const OptionalTensor& per_sample_weights,
                         const Tensor& indices, const OptionalTensor& offsets, const PoolingSettings& settings) {
     const auto [out, aux] = call_embedding_bag(weight, indices, offsets, per_sample_weights, settings);
     // The table itself only where it is needed, so that it may be changed in place (max_norm) before backward.
-    const bool needs_weight = per_sample_weights && per_sample_weights->requires_grad();
+    const bool needs_weight = requires_grad(per_sample_weights);
     ctx->set_materialize_grads(false);
     ctx->save_for_backward({needs_weight ? weight : Tensor(), per_sample_weights.value_or(Tensor()), indices,
                             offsets.value_or(Tensor()), aux});
@@ -92,11 +191,10 @@ class EmbeddingBagFunction : public torch::autograd::Function<EmbeddingBagFuncti
     return out;
   }
 
-  static torch::autograd::variable_list backward(Context* ctx, const torch::autograd::variable_list& grads) {
-    torch::autograd::variable_list result(5);
+  static variable_list backward(Context* ctx, const variable_list& grads) {
+    variable_list result(5);
     if (!grads[0].defined()) return result;
     const auto saved = ctx->get_saved_variables();
-    const auto optional = [](const Tensor& tensor) { return tensor.defined() ? OptionalTensor(tensor) : std::nullopt; };
     const Tensor &weight = saved[0], &aux = saved[4];
     const OptionalTensor per_sample_weights = optional(saved[1]), offsets = optional(saved[3]);
     const auto stored = ctx->saved_data["settings"].toTuple()->elements().vec();
@@ -105,11 +203,7 @@ class EmbeddingBagFunction : public torch::autograd::Function<EmbeddingBagFuncti
     const bool lookup = settings.mode == "lookup";
     const Tensor indices = lookup ? saved[2].reshape({-1, 1}) : saved[2];
     const Tensor grad = lookup ? grads[0].reshape_symint({indices.sym_size(0), grads[0].sym_size(-1)}) : grads[0];
-    // Past the dispatcher's autograd, which is in Python, where nobody will differentiate what follows.
-    std::optional<at::AutoDispatchBelowADInplaceOrView> below_autograd;
-    const bool is_transformed =
-        c10::impl::tls_is_dispatch_key_included(at::DispatchKey::FuncTorchDynamicLayerFrontMode);
-    if (!at::GradMode::is_enabled() && !is_transformed) below_autograd.emplace();
+    const BackwardGuard guard;
     if (ctx->needs_input_grad(0)) {
       result[0] = embedding_bag_gradient(grad, ctx->saved_data["rows"].toSymInt(), indices, offsets, per_sample_weights,
                                          aux, settings);
@@ -127,8 +221,8 @@ inline Tensor embedding_bag(const Tensor& weight, const Tensor& indices, const O
                             const OptionalTensor& per_sample_weights, std::string mode, int64_t padding_idx,
                             bool include_last_offset, bool scale_grad_by_freq, bool sparse) {
   const PoolingSettings settings{std::move(mode), padding_idx, include_last_offset, scale_grad_by_freq, sparse};
-  const bool wants_derivative = at::GradMode::is_enabled() &&
-                                (weight.requires_grad() || (per_sample_weights && per_sample_weights->requires_grad()));
+  const bool wants_derivative =
+      at::GradMode::is_enabled() && (weight.requires_grad() || requires_grad(per_sample_weights));
   if (wants_derivative) return EmbeddingBagFunction::apply(weight, per_sample_weights, indices, offsets, settings);
   return std::get<0>(call_embedding_bag(weight, indices, offsets, per_sample_weights, settings));
 }

@@ -110,6 +110,8 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.attr("compiler") = std::string(__VERSION__);
   m.attr("torch_version") = std::string(TORCH_VERSION);
   m.attr("cuda_archs") = std::string(NLPKERNELS_CUDA_ARCHS);
+  m.def("recurrent", &nlpkernels::recurrent, pybind11::call_guard<pybind11::gil_scoped_release>(),
+        "y, h_n and c_n of the op of this name, with derivatives for eager calls.");
   m.def("embedding_bag", &nlpkernels::embedding_bag, pybind11::call_guard<pybind11::gil_scoped_release>(),
         "The first output of the op of this name, with derivatives for eager calls; indices of a lookup may have any "
         "shape, before which goes no reshape.");

@@ -4,6 +4,15 @@ compiler: str
 torch_version: str
 cuda_archs: str
 
+def recurrent(
+    x: Tensor,
+    batch_sizes: Tensor | None,
+    h0: Tensor,
+    c0: Tensor | None,
+    weights: list[Tensor],
+    cell: str,
+    h_mask: Tensor | None,
+) -> list[Tensor]: ...
 def embedding_bag(
     weight: Tensor,
     indices: Tensor,

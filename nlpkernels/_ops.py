@@ -3,10 +3,10 @@
 csrc holds schemas (`library.cpp` says what each argument is) and kernels. Here stands what is better said in Python:
 
 - A device without kernels of its own runs `reference.py`.
-- Derivatives come in three forms made from the same functions. Compiled code calls the op, whose formula is registered
-  with the dispatcher. Under torch.func and in forward mode an `autograd.Function` is called that knows them. Elsewhere
-  it is one that does not, at half the cost (13 us around nothing for 21), or for bags csrc/autograd.h, at a few; where
-  no derivative is wanted, the op.
+- Derivatives come in two forms made from the same functions. Compiled code calls the op, whose formula is registered
+  with the dispatcher. Eager code calls an `autograd.Function`, because only that knows forward mode and torch.func;
+  where no derivative is wanted it calls the op as well. The ops of a layer's forward pass do not come here in eager
+  mode, unless they are transformed: csrc/autograd.h calls them in a fifth of the time.
 - First derivatives are ops. Their own derivatives, and forward mode, come from differentiating `reference.py`.
 """
 
@@ -300,18 +300,6 @@ def _differentiable(
         ctx.mark_non_differentiable(*(outputs[i] for i in ctx.constant_outputs))
         save(ctx, inputs, output)
 
-    class Reverse(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx: Any, *flat: Any) -> Any:
-            inputs = inputs_of.unflatten(flat)
-            output = call_kernel(*inputs)
-            setup_context(ctx, inputs, output)
-            return output if has_one_output else outputs_of.flatten(output)
-
-        @staticmethod
-        def backward(ctx: Any, *gradients: Any) -> Any:
-            return Function.backward(ctx, *gradients)
-
     class Function(torch.autograd.Function):
         @staticmethod
         def forward(*flat: Any) -> Any:
@@ -371,15 +359,13 @@ def _differentiable(
     def call(*args: Any) -> Any:
         if torch.compiler.is_compiling():
             return op(*args)
-        if _is_transformed():
-            result = Function.apply(*inputs_of.flatten(args))
-        elif torch.is_grad_enabled() and any(
-            isinstance(v, Tensor) and v.requires_grad for v in inputs_of.flatten(args)
+        flat = inputs_of.flatten(args)
+        if _is_transformed() or (
+            torch.is_grad_enabled() and any(isinstance(value, Tensor) and value.requires_grad for value in flat)
         ):
-            result = Reverse.apply(*inputs_of.flatten(args))
-        else:
-            return call_kernel(*args)
-        return result if has_one_output else outputs_of.unflatten(result)
+            result = Function.apply(*flat)
+            return result if has_one_output else outputs_of.unflatten(result)
+        return call_kernel(*args)
 
     return call
 
@@ -616,6 +602,9 @@ def recurrent(
         weights = [weight.to(dtype) for weight in weights]
         h_mask = None if h_mask is None else h_mask.to(dtype)
     wants_c = return_cell_states and c0 is not None
+    if not (wants_c or torch.compiler.is_compiling() or _is_transformed()):
+        y, h_n, c_n = _C.recurrent(x, batch_sizes, h0, c0, weights, cell, h_mask)
+        return y, h_n, c_n, None
     keep = wants_c or (
         torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in (x, h0, c0, *weights))
     )
