@@ -66,7 +66,7 @@ class Barrier {
   void arrive(int64_t shares) { arrived_.fetch_add(shares, std::memory_order_acq_rel); }
 
   void wait(int64_t shares) const {
-    constexpr int kSpins = 4096;  // some tens of microseconds, many times what a step is late by
+    constexpr int kSpins = 4096;  // some tenth of a millisecond, many times what a step is late by
     for (int spins = 0; arrived_.load(std::memory_order_acquire) < shares; ++spins) {
       if (spins > kSpins) std::this_thread::yield();  // another process may have the core that is waited for
 #if defined(__x86_64__)
