@@ -313,6 +313,7 @@ inline cublasStatus_t cublasGemmStridedBatchedEx_64(cublasHandle_t, cublasOperat
   const at::Tensor right = operand(
       op_b == CUBLAS_OP_T ? matrices(b, type_b, n, k, ldb, stride_b) : matrices(b, type_b, k, n, ldb, stride_b), op_b);
   const at::Tensor out = matrices(c, type_c, m, n, ldc, stride_c);
+  const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);  // of which cuBLAS knows nothing
   at::Tensor product = at::bmm(left.to(wide), right.to(wide)).mul(scalar(alpha));
   if (scalar(beta) != 0) product = product.add(out.to(wide), scalar(beta));
   out.copy_(product);
