@@ -256,12 +256,8 @@ def test_bits_depend_on_neither_batch_nor_threads(kind: str, dtype: torch.dtype,
 @pytest.mark.parametrize("steps", [1, 12])
 @pytest.mark.parametrize("bidirectional", [False, True])
 @pytest.mark.parametrize("kind", LAYERS)
-def test_bits_of_few_sequences(
-    kind: str, bidirectional: bool, steps: int, restored_threads: None, request: pytest.FixtureRequest
-) -> None:
+def test_bits_of_few_sequences(kind: str, bidirectional: bool, steps: int, restored_threads: None) -> None:
     """Too few sequences for the threads: then it is hidden units that they share, and they wait for each other."""
-    if request.config.getoption("emulated_cuda"):
-        pytest.skip("the products that stand for cuBLAS may depend on the threads")
     _, ours = pair(kind, 100, 200, bidirectional=bidirectional)
     ours.recurrent_dropout = 0.5
     x = torch.randn(steps, 5, 100)
