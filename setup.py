@@ -19,7 +19,7 @@ from pathlib import Path
 # ninja may be installed beside a Python whose environment is not activated.
 os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
 
-INSTRUCTION_SETS = {"default": []}
+INSTRUCTION_SETS = {"default": ["-Wno-psabi"]}  # its vectors are passed to inlined functions only
 if platform.machine().lower() in ("x86_64", "amd64"):
     INSTRUCTION_SETS["avx2"] = ["-mavx2", "-mfma", "-mf16c"]
     INSTRUCTION_SETS["avx512"] = ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma", "-mf16c"]

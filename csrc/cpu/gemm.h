@@ -41,16 +41,16 @@ inline namespace CPU_CAPABILITY {
 #if defined(CPU_CAPABILITY_AVX512)
 constexpr int kTileRows = 12, kTileVecs = 2;
 #elif defined(CPU_CAPABILITY_AVX2)
-constexpr int kTileRows = 6, kTileVecs = 2;
+constexpr int kTileRows = 4, kTileVecs = 3;
 #else
 constexpr int kTileRows = 4, kTileVecs = 1;
 #endif
 constexpr int kMaxStrips = 4;
-constexpr int64_t kPanelBytes = 8 * 1024;
+constexpr int64_t kPanelBytes = 24 * 1024;
 constexpr int64_t kSliceBytes = 128 * 1024;
 // Products that are added up in one accumulator before it is added to c: the error of a sum of K products grows with
 // sqrt(kChain + K / kChain) rather than sqrt(K). Blocks of k are multiples of it.
-constexpr int64_t kChain = 64;
+constexpr int64_t kChain = 128;
 constexpr int64_t kAhead = 16;
 // Multiply-adds below which another thread costs more than it gives.
 constexpr int64_t kMinWork = 1 << 17;
@@ -99,18 +99,32 @@ struct Slice {
   int64_t begin, end;
 };
 
-// The columns of a matrix, or the units of a layer, cut into panels; the last is only as wide as the vectors it needs.
+// `total` things cut into as few parts of at most `most` as there can be, whose sizes differ by at most one: then no
+// tile is left with too few accumulators to hide a multiply-add's latency.
+struct EvenParts {
+  EvenParts(int64_t total, int64_t most)
+      : count(ceil_div(total, most)), low(count ? total / count : 0), larger(count ? total % count : 0) {}
+  int64_t count, low, larger;
+
+  int64_t total() const { return begin(count); }
+  int64_t size(int64_t part) const { return low + (part < larger); }
+  int64_t begin(int64_t part) const { return part * low + std::min(part, larger); }
+};
+
+// The columns of a matrix, or the units of a layer, cut into panels of whole vectors.
 template <typename scalar>
 struct Panels {
   static constexpr int64_t vector = Vectorized<scalar>::size();
-  static constexpr int64_t full = kTileVecs * vector;
+  static constexpr int64_t most = kTileVecs * vector;
+  explicit Panels(int64_t columns) : columns(columns), vectors(ceil_div(columns, vector), kTileVecs) {}
   int64_t columns;
+  EvenParts vectors;
 
-  int64_t count() const { return ceil_div(columns, full); }
-  int64_t begin(int64_t panel) const { return panel * full; }
-  int64_t valid(int64_t panel) const { return std::min(full, columns - begin(panel)); }
-  int64_t width(int64_t panel) const { return ceil_div(valid(panel), vector) * vector; }
-  int64_t padded() const { return ceil_div(columns, vector) * vector; }
+  int64_t count() const { return vectors.count; }
+  int64_t begin(int64_t panel) const { return vectors.begin(panel) * vector; }
+  int64_t width(int64_t panel) const { return vectors.size(panel) * vector; }
+  int64_t valid(int64_t panel) const { return std::min(width(panel), columns - begin(panel)); }
+  int64_t padded() const { return vectors.total() * vector; }
   Slice all() const { return {0, count()}; }
 };
 
@@ -159,16 +173,16 @@ class PackedMatrix {
   PackedMatrix(int64_t k, int64_t columns, int64_t gates = 1, bool is_stored = true)
       : k(k),
         gates(gates),
-        panels{columns},
+        panels(columns),
         is_stored_(is_stored),
-        storage_(is_stored ? gates * k * panels.padded() : kPassing * k * Panels<scalar>::full) {}
+        storage_(is_stored ? gates * k * panels.padded() : kPassing * k * Panels<scalar>::most) {}
 
   const int64_t k, gates;
   const Panels<scalar> panels;
 
   const scalar* strip(int64_t panel, int64_t gate) const {
     if (is_stored_) return stored(panel, gate);
-    scalar* passing = storage_.data() + (packed_++ % kPassing) * k * Panels<scalar>::full;
+    scalar* passing = storage_.data() + (packed_++ % kPassing) * k * Panels<scalar>::most;
     pack_strip_(passing, panel, gate);
     return passing;
   }
@@ -217,7 +231,7 @@ class PackedMatrix {
 
   void pack_stored() const {
     if (!is_stored_) return;
-    const int64_t strip_size = std::max<int64_t>(1, k * Panels<scalar>::full);
+    const int64_t strip_size = std::max<int64_t>(1, k * Panels<scalar>::most);
     at::parallel_for(0, panels.count() * gates, ceil_div(kPackGrain, strip_size), [&](int64_t begin, int64_t end) {
       for (const auto i : c10::irange(begin, end)) {
         pack_strip_(stored(i / gates, i % gates), i / gates, i % gates);
@@ -234,15 +248,8 @@ class PackedMatrix {
 // Values between packed tiles, and behind a matrix that they are packed from: a vector of the widest kind.
 constexpr int64_t kTilePadding = 16;
 
-// Rows cut into tiles whose heights differ by at most one, so that no tile is left with too few accumulators.
-struct RowTiles {
-  explicit RowTiles(int64_t rows)
-      : count(ceil_div(rows, kTileRows)), low(count ? rows / count : 0), taller(count ? rows % count : 0) {}
-  int64_t count, low, taller;
-
-  int64_t rows() const { return count * low + taller; }
-  int64_t height(int64_t tile) const { return low + (tile < taller); }
-  int64_t begin(int64_t tile) const { return tile * low + std::min(tile, taller); }
+struct RowTiles : EvenParts {
+  explicit RowTiles(int64_t rows) : EvenParts(rows, kTileRows) {}
 };
 
 // Where a packed tile of a left operand begins. The tiles lie a cache line more than their size apart, as those of a
@@ -261,8 +268,7 @@ struct LeftOperand {
 
   bool is_packed() const { return ld == 0; }
   const scalar* tile(const RowTiles& tiles, int64_t tile, int64_t i) const {
-    return is_packed() ? data + packed_tile(tiles, tile, k) + i * tiles.height(tile)
-                       : data + tiles.begin(tile) * ld + i;
+    return is_packed() ? data + packed_tile(tiles, tile, k) + i * tiles.size(tile) : data + tiles.begin(tile) * ld + i;
   }
 };
 
@@ -287,8 +293,8 @@ void pack_tiles(scalar* dst, const RowTiles& tiles, int64_t k, const scalar* row
         out += height * k + kTilePadding;
       }
     };
-    copy(0, tiles.taller, tiles.low + 1);
-    copy(tiles.taller, tiles.count, tiles.low);
+    copy(0, tiles.larger, tiles.low + 1);
+    copy(tiles.larger, tiles.count, tiles.low);
   }
 }
 
@@ -315,27 +321,31 @@ void multiply_tile(int64_t k, const scalar* a, int64_t lda, const scalar* const*
     for (int s = 0; s < S; ++s) {
 #pragma GCC unroll 16
       for (int m = 0; m < M; ++m) {
-#pragma GCC unroll 2
+#pragma GCC unroll 3
         for (int n = 0; n < N; ++n) sum[s][m][n] = V(0);
       }
     }
+#pragma GCC unroll 4
     for (int64_t i = std::min(k, kChain); i > 0; --i) {
 #pragma GCC unroll 4
       for (int s = 0; s < S; ++s) {
         V column[N];
-#pragma GCC unroll 2
+#pragma GCC unroll 3
         for (int n = 0; n < N; ++n) column[n] = V::loadu(strip[s] + n * V::size());
 #pragma GCC unroll 16
         for (int m = 0; m < M; ++m) {
           const V value(a[Packed ? m : m * lda]);
-#pragma GCC unroll 2
+#pragma GCC unroll 3
           for (int n = 0; n < N; ++n) sum[s][m][n] = at::vec::fmadd(value, column[n], sum[s][m][n]);
         }
         strip[s] += N * V::size();
       }
       if constexpr (S > 1) {
 #pragma GCC unroll 4
-        for (int s = 0; s < S; ++s) __builtin_prefetch(strip[s] + kAhead * N * V::size());
+        for (int s = 0; s < S; ++s) {
+#pragma GCC unroll 2
+          for (int n = 0; n < N; n += 2) __builtin_prefetch(strip[s] + (kAhead * N + n) * V::size());
+        }
       } else {
         __builtin_prefetch(next);
         next += next_step;
@@ -346,7 +356,7 @@ void multiply_tile(int64_t k, const scalar* a, int64_t lda, const scalar* const*
     for (int s = 0; s < S; ++s) {
 #pragma GCC unroll 16
       for (int m = 0; m < M; ++m) {
-#pragma GCC unroll 2
+#pragma GCC unroll 3
         for (int n = 0; n < N; ++n) {
           scalar* to = out[s] + m * ldc + n * V::size();
           (add ? V::loadu(to) + sum[s][m][n] : sum[s][m][n]).store(to);
@@ -375,8 +385,8 @@ TileKernel<scalar> tile_kernel(bool is_packed, int64_t rows, std::integer_sequen
 // As many values of k as let the left operand's rows take kSliceBytes.
 template <typename scalar>
 int64_t slice_depth(const RowTiles& tiles) {
-  constexpr int64_t unit = 2 * kChain;
-  const int64_t unit_bytes = std::max<int64_t>(1, tiles.rows()) * unit * sizeof(scalar);
+  constexpr int64_t unit = kChain;
+  const int64_t unit_bytes = std::max<int64_t>(1, tiles.total()) * unit * sizeof(scalar);
   return std::max<int64_t>(1, kSliceBytes / unit_bytes) * unit;
 }
 
@@ -384,15 +394,15 @@ template <typename scalar, int N, int S>
 void multiply_strips(const RowTiles& tiles, const LeftOperand<scalar>& a, Slice slice, const scalar* const* b,
                      scalar* const* c, int64_t ldc, bool add) {
   constexpr int64_t width = N * Vectorized<scalar>::size();
-  constexpr int64_t block = kPanelBytes / (width * sizeof(scalar));
-  static_assert(block % kChain == 0);
+  constexpr int64_t block = kPanelBytes / (width * sizeof(scalar)) / kChain * kChain;
+  static_assert(block > 0);
   // The tiles together fetch the block after the one that they multiply, be it of the same strip or of the next.
   const int64_t next_step = ceil_div(width, tiles.count);
   for (int64_t begin = slice.begin; begin < slice.end;) {
     const int64_t count = tiles.count > 1 ? std::min(block, slice.end - begin) : slice.end - begin;
     const scalar* next = b[S - 1] + (begin + count < slice.end ? begin + count : a.k + slice.begin) * width;
     for (const auto tile : c10::irange(tiles.count)) {
-      const int64_t height = tiles.height(tile), first = tiles.begin(tile);
+      const int64_t height = tiles.size(tile), first = tiles.begin(tile);
       const scalar* b_block[S];
       scalar* c_tile[S];
       for (int s = 0; s < S; ++s) {
@@ -426,11 +436,14 @@ class StripGroup {
 
   void flush() {
     if (count_ > 0 && tiles_.count > 0) {
-      static_assert(kTileVecs <= 2);
-      if (width_ == Vectorized<scalar>::size()) {
+      static_assert(kTileVecs <= 3);
+      const int64_t vectors = width_ / Vectorized<scalar>::size();
+      if (vectors == 1) {
         multiply<1>();
-      } else {
+      } else if (vectors == kTileVecs) {
         multiply<kTileVecs>();
+      } else {
+        multiply<2>();
       }
     }
     count_ = 0;
@@ -439,7 +452,7 @@ class StripGroup {
  private:
   template <int N>
   void multiply() {
-    const int64_t height = tiles_.height(0);
+    const int64_t height = tiles_.size(0);
     int done = 0;
     const auto run = [&](auto strips) {
       constexpr int S = decltype(strips)::value;
@@ -451,6 +464,7 @@ class StripGroup {
       }
     };
     run(std::integral_constant<int, 4>());
+    run(std::integral_constant<int, 3>());
     run(std::integral_constant<int, 2>());
     run(std::integral_constant<int, 1>());
   }
@@ -507,7 +521,7 @@ void multiply(const RowTiles& tiles, const LeftOperand<scalar>& a, const PackedM
               scalar* c, int64_t ldc, bool add) {
   if (b.k == 0 && !add) {
     const int64_t columns = std::min(b.panels.columns, b.panels.begin(panels.end)) - b.panels.begin(panels.begin);
-    for (const auto r : c10::irange(tiles.rows())) std::fill_n(c + r * ldc, columns, scalar(0));
+    for (const auto r : c10::irange(tiles.total())) std::fill_n(c + r * ldc, columns, scalar(0));
   }
   multiply_slices(tiles, a, b, panels, b.k, c, ldc, 1, [](int64_t) { return 0; }, add);
 }
@@ -528,7 +542,7 @@ struct TransposedProduct {
 // through k in blocks: one of b is packed once, one of a in parts that stay in the second-level cache with it.
 template <typename scalar, typename T>
 void run_products(const std::vector<TransposedProduct<scalar, T>>& products) {
-  constexpr int64_t block_k = 2 * kChain, block_n = 512, part_m = 192, max_block_m = 4 * part_m, small_k = 4 * block_k;
+  constexpr int64_t block_k = kChain, block_n = 528, part_m = 192, max_block_m = 4 * part_m, small_k = 4 * block_k;
   struct Task {
     const TransposedProduct<scalar, T>* product;
     int64_t m, m_count, n, n_count;

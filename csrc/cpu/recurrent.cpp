@@ -50,6 +50,7 @@ namespace {
 
 // Gates of a block of steps; half of a small second-level cache.
 constexpr int64_t kGateBytes = 256 * 1024;
+constexpr int64_t kMinBlockRows = 128;
 // Sequences of one thread that are taken through the steps together: a panel's gates stay in the first-level cache.
 constexpr int64_t kMaxRows = 64;
 // Multiply-adds of a step below which a barrier costs more than another thread gives.
@@ -176,7 +177,7 @@ struct Layer : RecurrentArguments {
     return before >= 0 && before < steps && b < active[before] ? first_row[before] + b : -1;
   }
 
-  Panels<scalar> unit_panels() const { return {hidden}; }
+  Panels<scalar> unit_panels() const { return Panels<scalar>(hidden); }
   // The hidden units of some panels.
   Slice units(Slice panels) const {
     return {unit_panels().begin(panels.begin), std::min(hidden, unit_panels().begin(panels.end))};
@@ -257,6 +258,8 @@ class Forward {
   static constexpr int64_t kVector = Vec<T>::size();
   static constexpr int64_t kSlots = Cell::slots;
   static constexpr int64_t kSaved = Cell::saved;
+  // Vectors of units that are activated side by side; an LSTM's need more registers.
+  static constexpr int kTogether = std::min(kTileVecs, Cell::has_c ? 2 : 3);
   // Panels whose gates make up one group of strips.
   static constexpr int64_t kPanelGroup = std::max(1, kMaxStrips / Cell::gates);
 
@@ -325,10 +328,7 @@ class Forward {
 
   Slice all_panels() const { return layer_.unit_panels().all(); }
   // Where the gates of a panel begin, in a row of all of them.
-  int64_t gate_begin(int64_t panel) const {
-    const auto panels = layer_.unit_panels();
-    return kSlots * (panel < panels.count() ? panels.begin(panel) : panels.padded());
-  }
+  int64_t gate_begin(int64_t panel) const { return kSlots * layer_.unit_panels().begin(panel); }
   int64_t gate_columns(Slice panels) const { return gate_begin(panels.end) - gate_begin(panels.begin); }
   int64_t h_stride() const { return row_stride<scalar>(layer_.features); }
   int64_t c_stride() const { return row_stride<scalar>(layer_.hidden); }
@@ -336,7 +336,7 @@ class Forward {
   // Rows of a block of steps of `batch` sequences.
   int64_t block_rows(int64_t batch, int64_t gate_columns) const {
     const int64_t fitting = kGateBytes / (row_stride<scalar>(gate_columns) * sizeof(scalar));
-    return std::min(std::max<int64_t>(batch, fitting), batch * layer_.steps);
+    return std::min(std::max<int64_t>({batch, fitting, kMinBlockRows}), batch * layer_.steps);
   }
 
   void run_share(Share& share) const {
@@ -463,18 +463,19 @@ class Forward {
                 const scalar* h, scalar* h_next, scalar* c) const {
     T* kept = kept_ == nullptr ? nullptr : kept_ + (d * layer_.rows + row) * kSaved * layer_.hidden;
     T* out = layer_.has_projection ? nullptr : y_row(d, row);
-    for_each_vector<T>(valid, [&](int64_t j, int64_t n) {
-      Vec<T> a[kSlots], saved[std::max<int64_t>(1, kSaved)], c_t(0);
+    for_each_several<T, kTogether>(valid, [&]<int N>(int64_t j, int64_t n) {
+      using V = Several<Vec<T>, N>;
+      V a[kSlots], saved[std::max<int64_t>(1, kSaved)], c_t(0);
 #pragma GCC unroll 4
-      for (int64_t slot = 0; slot < kSlots; ++slot) a[slot] = load_vector(gates + slot * width + j);
-      if constexpr (Cell::has_c) c_t = load_vector(c + column + j);
-      const Vec<T> h_t = Cell::forward(a, Cell::has_c ? Vec<T>(0) : load_vector(h + column + j), c_t, saved);
-      if constexpr (Cell::has_c) store_vector(c + column + j, c_t);
-      store_vector(h_next + column + j, h_t);
-      if (out != nullptr) store_vector(out + column + j, h_t, n);
+      for (int64_t slot = 0; slot < kSlots; ++slot) a[slot] = load_several<N>(gates + slot * width + j);
+      if constexpr (Cell::has_c) c_t = load_several<N>(c + column + j);
+      const V h_t = Cell::forward(a, Cell::has_c ? V(0) : load_several<N>(h + column + j), c_t, saved);
+      if constexpr (Cell::has_c) store_several<N>(c + column + j, c_t);
+      store_several<N>(h_next + column + j, h_t);
+      if (out != nullptr) store_several<N>(out + column + j, h_t, n);
       if (kept != nullptr) {
 #pragma GCC unroll 5
-        for (int64_t s = 0; s < kSaved; ++s) store_vector(kept + s * layer_.hidden + column + j, saved[s], n);
+        for (int64_t s = 0; s < kSaved; ++s) store_several<N>(kept + s * layer_.hidden + column + j, saved[s], n);
       }
     });
   }
@@ -776,7 +777,7 @@ class Backward {
   void run_inputs() const {
     constexpr int64_t max_block = 96;
     const int64_t rows = layer_.rows, inputs = layer_.inputs;
-    const Panels<scalar> columns{inputs};
+    const Panels<scalar> columns(inputs);
     const int64_t threads = threads_for(rows * layer_.directions * layer_.gate_rows() * inputs);
     if (rows <= max_block) {
       const int64_t parts = std::clamp<int64_t>(columns.count(), 1, threads);
@@ -815,11 +816,11 @@ class Backward {
   }
 
   void run_input_block(const std::vector<Term>& terms, Slice rows, Slice panels) const {
-    const Panels<scalar> all{layer_.inputs};
+    const Panels<scalar> all(layer_.inputs);
     const int64_t first = all.begin(panels.begin), count = std::min(layer_.inputs, all.begin(panels.end)) - first;
     const int64_t stride = row_stride<scalar>(count);
     const RowTiles tiles(rows.end - rows.begin);
-    const Scratch<scalar> sum(tiles.rows() * stride);
+    const Scratch<scalar> sum(tiles.total() * stride);
     for (const Term& term : terms) {
       const scalar* dgates = dgates_row(term.direction, rows.begin) + term.slot * layer_.hidden;
       multiply(tiles, {dgates, term.w->k, layer_.slot_stride()}, *term.w, panels, sum.data(), stride,
