@@ -1,9 +1,9 @@
 // Matrix products for the time loops: packed panels of weights and one register-tile microkernel.
 //
 // c += a b, or c = a b, where
-//   b  has been packed in panels of kTileVecs vectors of columns, each stored [K][width]     (PackedMatrix)
+//   b  has been packed in panels of up to kTileVecs vectors of columns, each stored [K][width]   (PackedMatrix)
 //   a  is read where it lies, rows of K values, a tile of up to kTileRows rows at a time; or, if it is given by its
-//      columns, from tiles that have been packed, each stored [K][height]                    (LeftOperand)
+//      columns, from tiles that have been packed, each stored [K][height]                        (LeftOperand)
 // A step k of the microkernel loads `width` values of b and broadcasts `height` values of a into kTileRows * kTileVecs
 // accumulators, which is what it takes to hide the latency of a fused multiply-add. For few rows it takes up to four
 // panels at once instead, so that a matrix-vector product has enough accumulators too.
@@ -12,6 +12,10 @@
 // first-level cache while all rows pass over it, and meanwhile the next block is fetched: weights of more than the
 // second-level cache come from the third at every step, which without that costs a tenth to a quarter of the time (Zen
 // 3, K 512 to 1150). A slice of the left operand (kSliceBytes) stays in the second-level cache while all panels pass.
+//
+// One Zen 4 core with AVX2, 20 to 64 rows, K 256 and 512, 1,024 columns: 95 to 97 % of the peak. With tiles of 6 rows
+// and 2 vectors, which load more for each multiply-add, 89 to 92 %; with panels of 8 KB in the place of 24 and chains
+// of 64 in the place of 128 1 to 3 % less; with the loop over k not unrolled 1 % less.
 //
 // Same bits: an element of c adds its products in the order k = 0, 1, ..., kChain of them at a time, whatever the tile
 // that it is in, the number of rows or the number of threads.
@@ -26,7 +30,6 @@
 #endif
 
 #include <algorithm>
-#include <array>
 #include <cstdint>
 #include <functional>
 #include <utility>
@@ -37,7 +40,8 @@
 namespace nlpkernels {
 inline namespace CPU_CAPABILITY {
 
-// Register tile: 12 of AVX2's 16 registers, 24 of AVX-512's 32 are accumulators.
+// Register tile: 12 of AVX2's 16 registers, 24 of AVX-512's 32 are accumulators. What is loaded for a multiply-add is
+// least where rows and vectors are as many, and batches are more often multiples of 4 than of anything else.
 #if defined(CPU_CAPABILITY_AVX512)
 constexpr int kTileRows = 12, kTileVecs = 2;
 #elif defined(CPU_CAPABILITY_AVX2)
