@@ -6,7 +6,8 @@
 //      columns, from tiles that have been packed, each stored [K][height]                        (LeftOperand)
 // A step k of the microkernel loads `width` values of b and broadcasts `height` values of a into kTileRows * kTileVecs
 // accumulators, which is what it takes to hide the latency of a fused multiply-add. For few rows it takes up to four
-// panels at once instead, so that a matrix-vector product has enough accumulators too.
+// panels at once instead, so that a matrix-vector product has enough accumulators too; for a narrow panel alone, more
+// rows.
 //
 // Loop order: slice of k -> panel -> block of k -> tiles of rows. A block of a panel (kPanelBytes) stays in the
 // first-level cache while all rows pass over it, and meanwhile the next block is fetched: weights of more than the
@@ -49,7 +50,7 @@ constexpr int kTileRows = 4, kTileVecs = 3;
 #else
 constexpr int kTileRows = 4, kTileVecs = 1;
 #endif
-constexpr int kMaxStrips = 4;
+constexpr int kMaxStrips = 4, kMaxTileRows = 12;
 constexpr int64_t kPanelBytes = 24 * 1024;
 constexpr int64_t kSliceBytes = 128 * 1024;
 // Products that are added up in one accumulator before it is added to c: the error of a sum of K products grows with
@@ -253,7 +254,7 @@ class PackedMatrix {
 constexpr int64_t kTilePadding = 16;
 
 struct RowTiles : EvenParts {
-  explicit RowTiles(int64_t rows) : EvenParts(rows, kTileRows) {}
+  explicit RowTiles(int64_t rows, int64_t most = kTileRows) : EvenParts(rows, most) {}
 };
 
 // Where a packed tile of a left operand begins. The tiles lie a cache line more than their size apart, as those of a
@@ -282,8 +283,8 @@ struct LeftOperand {
 template <typename scalar>
 void pack_tiles(scalar* dst, const RowTiles& tiles, int64_t k, const scalar* rows, int64_t ld) {
   using V = Vectorized<scalar>;
-  constexpr int vectors = (kTileRows + V::size() - 1) / V::size();
-  static_assert(vectors * V::size() <= kTilePadding);
+  const int64_t vectors = ceil_div(tiles.size(0), V::size());
+  static_assert(V::size() <= kTilePadding);
   constexpr int64_t ahead = 8;
   for (const auto i : c10::irange(k)) {
     const scalar* src = rows + i * ld;
@@ -291,8 +292,7 @@ void pack_tiles(scalar* dst, const RowTiles& tiles, int64_t k, const scalar* row
       scalar* out = dst + packed_tile(tiles, begin, k) + i * height;
       for (int64_t tile = begin; tile < end; ++tile) {
         __builtin_prefetch(src + ahead * ld);
-#pragma GCC unroll 4
-        for (int v = 0; v < vectors; ++v) V::loadu(src + v * V::size()).store(out + v * V::size());
+        for (int64_t v = 0; v < vectors; ++v) V::loadu(src + v * V::size()).store(out + v * V::size());
         src += height;
         out += height * k + kTilePadding;
       }
@@ -376,7 +376,7 @@ using TileKernel = void (*)(int64_t k, const scalar* a, int64_t lda, const scala
                             int64_t ldc, bool add, const scalar* next, int64_t next_step);
 
 // Rows of a tile that S strips of N vectors leave accumulators for.
-constexpr int max_rows(int N, int S) { return std::min(kTileRows, kTileRows * kTileVecs / (N * S)); }
+constexpr int max_rows(int N, int S = 1) { return std::min(kMaxTileRows, kTileRows * kTileVecs / (N * S)); }
 
 // multiply_tile<scalar, is_packed, M, N, S> for M = 1 .. max_rows(N, S)
 template <typename scalar, int N, int S, int... M>
@@ -395,8 +395,10 @@ int64_t slice_depth(const RowTiles& tiles) {
 }
 
 template <typename scalar, int N, int S>
-void multiply_strips(const RowTiles& tiles, const LeftOperand<scalar>& a, Slice slice, const scalar* const* b,
+void multiply_strips(const RowTiles& rows, const LeftOperand<scalar>& a, Slice slice, const scalar* const* b,
                      scalar* const* c, int64_t ldc, bool add) {
+  // A narrow strip alone takes taller tiles, unless they are packed.
+  const RowTiles tiles = S > 1 || a.is_packed() ? rows : RowTiles(rows.total(), max_rows(N));
   constexpr int64_t width = N * Vectorized<scalar>::size();
   constexpr int64_t block = kPanelBytes / (width * sizeof(scalar)) / kChain * kChain;
   static_assert(block > 0);
@@ -594,7 +596,7 @@ void run_products(const std::vector<TransposedProduct<scalar, T>>& products) {
       const auto multiply_block = [&](const PackedMatrix<scalar>& b, int64_t k) {
         b.pack_rows([&](int64_t r) { return product.b[k + r] + task.n; });
         for (int64_t m = 0; m < task.m_count; m += part_m) {
-          const RowTiles tiles(std::min(part_m, task.m_count - m));
+          const RowTiles tiles(std::min(part_m, task.m_count - m), max_rows(b.panels.vectors.size(0)));
           pack_tiles(a.data(), tiles, b.k, product.a + k * product.lda + task.m + m, product.lda);
           multiply(tiles, {a.data(), b.k, 0}, b, b.panels.all(), to + m * ldc, ldc, k > 0);
         }
