@@ -20,8 +20,11 @@ On CUDA, with the kernels in use, an update waits for nothing. A wrong index the
 back, on the device, and is raised when NLPKERNELS_CUDA_CHECK says. A CUDA graph repeats an update with the learning
 rate and the bias correction that it was captured with.
 
+A table is trained where backward would add to its gradient: not when frozen, nor by `backward(inputs=others)`.
+
 What cannot work raises a RuntimeError, with the table as it was: a second backward pass through one graph, derivatives
-of the gradient, a table that also gets a gradient in another way. In the place of the gradient, `table.grad`, stands
+of the gradient, `torch.autograd.grad` of a table, one that also gets a gradient in another way. Momentum, weight decay
+and "maximize" are not there, and a group or a state_dict that asks for them is refused with a ValueError. In the place of the gradient, `table.grad`, stands
 an object that raises when it is used, so that clipping by global norm, `torch.amp.GradScaler` and other optimizers,
 which would not find the table's part, do not go on without it. The scaler, which only multiplies the loss until then,
 finds out at its first unscale_() or step(), after one update; a compiled layer's gradient is refused by step().
