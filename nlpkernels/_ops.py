@@ -171,6 +171,9 @@ def _(
     scale_grad_by_freq: bool,
     sparse: bool,
 ) -> tuple[Tensor, Tensor]:
+    for name, tensor in (("indices", indices), ("offsets", offsets), ("per_sample_weights", per_sample_weights)):
+        if tensor is not None and tensor.is_meta and not weight.is_meta:  # there would be no data to read
+            raise RuntimeError(f"embedding_bag: expected {name} on {weight.device} like weight, got {tensor.device}")
     shape = (_number_of_bags(indices, offsets, include_last_offset), weight.shape[1])
     aux = {"mean": shape[:1], "max": shape}.get(mode, (0,))
     return weight.new_empty(shape), weight.new_empty(aux, dtype=torch.long)

@@ -24,10 +24,12 @@ A table is trained where backward would add to its gradient: not when frozen, no
 
 What cannot work raises a RuntimeError, with the table as it was: a second backward pass through one graph, derivatives
 of the gradient, `torch.autograd.grad` of a table, one that also gets a gradient in another way. Momentum, weight decay
-and "maximize" are not there, and a group or a state_dict that asks for them is refused with a ValueError. In the place of the gradient, `table.grad`, stands
-an object that raises when it is used, so that clipping by global norm, `torch.amp.GradScaler` and other optimizers,
-which would not find the table's part, do not go on without it. The scaler, which only multiplies the loss until then,
-finds out at its first unscale_() or step(), after one update; a compiled layer's gradient is refused by step().
+and "maximize" are not there, and a group or a state_dict that asks for them is refused with a ValueError.
+
+In the place of the gradient, `table.grad`, stands an object that raises when it is used, so that clipping by global
+norm, `torch.amp.GradScaler` and other optimizers, which would not find the table's part, do not go on without it. The
+scaler, which only multiplies the loss until then, finds out at its first unscale_() or step(), after one update; a
+compiled layer's gradient is refused by step().
 """
 
 from __future__ import annotations
