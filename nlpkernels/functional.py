@@ -303,7 +303,7 @@ def embedding_bag(
         input: indices, int32 or int64: [B, L], a bag per row; or [N], with offsets.
         weight: the table, [V, E].
         offsets: where each bag of a 1-D input begins, [B], starting with 0 and never decreasing; with
-            include_last_offset [B + 1], the last one being where the last bag ends.
+            include_last_offset [B + 1], the last one being where the last bag ends: what is after it is in no bag.
         max_norm: rows in use with a larger norm are scaled down to it first, in place.
         norm_type: p of that p-norm.
         scale_grad_by_freq: divide a row's gradient by the number of its uses (not for "max").
@@ -319,7 +319,9 @@ def embedding_bag(
         [B, E]; zeros for an empty bag.
 
     Raises:
-        IndexError: an index is not a row of weight; it is named with its position.
+        AssertionError: padding_idx is not a row of weight.
+        IndexError: an index is not a row of weight; it is named with its position. An error leaves weight as it was.
+        RuntimeError: the dtype of weight or per_sample_weights, or a device, does not fit.
         TypeError: input or offsets are not int32 or int64.
         ValueError: a shape, an offset or mode does not fit.
     """

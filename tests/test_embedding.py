@@ -136,6 +136,18 @@ def test_halves_accumulate_in_float(mode: str, dtype: torch.dtype, device: str) 
         assert torch.equal(gradient.to_dense()[1], torch.full_like(weight[1], 4096.0))
 
 
+@pytest.mark.parametrize("columns", [1, 5, 8, 15, 16, 33, 65536])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_halves_are_rounded_to_nearest_even(dtype: torch.dtype, columns: int, device: str) -> None:
+    """Sums of two numbers of any bits, infinite, NaN and subnormal ones among them: as float32's sum, rounded once."""
+    bits = torch.randint(-(2**15), 2**15, (2, columns), device=device, dtype=torch.int16)
+    bits[0, :] = torch.randperm(2**16, device=device)[:columns].sub(2**15).to(torch.int16)
+    weight = bits.view(dtype)
+    exact = (weight[0].float() + weight[1].float()).to(dtype)
+    output = functional.embedding_bag(torch.tensor([[0, 1]], device=device), weight, mode="sum")[0]
+    torch.testing.assert_close(output, exact, atol=0, rtol=0, equal_nan=True)
+
+
 @pytest.mark.parametrize("mode", ["mean", "sum", "max"])
 def test_short_last_offset(mode: str, device: str) -> None:
     """What comes after the last bag is in none: it is not read, not checked, not renormalised."""
