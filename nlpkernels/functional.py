@@ -300,7 +300,7 @@ def embedding_bag(
     """Pool rows of a table bag by bag, never storing the rows: `torch.nn.functional.embedding_bag`.
 
     Args:
-        input: indices, int32 or int64: [B, L], a bag per row; or [N], with offsets.
+        input: indices, int32 or int64: [B, L], a bag per row; or [N], with offsets; or a jagged nested tensor.
         weight: the table, [V, E].
         offsets: where each bag of a 1-D input begins, [B], starting with 0 and never decreasing; with
             include_last_offset [B + 1], the last one being where the last bag ends: what is after it is in no bag.
