@@ -23,7 +23,7 @@ INSTRUCTION_SETS = {"default": ["-Wno-psabi"]}  # its vectors are passed to inli
 if platform.machine().lower() in ("x86_64", "amd64"):
     INSTRUCTION_SETS["avx2"] = ["-mavx2", "-mfma", "-mf16c"]
     INSTRUCTION_SETS["avx512"] = ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma", "-mf16c"]
-    INSTRUCTION_SETS["avx512"] += ["-Wno-maybe-uninitialized"]  # GCC warns of its own AVX-512 header
+    INSTRUCTION_SETS["avx512"] += ["-Wno-maybe-uninitialized", "-Wno-uninitialized"]  # of GCC's own AVX-512 header
 if only := os.environ.get("NLPKERNELS_BUILD_CPU"):  # for a check of something else
     INSTRUCTION_SETS = {only: INSTRUCTION_SETS[only]}
 

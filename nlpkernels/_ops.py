@@ -171,6 +171,9 @@ def _(
     scale_grad_by_freq: bool,
     sparse: bool,
 ) -> tuple[Tensor, Tensor]:
+    for name, tensor in (("indices", indices), ("offsets", offsets), ("per_sample_weights", per_sample_weights)):
+        if tensor is not None and tensor.is_meta and not weight.is_meta:  # there would be no data to read
+            raise RuntimeError(f"embedding_bag: expected {name} on {weight.device} like weight, got {tensor.device}")
     shape = (_number_of_bags(indices, offsets, include_last_offset), weight.shape[1])
     aux = {"mean": shape[:1], "max": shape}.get(mode, (0,))
     return weight.new_empty(shape), weight.new_empty(aux, dtype=torch.long)
@@ -518,6 +521,19 @@ def optimizer_of(table: Tensor) -> Any:
     return None if found is None else found()
 
 
+def _accumulates(table: Tensor, accumulator: Any) -> bool:
+    """Whether the backward pass at work adds to table.grad: not to a frozen table's, nor for `inputs` without it."""
+    if accumulator is None or not table.requires_grad:
+        return False
+    try:
+        return bool(torch._C._will_engine_execute_node(accumulator))
+    except RuntimeError:
+        raise RuntimeError(
+            "torch.autograd.grad wants the gradient of a table that is updated in backward (nlpkernels.optim): "
+            "there is none, expected backward()"
+        ) from None
+
+
 class _EmbeddingBagWithUpdate(torch.autograd.Function):
     """An embedding_bag whose table gets no gradient: backward hands what it is made of to the table's optimizer."""
 
@@ -556,11 +572,12 @@ class _EmbeddingBagWithUpdate(torch.autograd.Function):
             dfactors = _ops.embedding_bag_per_sample_backward(
                 grad, weight, indices, offsets, padding_idx, include_last_offset
             )
-        optimizer = optimizer_of(ctx.table)
-        if optimizer is None:
-            raise RuntimeError("the optimizer (nlpkernels.optim) that was to update a table in backward is gone")
-        optimizer.collect(ctx.table, grad, indices, offsets, per_sample_weights, aux, *ctx.settings)
-        ctx.used = True
+        if _accumulates(ctx.table, ctx.next_functions[0][0]):
+            optimizer = optimizer_of(ctx.table)
+            if optimizer is None:
+                raise RuntimeError("the optimizer (nlpkernels.optim) that was to update a table in backward is gone")
+            optimizer.collect(ctx.table, grad, indices, offsets, per_sample_weights, aux, *ctx.settings)
+            ctx.used = True
         return (None, dfactors, *(None,) * 6)
 
 

@@ -7,9 +7,11 @@ D directions (2 if bidirectional, else 1), L layers, N rows of packed data; V ro
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.overrides import handle_torch_function, has_torch_function_variadic
 
 from nlpkernels import _ops
 
@@ -198,19 +200,25 @@ def rnn_relu(
     )[:2]  # fmt: skip
 
 
-def _renormalise(weight: Tensor, ids: Tensor, max_norm: float, norm_type: float) -> None:
-    """Scale the rows in use down to max_norm, in place, having checked that there are such rows."""
-    rows = weight.shape[0]
-    if ids.numel() > 0 and (int(ids.min()) < 0 or int(ids.max()) >= rows):
-        wrong = int(ids[(ids < 0) | (ids >= rows)][0])
-        raise IndexError(f"embedding: an index is {wrong}, expected a row from 0 to {rows - 1} of a table of {rows}")
+# What our kernels take.
+_DTYPES = frozenset({torch.float32, torch.float64, torch.bfloat16, torch.float16})
+
+
+def _renormalise(max_norm: float, norm_type: float, weight: Tensor, ids: Tensor, *bags: Any) -> None:
+    """Scale the rows in use down to max_norm, in place, for a call of `_ops.embedding_bag` with the other arguments."""
     with torch.no_grad():
+        _ops.embedding_bag(weight, ids, *bags)  # raises what there is to raise before the table changes
+        offsets, *_, include_last_offset, _, _ = bags
+        if include_last_offset and not torch.compiler.is_compiling():
+            ids = ids[: int(offsets[-1])]
         torch.embedding_renorm_(weight.detach(), ids.contiguous(), max_norm, norm_type)
 
 
 def _check_ids(function: str, input: Tensor) -> None:
-    if input.dtype not in (torch.int32, torch.int64):
-        raise TypeError(f"{function}: expected input (the indices) of dtype int32 or int64, got {input.dtype}")
+    dtype = getattr(input, "dtype", None)
+    if dtype is not torch.int64 and dtype is not torch.int32:
+        got = dtype if isinstance(input, Tensor) else type(input).__name__
+        raise TypeError(f"{function}: expected input (the indices) of dtype int32 or int64, got {got}")
 
 
 def _check_table(function: str, weight: Tensor) -> None:
@@ -218,10 +226,8 @@ def _check_table(function: str, weight: Tensor) -> None:
         raise ValueError(f"{function}: weight has to be a 2D Tensor, but got Tensor of dimension {weight.dim()}")
 
 
-def _wrap_padding(function: str, padding_idx: int | None, rows: int) -> int:
-    """padding_idx as a row, negative ones counted from the end; -1 for None."""
-    if padding_idx is None:
-        return -1
+def _wrap_padding(function: str, padding_idx: int, rows: int) -> int:
+    """padding_idx as a row, negative ones counted from the end."""
     if not -rows <= padding_idx < rows:
         raise AssertionError(
             f"{function}: padding_idx must be within num_embeddings: expected {-rows} to {rows - 1}, got {padding_idx}"
@@ -241,8 +247,8 @@ def embedding(
     """Look rows of a table up: `torch.nn.functional.embedding`.
 
     Args:
-        input: indices, int32 or int64, any shape.
-        weight: the table, [V, E].
+        input: indices, int32 or int64, any shape, nested too.
+        weight: the table, [V, E]. One of another dtype than float32, float64, bfloat16 and float16 is left to torch.
         padding_idx: a row that gets no gradient; negative counts from the end.
         max_norm: rows in use with a larger norm are scaled down to it first, in place.
         norm_type: p of that p-norm.
@@ -253,16 +259,29 @@ def embedding(
         Rows, [*input.shape, E].
 
     Raises:
-        IndexError: an index is not a row of weight; it is named.
+        AssertionError: padding_idx is not a row of weight.
+        IndexError: an index is not a row of weight; it is named with its position. An error leaves weight as it was.
         TypeError: input is not int32 or int64.
         ValueError: weight is not 2-D.
     """
-    _check_table("embedding", weight)
+    if has_torch_function_variadic(input, weight):
+        options = (weight, padding_idx, max_norm, norm_type, scale_grad_by_freq, sparse)
+        if not getattr(input, "is_nested", False):
+            return handle_torch_function(embedding, (input, weight), input, *options)
+        rows = embedding(input.values(), *options)
+        offsets, lengths, ragged = input.offsets(), input.lengths(), input._ragged_idx  # type: ignore[attr-defined]
+        return torch.nested.nested_tensor_from_jagged(rows, offsets, lengths, ragged)
     _check_ids("embedding", input)
-    padding = _wrap_padding("embedding", padding_idx, weight.shape[0])
+    _check_table("embedding", weight)
+    padding = -1 if padding_idx is None else _wrap_padding("embedding", padding_idx, weight.shape[0])
+    if weight.dtype not in _DTYPES or input.is_nested:
+        return torch.nn.functional.embedding(
+            input, weight, padding_idx, max_norm, norm_type, scale_grad_by_freq, sparse
+        )
+    bags = (None, None, "lookup", padding, False, scale_grad_by_freq, sparse)
     if max_norm is not None:
-        _renormalise(weight, input, max_norm, norm_type)
-    return _ops.embedding_bag(weight, input, None, None, "lookup", padding, False, scale_grad_by_freq, sparse)
+        _renormalise(max_norm, norm_type, weight, input, *bags)
+    return _ops.embedding_bag(weight, input, *bags)
 
 
 def embedding_bag(
@@ -281,10 +300,10 @@ def embedding_bag(
     """Pool rows of a table bag by bag, never storing the rows: `torch.nn.functional.embedding_bag`.
 
     Args:
-        input: indices, int32 or int64: [B, L], a bag per row; or [N], with offsets.
+        input: indices, int32 or int64: [B, L], a bag per row; or [N], with offsets; or a jagged nested tensor.
         weight: the table, [V, E].
         offsets: where each bag of a 1-D input begins, [B], starting with 0 and never decreasing; with
-            include_last_offset [B + 1], the last one being where the last bag ends.
+            include_last_offset [B + 1], the last one being where the last bag ends: what is after it is in no bag.
         max_norm: rows in use with a larger norm are scaled down to it first, in place.
         norm_type: p of that p-norm.
         scale_grad_by_freq: divide a row's gradient by the number of its uses (not for "max").
@@ -300,17 +319,35 @@ def embedding_bag(
         [B, E]; zeros for an empty bag.
 
     Raises:
-        IndexError: an index is not a row of weight; it is named with its position.
+        AssertionError: padding_idx is not a row of weight.
+        IndexError: an index is not a row of weight; it is named with its position. An error leaves weight as it was.
+        RuntimeError: the dtype of weight or per_sample_weights, or a device, does not fit.
         TypeError: input or offsets are not int32 or int64.
         ValueError: a shape, an offset or mode does not fit.
     """
+    if has_torch_function_variadic(input, weight, offsets, per_sample_weights):
+        return handle_torch_function(
+            embedding_bag,
+            (input, weight, offsets, per_sample_weights),
+            input,
+            weight,
+            offsets,
+            max_norm,
+            norm_type,
+            scale_grad_by_freq,
+            mode,
+            sparse,
+            per_sample_weights,
+            include_last_offset,
+            padding_idx,
+        )
+    _check_ids("embedding_bag", input)
+    _check_table("embedding_bag", weight)
     if per_sample_weights is not None and input.size() != per_sample_weights.size():
         raise ValueError(
             f"embedding_bag: If per_sample_weights ({per_sample_weights.shape}) is not None, "
             f"then it must have the same shape as the input ({input.shape})"
         )
-    _check_table("embedding_bag", weight)
-    _check_ids("embedding_bag", input)
     if mode not in ("sum", "mean", "max"):
         raise ValueError(f"mode has to be one of sum, mean or max, got {mode!r}")
     if mode == "max" and scale_grad_by_freq:
@@ -320,9 +357,10 @@ def embedding_bag(
     if input.is_nested:  # jagged: its own offsets are those of the bags, the last one included
         if per_sample_weights is not None and not per_sample_weights.is_nested:
             raise ValueError("If input is nested, then per_sample_weights must be nested if specified")
+        input = input.contiguous()  # without holes
         offsets, include_last_offset = input.offsets(), True  # type: ignore[attr-defined]
         input = input.values()
-        per_sample_weights = None if per_sample_weights is None else per_sample_weights.values()
+        per_sample_weights = None if per_sample_weights is None else per_sample_weights.contiguous().values()
     elif input.dim() == 2:
         if offsets is not None:
             raise ValueError(
@@ -337,15 +375,17 @@ def embedding_bag(
             raise ValueError(f"offsets has to be a 1D Tensor, got {offsets.dim()}D")
     else:
         raise ValueError(f"input has to be 1D or 2D Tensor, but got Tensor of dimension {input.dim()}")
-    padding = _wrap_padding("embedding_bag", padding_idx, weight.shape[0])
+    padding = -1 if padding_idx is None else _wrap_padding("embedding_bag", padding_idx, weight.shape[0])
+    if per_sample_weights is not None and per_sample_weights.dtype != weight.dtype:
+        raise RuntimeError(
+            f"embedding_bag: expected per_sample_weights of dtype {weight.dtype} like weight, "
+            f"got {per_sample_weights.dtype}"
+        )
     if max_norm is not None:
-        _renormalise(weight, input.reshape(-1), max_norm, norm_type)
+        weighable = mode if per_sample_weights is None else "sum"
+        bags = (offsets, per_sample_weights, weighable, padding, include_last_offset, False, False)
+        _renormalise(max_norm, norm_type, weight, input, *bags)
     if per_sample_weights is not None and mode != "sum":
-        if not per_sample_weights.is_floating_point() or per_sample_weights.dtype != weight.dtype:
-            raise RuntimeError(
-                f"embedding_bag: expected per_sample_weights of dtype {weight.dtype} like weight, "
-                f"got {per_sample_weights.dtype}"
-            )
         position = torch.arange(input.numel(), device=input.device).reshape(input.shape)
         if mode == "max":
             ids = input.reshape(-1)

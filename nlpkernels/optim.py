@@ -20,11 +20,16 @@ On CUDA, with the kernels in use, an update waits for nothing. A wrong index the
 back, on the device, and is raised when NLPKERNELS_CUDA_CHECK says. A CUDA graph repeats an update with the learning
 rate and the bias correction that it was captured with.
 
+A table is trained where backward would add to its gradient: not when frozen, nor by `backward(inputs=others)`.
+
 What cannot work raises a RuntimeError, with the table as it was: a second backward pass through one graph, derivatives
-of the gradient, a table that also gets a gradient in another way. In the place of the gradient, `table.grad`, stands
-an object that raises when it is used, so that clipping by global norm, `torch.amp.GradScaler` and other optimizers,
-which would not find the table's part, do not go on without it. The scaler, which only multiplies the loss until then,
-finds out at its first unscale_() or step(), after one update; a compiled layer's gradient is refused by step().
+of the gradient, `torch.autograd.grad` of a table, one that also gets a gradient in another way. Momentum, weight decay
+and "maximize" are not there, and a group or a state_dict that asks for them is refused with a ValueError.
+
+In the place of the gradient, `table.grad`, stands an object that raises when it is used, so that clipping by global
+norm, `torch.amp.GradScaler` and other optimizers, which would not find the table's part, do not go on without it. The
+scaler, which only multiplies the loss until then, finds out at its first unscale_() or step(), after one update; a
+compiled layer's gradient is refused by step().
 """
 
 from __future__ import annotations
@@ -77,30 +82,48 @@ class _InBackward(torch.optim.Optimizer):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Take over more tables."""
         super().add_param_group(param_group)
-        tables = self.param_groups[-1]["params"]
         try:
-            for table in tables:
-                if table.dim() != 2 or not table.is_floating_point() or not table.is_contiguous():
-                    raise ValueError(
-                        f"{type(self).__name__}: expected contiguous tables of shape [rows, columns] and a floating "
-                        f"dtype, got {table.dtype} of shape {list(table.shape)}, strides {table.stride()}"
-                    )
-                if (other := _ops.optimizer_of(table)) is not None:
-                    raise ValueError(f"{type(self).__name__}: a table is trained by {type(other).__name__} already")
+            self._refuse_settings(self.param_groups[-1])
+            self._take_over(self.param_groups[-1]["params"])
         except ValueError:
             self.param_groups.pop()
             raise
+
+    def _take_over(self, tables: list[Tensor]) -> None:
+        for table in tables:
+            if table.dim() != 2 or not table.is_floating_point() or not table.is_contiguous():
+                raise ValueError(
+                    f"{type(self).__name__}: expected contiguous tables of shape [rows, columns] and a floating "
+                    f"dtype, got {table.dtype} of shape {list(table.shape)}, strides {table.stride()}"
+                )
+            other = _ops.optimizer_of(table)
+            if other is not None and other is not self:
+                raise ValueError(f"{type(self).__name__}: a table is trained by {type(other).__name__} already")
         for table in tables:
             _ops.UPDATED_IN_BACKWARD[table] = weakref.ref(self)
+
+    def _refuse_settings(self, group: dict[str, Any]) -> None:
+        for name in ("momentum", "weight_decay", "maximize", "amsgrad"):
+            if group.get(name):
+                raise ValueError(f"{type(self).__name__}: there is no {name} in backward, got {group[name]}")
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._task, self._pending = None, {}
+        for group in self.param_groups:  # a copy's tables, or an unpickled optimizer's
+            self._take_over(group["params"])
 
     def _settings(self, group: dict[str, Any], step: int) -> list[float]:
         """The settings that `embedding_bag_update` takes for this rule."""
         return [float(group["lr"]), float(group["eps"])]
 
+    def _shape_of_states(self, table: Tensor) -> torch.Size:
+        return table.shape[:1] if self.rule == "rowwise_adagrad" else table.shape
+
     def _state_of(self, table: Tensor, group: dict[str, Any]) -> dict[str, Any]:
         state: dict[str, Any] = self.state[table]
         if not state and self.states:
-            shape = table.shape[:1] if self.rule == "rowwise_adagrad" else table.shape
+            shape = self._shape_of_states(table)
             initial = float(group.get("initial_accumulator_value", 0))
             state["step"] = torch.tensor(0.0)
             dtype = _dtype_of_states(table)
@@ -166,9 +189,19 @@ class _InBackward(torch.optim.Optimizer):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a `state_dict`, this optimizer's or its unfused namesake's."""
-        super().load_state_dict(state_dict)
         saved = [state_dict["state"].get(key, {}) for group in state_dict["param_groups"] for key in group["params"]]
         tables = [table for group in self.param_groups for table in group["params"]]
+        for group in state_dict["param_groups"]:
+            self._refuse_settings(group)
+        for table, values in zip(tables, saved, strict=False):
+            for name in self.states if values else ():
+                expected, got = self._shape_of_states(table), values[name].shape if name in values else None
+                if got != expected:
+                    raise ValueError(
+                        f"{type(self).__name__}: expected a state {name!r} of shape {list(expected)}, "
+                        f"got {'none' if got is None else list(got)}"
+                    )
+        super().load_state_dict(state_dict)
         for table, values in zip(tables, saved, strict=True):
             for name in self.states if values else ():  # torch has cast them to the table's dtype
                 self.state[table]["step"] = torch.tensor(float(values["step"]))

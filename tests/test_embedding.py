@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import copy
+import inspect
+import io
+import math
 import pickle
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
 from tolerances import assert_as_exact
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 import nlpkernels
 from nlpkernels import functional
@@ -68,6 +73,97 @@ def test_offsets(mode: str, padding_idx: int | None, sparse: bool, index: torch.
         compare(*pair("EmbeddingBag", 20, 12, mode=mode, device=device, **options), ids, offsets)
 
 
+@pytest.mark.parametrize("mode", ["mean", "sum", "max", "lookup"])
+def test_layouts_in_memory(mode: str, device: str) -> None:
+    """Tables, indices, offsets, weights and gradients that are not contiguous: the same bits."""
+    table, ids = torch.randn(20, 12, device=device), torch.randint(20, (7, 6), device=device)
+    offsets, factors = torch.tensor([0, 4, 4, 30], device=device), torch.randn(42, device=device)
+
+    def strided(tensor: Tensor) -> Tensor:
+        """The same values, the first dimension last in memory and every other place left out."""
+        last = tensor.movedim(0, -1)
+        return torch.stack([last, torch.zeros_like(last)], -1)[..., 0].movedim(-1, 0)
+
+    runs = []
+    for lay in (Tensor.contiguous, strided):
+        weight, scales = lay(table).requires_grad_(), lay(factors).requires_grad_()
+        assert weight.is_contiguous() == (lay is not strided)
+        if mode == "lookup":
+            outputs = [functional.embedding(lay(ids), weight)]
+        else:
+            pool = partial(functional.embedding_bag, weight=weight, mode=mode)
+            outputs = [pool(lay(ids)), pool(lay(ids.flatten()), offsets=lay(offsets))]
+            if mode == "sum":
+                outputs.append(pool(lay(ids.flatten()), offsets=lay(offsets), per_sample_weights=scales))
+        cotangents = [lay(torch.linspace(-1, 1, o.numel(), device=device).reshape(o.shape)) for o in outputs]
+        wanted = [weight, scales] if mode == "sum" else [weight]
+        runs.append([*outputs, *torch.autograd.grad(outputs, wanted, cotangents)])
+    assert all(map(torch.equal, *runs))
+
+
+@pytest.mark.parametrize("mode", ["mean", "sum", "max", "lookup"])
+@pytest.mark.parametrize(("rows", "columns"), [(0, 4), (5, 0), (0, 0), (1, 1)])
+def test_smallest_tables(rows: int, columns: int, mode: str, device: str) -> None:
+    """No rows, with nothing looked up; no columns; and 1 x 1: shapes, and a gradient shaped like the table."""
+    weight = torch.randn(rows, columns, device=device, requires_grad=True)
+    ids = torch.zeros(3, 2 if rows else 0, dtype=torch.long, device=device)
+    pool = functional.embedding if mode == "lookup" else partial(functional.embedding_bag, mode=mode)
+    for sparse in (False, True) if mode != "max" else (False,):
+        output = pool(ids, weight, sparse=sparse)
+        assert output.shape == ((*ids.shape, columns) if mode == "lookup" else (3, columns))
+        (gradient,) = torch.autograd.grad(output.sum(), weight)
+        assert gradient.shape == weight.shape
+        assert gradient.is_sparse == sparse
+        if rows == columns == 1:
+            torch.testing.assert_close(
+                gradient.to_dense(), torch.full_like(weight, 3.0 if mode in ("mean", "max") else 6)
+            )
+    with pytest.raises(IndexError, match=f"is {rows}, expected a row"):
+        pool(torch.full((1, 1), rows, device=device), weight)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("mode", ["mean", "sum"])
+def test_halves_accumulate_in_float(mode: str, dtype: torch.dtype, device: str) -> None:
+    """4096 ones, in a bag and as uses of one row: sums in half a precision would stop at 256 or 2048."""
+    weight = torch.ones(3, 19, dtype=dtype, device=device, requires_grad=True)
+    ids = torch.ones(1, 4096, dtype=torch.long, device=device)
+    output = functional.embedding_bag(ids, weight, mode=mode)
+    assert torch.equal(output, torch.full_like(output, 4096.0 if mode == "sum" else 1.0))
+    for sparse in (False, True):
+        output = functional.embedding_bag(ids.t(), weight, mode=mode, sparse=sparse)
+        (gradient,) = torch.autograd.grad(output.sum(), weight)
+        assert torch.equal(gradient.to_dense()[1], torch.full_like(weight[1], 4096.0))
+
+
+@pytest.mark.parametrize("columns", [1, 5, 8, 15, 16, 33, 65536])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_halves_are_rounded_to_nearest_even(dtype: torch.dtype, columns: int, device: str) -> None:
+    """Sums of two numbers of any bits, infinite, NaN and subnormal ones among them: as float32's sum, rounded once."""
+    bits = torch.randint(-(2**15), 2**15, (2, columns), device=device, dtype=torch.int16)
+    bits[0, :] = torch.randperm(2**16, device=device)[:columns].sub(2**15).to(torch.int16)
+    weight = bits.view(dtype)
+    exact = (weight[0].float() + weight[1].float()).to(dtype)
+    output = functional.embedding_bag(torch.tensor([[0, 1]], device=device), weight, mode="sum")[0]
+    torch.testing.assert_close(output, exact, atol=0, rtol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("mode", ["mean", "sum", "max"])
+def test_short_last_offset(mode: str, device: str) -> None:
+    """What comes after the last bag is in none: it is not read, not checked, not renormalised."""
+    weight = torch.randn(9, 4, device=device, requires_grad=True)
+    ids, offsets = torch.tensor([1, 2, 3, 4, 5, 99], device=device), torch.tensor([0, 2, 5], device=device)
+    runs = []
+    for given in (ids, ids[:5]):
+        output = functional.embedding_bag(given, weight, offsets, mode=mode, include_last_offset=True)
+        runs.append([output, *torch.autograd.grad(output.square().sum(), weight)])
+    assert all(map(torch.equal, *runs))
+    table = weight.detach().clone()
+    functional.embedding_bag(ids, table, offsets[:2], mode=mode, include_last_offset=True, max_norm=1e-3)
+    changed = (table != weight).any(1)
+    assert changed.nonzero().flatten().tolist() == [1, 2]
+
+
 def test_offsets_and_indices_may_differ_in_dtype(device: str) -> None:
     _, ours = pair("EmbeddingBag", 20, 12, device=device)
     ids, offsets = torch.randint(20, (9,), device=device), torch.tensor([0, 4], device=device)
@@ -84,6 +180,25 @@ def test_per_sample_weights(layout: str, dtype: torch.dtype, device: str) -> Non
         compare(theirs, ours, ids, None, factors)
     else:
         compare(theirs, ours, ids.reshape(-1), torch.tensor([0, 3, 3, 20], device=device), factors.reshape(-1))
+
+
+@pytest.mark.parametrize("sparse", [False, True], ids=["dense", "sparse"])
+@pytest.mark.parametrize("wanted", [(), ("weight",), ("factors",), ("weight", "factors")], ids=str)
+def test_gradients_that_are_wanted(wanted: tuple[str, ...], sparse: bool, device: str) -> None:
+    """Those of the table, of per_sample_weights, of both and of neither."""
+    ids = torch.randint(9, (4, 6), device=device)
+    given = {"weight": torch.randn(9, 5, device=device), "factors": torch.randn(4, 6, device=device)}
+    runs = []
+    for function in (functional.embedding_bag, nn.functional.embedding_bag):
+        own = {name: tensor.clone().requires_grad_(name in wanted) for name, tensor in given.items()}
+        output = function(
+            ids, own["weight"], mode="sum", sparse=sparse, per_sample_weights=own["factors"], padding_idx=int(ids[0, 0])
+        )
+        assert output.requires_grad == bool(wanted)
+        gradients = torch.autograd.grad(output.square().sum(), [own[name] for name in wanted]) if wanted else ()
+        assert [g.is_sparse for g in gradients] == [sparse and name == "weight" for name in wanted]
+        runs.append([output, *(g.to_dense() for g in gradients)])
+    torch.testing.assert_close(*runs)
 
 
 @pytest.mark.parametrize("layout", ["matrix", "offsets"])
@@ -124,6 +239,14 @@ def test_per_sample_weights_of_mean_and_max(mode: str, layout: str, device: str)
     ):
         torch.testing.assert_close(function(), expected)
     assert torch.autograd.gradgradcheck(ours, (weight, factors))
+
+
+def test_a_weighted_mean_of_weights_that_cancel(device: str) -> None:
+    """Where the weights add up to 0 the divisor is 1: the weighted sum."""
+    weight = torch.randn(5, 3, device=device)
+    ids, factors = torch.tensor([[1, 2]], device=device), torch.tensor([[2.0, -2.0]], device=device)
+    output = functional.embedding_bag(ids, weight, mode="mean", per_sample_weights=factors)
+    torch.testing.assert_close(output, 2 * (weight[1:2] - weight[2:3]))
 
 
 @pytest.mark.parametrize("mode", ["mean", "sum"])
@@ -175,16 +298,78 @@ def test_ties_of_max_go_to_the_first(device: str) -> None:
     assert torch.equal(*grads)
 
 
-@pytest.mark.parametrize("max_norm", [None, 0.5])
-def test_max_norm(max_norm: float | None, device: str) -> None:
-    for name, args in (("Embedding", (10, 4)), ("EmbeddingBag", (10, 4))):
-        theirs, ours = pair(name, *args, max_norm=max_norm, norm_type=1.5, device=device)
-        ids = torch.randint(10, (3, 4), device=device)
-        for _ in range(2):  # the second call changes the table in place before the first one's backward
-            torch.testing.assert_close(ours(ids), theirs(ids))
+@pytest.mark.parametrize("norm_type", [1.0, 1.5, 2, math.inf])
+@pytest.mark.parametrize("name", ["Embedding", "EmbeddingBag"])
+def test_max_norm(name: str, norm_type: float, device: str) -> None:
+    """Rows in use, the padding's too, shrink in place, as autograd knows; the table stays a leaf."""
+    theirs, ours = pair(name, 10, 4, max_norm=0.5, norm_type=norm_type, padding_idx=3, device=device)
+    with torch.no_grad():
+        for module in (theirs, ours):
+            module.weight[3] = 7.0
+    ids = torch.tensor([[1, 3, 1, 5], [1, 2, 2, 9]], device=device)
+    before, version = ours.weight.detach().clone(), ours.weight._version
+    for given in (ids, ids.int(), ids.t()):  # later calls change the table in place before the first one's backward
+        torch.testing.assert_close(ours(given), theirs(given))
         torch.testing.assert_close(ours.weight, theirs.weight)
-        first, second = ours(ids), ours((ids + 3) % 10)
-        (first.sum() + second.sum()).backward()
+    assert ours.weight.is_leaf
+    assert ours.weight._version > version
+    used = torch.zeros(10, dtype=torch.bool, device=device)
+    used[ids] = True
+    assert torch.equal(ours.weight[~used], before[~used])
+    assert (ours.weight[used].norm(norm_type, 1) <= 0.5001).all()
+    grads = []
+    for module in (ours, theirs):
+        first, second = module(ids), module((ids + 3) % 10)
+        grads.append(torch.autograd.grad(first.square().sum() + second.sum(), module.weight)[0])
+    torch.testing.assert_close(*grads)
+
+    squares = ours.weight.square().sum()  # which saved the table as it was
+    with torch.no_grad():
+        ours.weight.mul_(3)
+    ours(ids)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        squares.backward()
+
+
+@pytest.mark.parametrize("mode", ["mean", "sum", "max"])
+@pytest.mark.parametrize(
+    ("change", "error"),
+    [
+        ({"input": [1, 2, 11]}, IndexError),
+        ({"input": [1, 2, -1]}, IndexError),
+        ({"offsets": [0, 4]}, ValueError),
+        ({"offsets": [0, 2, 1]}, ValueError),
+        ({"offsets": [0.0]}, TypeError),
+        ({"factors": torch.float64}, RuntimeError),
+        ({"padding_idx": 10}, AssertionError),
+    ],
+    ids=str,
+)
+def test_a_wrong_call_renormalises_nothing(change: dict[str, Any], error: type[Exception], mode: str) -> None:
+    weight = torch.randn(10, 4)
+    before = weight.clone()
+    with pytest.raises(error):
+        functional.embedding_bag(
+            torch.tensor(change.get("input", [1, 2, 3])),
+            weight,
+            torch.tensor(change.get("offsets", [0, 2])),
+            max_norm=1e-3,
+            mode=mode,
+            per_sample_weights=torch.ones(3, dtype=change.get("factors", torch.float32)),
+            padding_idx=change.get("padding_idx"),
+        )
+    assert torch.equal(weight, before)
+
+
+@pytest.mark.parametrize("name", ["Embedding", "EmbeddingBag"])
+def test_max_norm_compiles_and_exports(name: str, device: str) -> None:
+    theirs, ours = pair(name, 10, 4, max_norm=0.5, device=device)
+    ids = torch.randint(10, (2, 3), device=device)
+    exported = torch.export.export(copy.deepcopy(ours), (ids,)).module()
+    torch.testing.assert_close(exported(ids), copy.deepcopy(theirs)(ids))
+    compiled = torch.compile(ours, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(ids), theirs(ids))
+    torch.testing.assert_close(ours.weight, theirs.weight)
 
 
 def test_jagged_bags(device: str) -> None:
@@ -194,6 +379,59 @@ def test_jagged_bags(device: str) -> None:
     torch.testing.assert_close(ours(ids), theirs(ids))
     factors = torch.nested.nested_tensor_from_jagged(torch.rand(8, device=device), ids.offsets())
     torch.testing.assert_close(ours(ids, None, factors), theirs(ids, None, factors))
+    starts, lengths = torch.tensor([0, 3, 5, 9], device=device), torch.tensor([2, 0, 3], device=device)
+    with_holes = torch.nested.nested_tensor_from_jagged(torch.arange(1, 10, device=device), starts, lengths)
+    expected = ours(torch.tensor([1, 2, 6, 7, 8], device=device), torch.tensor([0, 2, 2], device=device))
+    assert torch.equal(ours(with_holes), expected)
+
+
+@pytest.mark.parametrize("layout", [torch.jagged, torch.strided], ids=str)
+def test_nested_lookups(layout: torch.layout, device: str) -> None:
+    """A nested tensor of rows, of the same ragged shape, with torch's gradient."""
+    theirs, ours = pair("Embedding", 10, 4, padding_idx=2, device=device)
+    parts = [torch.randint(10, (n,), device=device) for n in (3, 0, 4)]
+    ids = torch.nested.nested_tensor(parts, layout=layout)
+    for got, part in zip(ours(ids).unbind(), parts, strict=True):
+        assert torch.equal(got, theirs(part))
+    if layout == torch.jagged:
+        assert ours(ids).shape == (*ids.shape, 4)
+        cotangent = torch.randn(7, 4, device=device)
+        grads = [torch.autograd.grad(m(ids).values(), m.weight, cotangent)[0] for m in (ours, theirs)]
+        torch.testing.assert_close(*grads)
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.bool, torch.complex64, torch.float8_e4m3fn], ids=str)
+def test_lookups_in_tables_of_other_dtypes(dtype: torch.dtype, device: str) -> None:
+    """As torch looks them up; pooling is for floating dtypes alone, in torch too."""
+    table, ids = torch.randn(10, 4, device=device).to(dtype), torch.randint(10, (2, 3), device=device)
+    got = functional.embedding(ids, table)
+    assert got.dtype == dtype
+    assert torch.equal(got.view(torch.uint8), table[ids].view(torch.uint8))
+    with pytest.raises(RuntimeError, match=r"weight|Float8"):
+        functional.embedding_bag(ids, table)
+
+
+@pytest.mark.parametrize("function", ["embedding", "embedding_bag"])
+def test_tensor_subclasses_and_modes(function: str, device: str) -> None:
+    """The function is seen by __torch_function__, and a subclass of a table gives one of its results."""
+
+    class Named(Tensor):
+        pass
+
+    class Seen(TorchFunctionMode):
+        def __torch_function__(self, called: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            seen.append(called)
+            return called(*args, **(kwargs or {}))
+
+    seen: list[Any] = []
+    call = getattr(functional, function)
+    table, ids = torch.randn(10, 4, device=device), torch.randint(10, (2, 3), device=device)
+    got = call(ids, table.as_subclass(Named), padding_idx=-1)  # type: ignore[arg-type]
+    assert type(got) is Named
+    assert torch.equal(got.as_subclass(Tensor), call(ids, table, padding_idx=-1))
+    with Seen():
+        call(ids, table)
+    assert call in seen
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -304,6 +542,11 @@ def test_function_transforms(device: str) -> None:
     _, ours = pair("EmbeddingBag", 10, 4, device=device)
     ids = torch.randint(10, (5, 3, 4), device=device)
     torch.testing.assert_close(torch.func.vmap(ours)(ids), torch.stack([ours(one) for one in ids]))
+    tables, offsets = torch.randn(3, 10, 4, device=device), torch.tensor([0, 2], device=device)
+    got = torch.func.vmap(lambda w: functional.embedding_bag(ids[0, 0], w, offsets))(tables)
+    torch.testing.assert_close(got, torch.stack([functional.embedding_bag(ids[0, 0], w, offsets) for w in tables]))
+    got = torch.func.vmap(lambda w: functional.embedding(ids, w))(tables)
+    torch.testing.assert_close(got, tables[:, ids])
     weight = ours.weight.detach()
 
     def loss(weight: Tensor) -> Tensor:
@@ -327,9 +570,19 @@ def test_bits_do_not_depend_on_threads(mode: str, sparse: bool, restored_threads
     assert all(torch.equal(a, b) for run in runs[1:] for a, b in zip(run, runs[0], strict=True))
 
 
+OPTIONS: list[dict[str, Any]] = [
+    {},
+    {"padding_idx": -2},
+    {"max_norm": 1.0, "norm_type": 1.0},
+    {"scale_grad_by_freq": True},
+    {"sparse": True},
+]
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
 @pytest.mark.parametrize("name", ["Embedding", "EmbeddingBag"])
-def test_is_built_like_torchs(name: str) -> None:
-    options: dict[str, Any] = {"padding_idx": -2, "max_norm": 1.0, "scale_grad_by_freq": True, "sparse": True}
+def test_is_built_like_torchs(name: str, options: dict[str, Any]) -> None:
+    """The same initial table, repr, attributes and reset; a state_dict goes both ways; a copy of any kind works."""
     modules = []
     for library in (nn, nlpkernels):
         torch.manual_seed(5)
@@ -337,15 +590,94 @@ def test_is_built_like_torchs(name: str) -> None:
     theirs, ours = modules
     assert repr(ours) == repr(theirs)
     assert torch.equal(ours.weight, theirs.weight)
-    twin = pickle.loads(pickle.dumps(ours))
-    assert torch.equal(twin.weight, ours.weight)
-    assert type(twin) is type(ours)
+    for module in modules:
+        torch.nn.init.ones_(module.weight)
+        torch.manual_seed(6)
+        module.reset_parameters()
+    assert torch.equal(ours.weight, theirs.weight)
+    torch.nn.init.uniform_(ours.weight)
+    theirs.load_state_dict(ours.state_dict())
+    assert torch.equal(ours.weight, theirs.weight)
+    own = {k: v for k, v in vars(ours).items() if not k.startswith("_")}
+    assert own == {k: v for k, v in vars(theirs).items() if not k.startswith("_")}
+
+    saved = io.BytesIO()
+    torch.save(ours, saved)
+    saved.seek(0)
+    ids = torch.randint(10, (2, 3))
+    for twin in (
+        pickle.loads(pickle.dumps(ours)),
+        copy.deepcopy(ours),
+        torch.load(saved, weights_only=False),
+    ):
+        assert type(twin) is type(ours)
+        assert twin.weight is not ours.weight
+        assert torch.equal(twin(ids), ours(ids))
+
+
+@pytest.mark.parametrize("options", [*OPTIONS, {"freeze": False}], ids=str)
+@pytest.mark.parametrize("name", ["Embedding", "EmbeddingBag"])
+def test_from_pretrained(name: str, options: dict[str, Any]) -> None:
+    """The same table, not a copy of it, frozen unless said otherwise."""
+    table, ids = torch.randn(7, 3), torch.randint(7, (2, 3))
+    theirs, ours = (getattr(library, name).from_pretrained(table, **options) for library in (nn, nlpkernels))
+    assert type(ours) is getattr(nlpkernels, name)
+    assert repr(ours) == repr(theirs)
+    assert (ours.sparse, ours.weight.requires_grad) == (theirs.sparse, theirs.weight.requires_grad)
+    assert ours.weight.data_ptr() == table.data_ptr()
+    expected = theirs(ids)
+    torch.testing.assert_close(ours(ids), expected)
+
+
+def test_given_tables() -> None:
     table = torch.randn(7, 3)
-    pretrained = getattr(nlpkernels, name).from_pretrained(table, padding_idx=2)
-    assert type(pretrained) is type(ours)
-    assert not pretrained.weight.requires_grad
-    ids = torch.randint(7, (2, 3))
-    torch.testing.assert_close(pretrained(ids), getattr(nn, name).from_pretrained(table, padding_idx=2)(ids))
+    for name in ("Embedding", "EmbeddingBag"):
+        layer = getattr(nlpkernels, name)(7, 3, _weight=table)
+        assert layer.weight.data_ptr() == table.data_ptr()
+        assert layer.weight.requires_grad
+        with pytest.raises(AssertionError, match="Shape of weight"):
+            getattr(nlpkernels, name)(7, 4, _weight=table)
+        with pytest.raises(AssertionError, match="2-dimensional"):
+            getattr(nlpkernels, name).from_pretrained(table[0])
+    assert not nlpkernels.Embedding(7, 3, _weight=table, _freeze=True).weight.requires_grad
+
+
+@pytest.mark.parametrize("name", ["embedding", "embedding_bag", "Embedding", "EmbeddingBag"])
+def test_signatures_are_torchs(name: str) -> None:
+    theirs, ours = (nn.functional, functional) if name[0] == "e" else (nn, nlpkernels)
+    pairs = [(getattr(theirs, name), getattr(ours, name))]
+    if name[0] == "E":
+        pairs.append((pairs[0][0].forward, pairs[0][1].forward))
+    for a, b in pairs:
+        a, b = inspect.signature(a), inspect.signature(b)
+        assert [(p.name, p.default, p.kind) for p in a.parameters.values()] == [
+            (p.name, p.default, p.kind) for p in b.parameters.values()
+        ]
+
+
+@pytest.mark.parametrize("name", ["Embedding", "EmbeddingBag"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16], ids=str)
+def test_goes_to_another_dtype(name: str, dtype: torch.dtype, device: str) -> None:
+    theirs, ours = pair(name, 10, 4, device=device)
+    ids = torch.randint(10, (2, 3), device=device)
+    for module in (theirs.to(dtype), ours.to(dtype)):
+        assert module.weight.dtype == dtype
+    torch.testing.assert_close(ours(ids), theirs(ids))
+    assert getattr(nlpkernels, name)(10, 4, dtype=dtype, device="meta").weight.dtype == dtype
+
+
+@pytest.mark.parametrize("max_norm", [None, 1.0])
+@pytest.mark.parametrize("name", ["Embedding", "EmbeddingBag"])
+def test_meta_device(name: str, max_norm: float | None) -> None:
+    """Shapes without data; and no result where there are no indices to read for a table that has data."""
+    theirs, ours = (getattr(library, name)(10, 4, max_norm=max_norm, device="meta") for library in (nn, nlpkernels))
+    ids = torch.zeros(2, 3, dtype=torch.long)
+    assert ours(ids.to("meta")).shape == theirs(ids.to("meta")).shape
+    assert ours(ids.to("meta")).is_meta
+    if max_norm is None:
+        assert ours(ids).is_meta
+    with pytest.raises(RuntimeError, match="expected indices on cpu like weight, got meta"):
+        getattr(nlpkernels, name)(10, 4)(ids.to("meta"))
 
 
 @pytest.mark.parametrize("name", ["Embedding", "EmbeddingBag"])
@@ -368,6 +700,8 @@ def test_index_is_named_with_its_position() -> None:
         ours(torch.tensor([[0, 1, 2], [3, 4, 11]]))
     with pytest.raises(IndexError, match=r"indices\[4\] is -2"):
         ours(torch.tensor([0, 1, 2, 3, -2]), torch.tensor([0, 2]))
+    with pytest.raises(IndexError, match=r"flattened indices\[5\] is 10, expected a row from 0 to 9"):
+        nlpkernels.Embedding(10, 4)(torch.tensor([[0, 1, 2], [3, 4, 10]]))
 
 
 BAD_BAGS: list[tuple[dict[str, Any], type[Exception], str]] = [
@@ -377,7 +711,11 @@ BAD_BAGS: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"input": torch.zeros(2, 3, 4, dtype=torch.long)}, ValueError, "1D or 2D"),
     ({"input": torch.zeros(4, dtype=torch.long)}, ValueError, "offsets"),
     ({"offsets": torch.tensor([0])}, ValueError, "2D"),
+    ({"input": [[1, 2]]}, TypeError, "input .* got list"),
+    ({"input": None}, TypeError, "input .* got NoneType"),
     ({"mode": "median"}, ValueError, "median"),
+    ({"mode": None}, ValueError, "None"),
+    ({"weight": torch.zeros(10, 4, dtype=torch.long)}, RuntimeError, "weight of a floating dtype, got Long"),
     ({"weight": torch.zeros(4)}, ValueError, "2D"),
     ({"padding_idx": 10}, AssertionError, "-10 to 9, got 10"),
     ({"padding_idx": -11}, AssertionError, "got -11"),
@@ -385,6 +723,8 @@ BAD_BAGS: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"mode": "max", "scale_grad_by_freq": True}, ValueError, "frequency"),
     ({"mode": "sum", "per_sample_weights": torch.zeros(3, 2)}, ValueError, "same shape"),
     ({"mode": "sum", "per_sample_weights": torch.zeros(2, 3).double()}, RuntimeError, "dtype"),
+    ({"mode": "sum", "per_sample_weights": torch.zeros(2, 3).long()}, RuntimeError, "dtype"),
+    ({"mode": "sum", "per_sample_weights": torch.zeros(2, 3, device="meta")}, RuntimeError, "got meta"),
     ({"mode": "mean", "per_sample_weights": torch.zeros(2, 3).double()}, RuntimeError, "dtype"),
     ({"mode": "max", "per_sample_weights": torch.zeros(2, 3).half()}, RuntimeError, "dtype"),
 ]
@@ -396,6 +736,8 @@ BAD_OFFSETS: list[tuple[Any, bool, type[Exception], str]] = [
     (torch.tensor([0, 2, 7]), True, ValueError, "offsets"),
     (torch.tensor([[0, 2]]), False, ValueError, "offsets"),
     (torch.tensor([0.0]), False, TypeError, "offsets"),
+    (torch.tensor([0], dtype=torch.int16), False, TypeError, "offsets of dtype int32 or int64, got Short"),
+    (torch.tensor(0), False, ValueError, "offsets"),
     (torch.tensor([], dtype=torch.long), True, ValueError, "offset"),
 ]
 

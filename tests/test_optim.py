@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+import pickle
 from typing import Any
 
 import pytest
@@ -179,6 +180,105 @@ def test_bits_do_not_depend_on_threads(name: str, restored_threads: None) -> Non
     assert all(torch.equal(a, b) for run in runs[1:] for a, b in zip(run, runs[0], strict=True))
 
 
+@pytest.mark.parametrize("how", [copy.deepcopy, lambda both: pickle.loads(pickle.dumps(both))], ids=["copy", "pickle"])
+@pytest.mark.parametrize("name", SETTINGS)
+def test_goes_on_from_a_copy(name: str, how: Any, device: str) -> None:
+    """The optimizer itself, with its table, copied or unpickled in the midst of training."""
+    _, _, ours, fused = make(name, device)
+    batches = [torch.randint(V, (6, 7), device=device) for _ in range(2)]
+    ours(batches[0]).square().sum().backward()
+    twin, other = how((ours, fused))
+    before = twin.weight.detach().clone()
+    for module, optimizer in ((ours, fused), (twin, other)):
+        module(batches[1]).square().sum().backward()
+        optimizer.step()
+    assert torch.equal(ours.weight, twin.weight)
+    assert not torch.equal(twin.weight, before)
+
+
+@pytest.mark.parametrize("to", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", ["Adagrad", "RowWiseAdagrad", "SparseAdam"])
+def test_state_goes_to_a_table_of_another_dtype(name: str, to: torch.dtype, device: str) -> None:
+    """As the states of a table of that dtype are: float64 for float64, else float32, so that nothing is lost."""
+    _, _, ours, fused = make(name, device)
+    ids = torch.randint(V, (6, 7), device=device)
+    ours(ids).square().sum().backward()
+    twin = nlpkernels.EmbeddingBag(V, E, _weight=ours.weight.detach().to(to, copy=True))
+    other = getattr(optim, name)(twin.parameters())
+    other.load_state_dict(fused.state_dict())
+    wide = torch.float64 if to == torch.float64 else torch.float32
+    for key in fused.states:
+        state = other.state[twin.weight][key]
+        assert state.dtype == wide
+        assert torch.equal(state, fused.state[ours.weight][key].to(wide))
+    for module in (ours, twin):
+        module(ids).square().sum().backward()
+    assert other.state[twin.weight]["step"] == 2
+    torch.testing.assert_close(twin.weight.float(), ours.weight, atol=2e-2 if to == torch.bfloat16 else 1e-5, rtol=1e-2)
+
+
+def test_settings_that_a_scheduler_changes(device: str) -> None:
+    """OneCycleLR moves the learning rate and, of Adam, beta1 at every step."""
+    theirs, unfused, ours, fused = make("SparseAdam", device)
+    schedulers = [torch.optim.lr_scheduler.OneCycleLR(o, 0.3, total_steps=6) for o in (unfused, fused)]
+    seen = set()
+    for _ in range(5):
+        ids, cotangent = torch.randint(V, (6, 7), device=device), torch.randn(6, E, device=device)
+        train(theirs, unfused, ids, cotangent=cotangent)
+        train(ours, fused, ids, cotangent=cotangent)
+        for scheduler in schedulers:
+            scheduler.step()
+        seen.add((fused.param_groups[0]["lr"], fused.param_groups[0]["betas"]))
+        torch.testing.assert_close(ours.weight, theirs.weight)
+    assert len(seen) == 5
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_empty_batches(name: str, device: str) -> None:
+    """They change no row, and count as a step where the unfused optimizer's do."""
+    theirs, unfused, ours, fused = make(name, device, mode="sum", padding_idx=3)
+    nothing = torch.empty(0, dtype=torch.long, device=device)
+    before = ours.weight.detach().clone()
+    for batch in (
+        (nothing.reshape(0, 4),),
+        (nothing.reshape(2, 0),),
+        (nothing, torch.zeros(2, dtype=torch.long, device=device)),
+        (torch.full((2, 4), 3, device=device),),
+    ):
+        bags = ours(*batch).shape[0]
+        train(ours, fused, *batch, cotangent=torch.ones(bags, E, device=device))
+        if len(batch) == 1 and batch[0].shape[1] == 0:  # torch refuses that one (2.13)
+            batch = (nothing, torch.zeros(2, dtype=torch.long, device=device))
+        train(theirs, unfused, *batch, cotangent=torch.ones(bags, E, device=device))
+        assert torch.equal(ours.weight, before)
+    if name in ("Adagrad", "SparseAdam"):
+        assert fused.state[ours.weight]["step"] == unfused.state[theirs.weight]["step"] == 4
+    ids, cotangent = torch.randint(V, (6, 7), device=device), torch.randn(6, E, device=device)
+    train(theirs, unfused, ids, cotangent=cotangent)
+    train(ours, fused, ids, cotangent=cotangent)
+    torch.testing.assert_close(ours.weight, theirs.weight)
+
+
+def test_only_what_backward_accumulates_is_applied(device: str) -> None:
+    """As a gradient would be added to table.grad: not for other inputs, not of a frozen table."""
+    _, _, bag, _ = make("SGD", device, mode="sum")
+    ids, factors = torch.randint(V, (4, 5), device=device), torch.rand(4, 5, device=device, requires_grad=True)
+    before = bag.weight.detach().clone()
+    torch.autograd.grad(bag(ids, None, factors).sum(), factors)
+    bag(ids, None, factors).sum().backward(inputs=[factors])
+    with refusing("expected backward"):
+        torch.autograd.grad(bag(ids, None, factors).sum(), bag.weight)
+    frozen_later = bag(ids, None, factors).sum()
+    bag.weight.requires_grad_(False)
+    assert not bag(ids).requires_grad
+    bag(ids, None, factors).sum().backward()
+    frozen_later.backward()
+    assert torch.equal(bag.weight, before)
+    bag.weight.requires_grad_(True)
+    bag(ids, None, factors).sum().backward(inputs=[bag.weight])
+    assert not torch.equal(bag.weight, before)
+
+
 def refusing(message: str) -> Any:
     return pytest.raises(RuntimeError, match=message)
 
@@ -262,6 +362,35 @@ def test_bad_arguments() -> None:
         optim.Adagrad(bag.parameters())
     del first  # an optimizer that is gone has let its tables go
     optim.Adagrad(bag.parameters())
+
+
+@pytest.mark.parametrize(
+    ("name", "unfused", "message"),
+    [
+        ("SGD", lambda p: torch.optim.SGD(p, momentum=0.9), "no momentum in backward, got 0.9"),
+        ("SGD", lambda p: torch.optim.SGD(p, weight_decay=0.1), "no weight_decay in backward, got 0.1"),
+        ("Adagrad", lambda p: torch.optim.Adagrad(p, maximize=True), "no maximize"),
+        ("RowWiseAdagrad", torch.optim.Adagrad, rf"state 'sum' of shape \[{V}\], got \[{V}, {E}\]"),
+        ("SparseAdam", torch.optim.Adagrad, "state 'exp_avg' of shape .* got none"),
+    ],
+    ids=["momentum", "weight_decay", "maximize", "shape", "name"],
+)
+def test_refuses_another_state(name: str, unfused: Any, message: str) -> None:
+    """A state_dict, or a group, that asks for what is not there; everything stays as it was."""
+    _, _, bag, optimizer = make(name, "cpu")
+    bag(torch.randint(V, (6, 7))).sum().backward()
+    other = unfused([nn.Parameter(torch.zeros(V, E))])
+    other.param_groups[0]["params"][0].grad = torch.ones(V, E)
+    other.step()
+    before = copy.deepcopy(optimizer.state_dict())
+    with pytest.raises(ValueError, match=message):
+        optimizer.load_state_dict(other.state_dict())
+    torch.testing.assert_close(optimizer.state_dict(), before, atol=0, rtol=0)
+    if "no " in message:
+        table = nn.Parameter(torch.zeros(V, E))
+        with pytest.raises(ValueError, match=message):
+            optimizer.add_param_group({**other.param_groups[0], "params": [table]})
+        assert len(optimizer.param_groups) == 1
 
 
 UPDATE = torch.ops.nlpkernels.embedding_bag_update

@@ -116,12 +116,14 @@ class Indices {
 
  private:
   [[noreturn]] void fail(int64_t position) const {
+    // A single column may be what is left of any shape: a lookup's.
     const int64_t columns = tensor_.dim() == 2 ? tensor_.size(1) : 0;
-    const std::string where = columns == 0
-                                  ? std::to_string(position)
-                                  : std::to_string(position / columns) + "][" + std::to_string(position % columns);
-    TORCH_CHECK_INDEX(false, op_, ": indices[", where, "] is ", data_[position], ", expected a row from 0 to ",
-                      rows_ - 1, " of a table of ", rows_);
+    const std::string where =
+        columns == 0   ? "indices[" + std::to_string(position)
+        : columns == 1 ? "flattened indices[" + std::to_string(position)
+                       : "indices[" + std::to_string(position / columns) + "][" + std::to_string(position % columns);
+    TORCH_CHECK_INDEX(false, op_, ": ", where, "] is ", data_[position], ", expected a row from 0 to ", rows_ - 1,
+                      " of a table of ", rows_);
   }
 
   const char* op_;
@@ -285,8 +287,8 @@ std::tuple<Tensor, Tensor> embedding_bag(const Tensor& weight, const Tensor& ind
                                          const OptionalTensor& per_sample_weights, c10::string_view mode_name,
                                          int64_t padding_idx, bool include_last_offset, bool /*scale_grad_by_freq*/,
                                          bool /*sparse*/) {
-  const char* op = "embedding_bag";
   const Mode mode = parse_mode(mode_name);
+  const char* op = mode == Mode::lookup ? "embedding" : "embedding_bag";
   TORCH_CHECK_VALUE(weight.dim() == 2, op, ": expected 2-D weight, got ", weight.sizes());
   check_embedding_bag(op, weight, indices, offsets, per_sample_weights, mode, include_last_offset);
   const Bags bags(op, indices, offsets, include_last_offset);

@@ -152,13 +152,17 @@ void pack_copied(scalar* dst, int64_t width, int64_t valid, int64_t k, const Row
 template <typename scalar, typename T>
 void pack_transposed(scalar* dst, int64_t width, int64_t valid, int64_t k, const T* src, int64_t ld) {
   int64_t done = 0;  // values of k that are done for the first `whole` columns
-  int64_t whole = 0;
-  if constexpr (std::is_same_v<scalar, T>) {
-    constexpr int block = Vectorized<scalar>::size();
-    whole = valid / block * block;
-    for (; done + block <= k; done += block) {
-      for (int64_t j = 0; j < whole; j += block) {
-        at::vec::transpose_mxn<scalar, block, block>(src + j * ld + done, ld, dst + done * width + j, width);
+  constexpr int block = Vectorized<scalar>::size();
+  const int64_t whole = valid / block * block;
+  for (; done + block <= k; done += block) {
+    for (int64_t j = 0; j < whole; j += block) {
+      const T* from = src + j * ld + done;
+      if constexpr (std::is_same_v<scalar, T>) {
+        at::vec::transpose_mxn<scalar, block, block>(from, ld, dst + done * width + j, width);
+      } else {
+        alignas(64) scalar converted[block * block];
+        for (int row = 0; row < block; ++row) load_vector(from + row * ld).store(converted + row * block);
+        at::vec::transpose_mxn<scalar, block, block>(converted, block, dst + done * width + j, width);
       }
     }
   }

@@ -7,6 +7,7 @@
 
 #include <ATen/cpu/vec/vec.h>
 
+#include <algorithm>
 #include <cstdint>
 #include <type_traits>
 
@@ -120,31 +121,39 @@ using acc_t = std::conditional_t<std::is_same_v<T, double>, double, float>;
 template <typename T>
 using Vec = Vectorized<acc_t<T>>;
 
+NLPKERNELS_INLINE void load_as_float(const at::BFloat16* p, Vectorized<float>& v) {
+  at::vec::load_fp32_from_bf16(p, v);
+}
+NLPKERNELS_INLINE void load_as_float(const at::Half* p, Vectorized<float>& v) { at::vec::load_fp32_from_fp16(p, v); }
+
 // The first n values from p; the rest is unspecified.
 template <typename T>
 NLPKERNELS_INLINE Vec<T> load_vector(const T* p, int64_t n = Vec<T>::size()) {
+  constexpr int size = Vec<T>::size();
   if constexpr (std::is_same_v<T, acc_t<T>>) {
-    return n == Vec<T>::size() ? Vec<T>::loadu(p) : Vec<T>::loadu(p, n);
+    return n == size ? Vec<T>::loadu(p) : Vec<T>::loadu(p, n);
   } else {
-    alignas(64) acc_t<T> buffer[Vec<T>::size()] = {};
-    for (int64_t i = 0; i < n; ++i) buffer[i] = static_cast<acc_t<T>>(p[i]);
-    return Vec<T>::loadu(buffer);
+    Vec<T> v;
+    if (n == size) {
+      load_as_float(p, v);
+    } else {
+      T values[size] = {};
+      std::copy_n(p, n, values);
+      load_as_float(values, v);
+    }
+    return v;
   }
 }
 
-// The first n values of v to p.
+// The first n values of v to p, rounded to the nearest, ties to even.
 template <typename T>
 NLPKERNELS_INLINE void store_vector(T* p, const Vec<T>& v, int64_t n = Vec<T>::size()) {
-  if constexpr (std::is_same_v<T, acc_t<T>>) {
-    if (n == Vec<T>::size()) {
-      v.store(p);
-    } else {
-      v.store(p, static_cast<int>(n));
-    }
+  constexpr int size = Vec<T>::size();
+  const Vectorized<T> rounded = at::vec::convert<T>(v);
+  if (n == size) {
+    rounded.store(p, size);
   } else {
-    alignas(64) acc_t<T> buffer[Vec<T>::size()];
-    v.store(buffer);
-    for (int64_t i = 0; i < n; ++i) p[i] = static_cast<T>(buffer[i]);
+    rounded.store(p, static_cast<int>(n));
   }
 }
 

@@ -153,10 +153,12 @@ struct Report {
     TORCH_CHECK_VALUE(found.kind != kFirstOffset, op, ": expected offsets[0] to be 0, got ", found.value);
     TORCH_CHECK_VALUE(found.kind != kOffset, op, ": expected offsets[", found.position, "] between ", found.least,
                       " (the offset before it) and ", found.most, " (the number of indices), got ", found.value);
-    const std::string place = found.columns == 0 ? std::to_string(found.position)
-                                                 : std::to_string(found.position / found.columns) + "][" +
-                                                       std::to_string(found.position % found.columns);
-    TORCH_CHECK_INDEX(false, op, ": indices[", place, "] is ", found.value, ", expected a row from 0 to ", found.most,
+    // A single column may be what is left of any shape: a lookup's.
+    const std::string where = found.columns == 0   ? "indices[" + std::to_string(found.position)
+                              : found.columns == 1 ? "flattened indices[" + std::to_string(found.position)
+                                                   : "indices[" + std::to_string(found.position / found.columns) +
+                                                         "][" + std::to_string(found.position % found.columns);
+    TORCH_CHECK_INDEX(false, op, ": ", where, "] is ", found.value, ", expected a row from 0 to ", found.most,
                       " of a table of ", found.most + 1);
   }
 };
