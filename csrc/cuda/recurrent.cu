@@ -11,6 +11,7 @@
 //   (with a mask of h, what stores h_t stores it once more, masked, for the next step's product)
 // Both directions take their i-th step side by side: the product is a batch of two, and the kernel's grid has two
 // layers. In packed data they hold different numbers of sequences, and the product is two.
+// Of bfloat16 and float16 all steps can be one kernel instead, whose weights stay on the chip: forward_sequence.
 //
 // Backward walks the steps the other way: dh_{t-1} = dgates W_hh. It stores dgates of all rows, and beside them
 // h_{t-1}, and with a projection the two factors of dW_hr, so that the gradients of the weights and of x are large
