@@ -47,12 +47,15 @@ __device__ __forceinline__ void add_release(unsigned* at) {
   asm volatile("red.release.gpu.global.add.u32 [%0], 1;" ::"l"(at) : "memory");
 }
 
-// Waits until *at is `least` or more. What was written before the additions can then be read.
+// Waits until *at is `least` or more. What was written before the additions can then be read. Blocks that wait for one
+// another are a step apart; a wait of minutes is a mistake, and ends as an error.
 __device__ __forceinline__ void wait_acquire(const unsigned* at, unsigned least) {
-  unsigned value;
-  do {
+  for (unsigned turn = 0; turn < 1u << 28; ++turn) {
+    unsigned value;
     asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(value) : "l"(at) : "memory");
-  } while (value < least);
+    if (value >= least) return;
+  }
+  __trap();
 }
 
 // c [16, 8] += a [16, 16] b [16, 8], of a whole warp. Lane 4 g + i has, in a0 to a3, columns 2i, 2i + 1 of rows g and
@@ -62,11 +65,11 @@ template <typename T>
 __device__ __forceinline__ void mma(float (&c)[4], unsigned a0, unsigned a1, unsigned a2, unsigned a3, unsigned b0,
                                     unsigned b1) {
 #if __CUDA_ARCH__ >= 800
-#define NLPKERNELS_MMA(dtype)                                  \
-  asm("mma.sync.aligned.m16n8k16.row.col.f32." dtype "." dtype \
-      ".f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,"    \
-      "%2,%3};"                                                \
-      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])         \
+#define NLPKERNELS_MMA(dtype)                                           \
+  asm("mma.sync.aligned.m16n8k16.row.col.f32." dtype "." dtype          \
+      ".f32 "                                                           \
+      "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};" \
+      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])                  \
       : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1))
   if constexpr (std::is_same_v<T, c10::Half>) {
     NLPKERNELS_MMA("f16");
