@@ -79,7 +79,7 @@ __device__ __forceinline__ void mma(float (&c)[4], unsigned a0, unsigned a1, uns
   }
 #undef NLPKERNELS_MMA
 #else
-  __trap();  // is_persistent_device() says no
+  __trap();  // Residency says no
 #endif
 }
 
