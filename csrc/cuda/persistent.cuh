@@ -19,7 +19,9 @@
 // __syncthreads; a block reads 2 H bytes of h for each of its sequences, 64 KB of 32 sequences at H = 1024, and sums
 // 2 G units H operations of each, by tensor cores. Launches and waits bound both, not operations: the fewer sequences,
 // the more one kernel should win, and products of hundreds of sequences, which fill the device by themselves, should
-// be left to cuBLAS: hence four passes at most (recurrent.cu, plan_sequence).
+// be left to cuBLAS: hence four passes at most (recurrent.cu, plan_sequence). Kernels of this sort have been measured
+// at 2 to 5 us a step on an H100 (cuDNN's 1.96 and FlashRNN's 4.8, of an LSTM with B = 16, H = 768; FlashRNN's
+// notebook).
 //
 // What fits. A block takes bytes(chunks, tiles) of shared memory and a few for its states, and by its registers (220 to
 // 245 of 256 threads) has a multiprocessor to itself. 128 blocks of 32 rows of an LSTM with H = 1024 take 101 KB each.

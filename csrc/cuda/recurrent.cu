@@ -212,7 +212,7 @@ __global__ void __launch_bounds__(Slice<T>::kThreads, 1)
     const T* h_previous = buffer(taken);
     T* h = buffer(taken + 1);
     for (int first = 0; first < active; first += W::kSequences) {
-      const int count = std::min<int>(active - first, W::kSequences);
+      const int count = active - first < W::kSequences ? active - first : W::kSequences;
       const auto is_own = [&](int own, int& b, int& unit) {
         b = (own * W::kThreads + static_cast<int>(threadIdx.x)) / units;
         unit = (own * W::kThreads + static_cast<int>(threadIdx.x)) % units;
