@@ -245,7 +245,7 @@ def test_one_kernel_is_where_it_fits_and_where_it_is_wanted(kernels: str, monkey
         for module, given in ((projected, x), (wide, x.float())):
             with pytest.raises(RuntimeError, match="PERSISTENT is always, but no kernel for 6 hidden units, 3 seq"):
                 module(given)
-        large = nlpkernels.LSTM(4, 4096 if kernels == "cuda" else 40, dtype=torch.bfloat16, device=kernels)
+        large = nlpkernels.LSTM(4, 4096 if kernels == "cuda" else 400, dtype=torch.bfloat16, device=kernels)
         monkeypatch.setenv("EMULATED_CUDA_MULTIPROCESSORS", "1")
         with pytest.raises(RuntimeError, match="3 sequences and 1 directions of BFloat16 fits on this device"):
             large(x)
