@@ -68,6 +68,9 @@ cuda-check:  ## compile the CUDA kernels and check all that can be without a GPU
 	@echo 'The same code compiled for the CPU, in place of the kernels of csrc/cpu'
 	@cd tests && PYTHONPATH='$(CURDIR)/$(VENV)/nlpkernels' ../$(BIN)/pytest -q -r fE --emulated-cuda \
 	  test_recurrent.py test_recurrent_dropout.py test_embedding.py test_optim.py test_ops.py test_cuda.py
+	@echo 'And with one kernel for all steps, where it can be'
+	@cd tests && PYTHONPATH='$(CURDIR)/$(VENV)/nlpkernels' NLPKERNELS_CUDA_PERSISTENT=fits \
+	  ../$(BIN)/pytest -q -r fE --emulated-cuda -k 'float16 or autocast' test_recurrent.py test_recurrent_dropout.py
 
 # Takes the interpreter as it is, and installs nothing.
 gpu-report:  ## build, test, sanitise and time the CUDA kernels on a GPU, with what $(PYTHON) has

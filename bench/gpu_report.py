@@ -20,14 +20,17 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from . import machine
 from .measure import Effort, append_rows, blank_row, explain, measure
-from .problems import Case, make_problem, problem_type
-from .providers import OURS
+from .problems import Case, Problem, make_problem, problem_type
+from .providers import OURS, PROVIDERS, Prepared, Unsupported
 from .workloads import BAGS, Workload
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -42,6 +45,10 @@ LIMITS = {"build": 200, "checks": 150}
 # The first of the ports on which each tool and what it watches find each other; they run at the same time.
 PORTS = {tool: 49152 + 100 * i for i, tool in enumerate(TOOLS)}
 SLOWER = 0.95
+# One kernel for all steps, against one a step; and the tests that run with it, too.
+PERSISTENT, SWITCH = "persistent", "NLPKERNELS_CUDA_PERSISTENT"
+HALVES = DTYPES[1:]
+PERSISTENT_TESTS = ("cuda", "recurrent", "recurrent_dropout", "lengths_and_states")
 
 
 def cases() -> list[Case]:
@@ -71,6 +78,34 @@ def cases() -> list[Case]:
     ]
 
 
+@contextmanager
+def switched(when: str) -> Iterator[None]:
+    """With NLPKERNELS_CUDA_PERSISTENT set."""
+    before = os.environ.get(SWITCH, "never")
+    os.environ[SWITCH] = when
+    try:
+        yield
+    finally:
+        os.environ[SWITCH] = before
+
+
+def persistent(problem: Problem, case: Case) -> Prepared:
+    """Ours with one kernel for all steps, or Unsupported where it does not fit."""
+    prepared = PROVIDERS[OURS](problem, case)
+
+    def call() -> Any:
+        with switched("always"):
+            return prepared.call()
+
+    try:
+        call()
+    except RuntimeError as error:
+        if SWITCH not in str(error):
+            raise
+        raise Unsupported("does not fit on this device") from error
+    return replace(prepared, call=call)
+
+
 def benchmark(output: Path, seconds: float) -> None:
     """Rows of as many cases as fit."""
     end = time.monotonic() + seconds
@@ -81,10 +116,13 @@ def benchmark(output: Path, seconds: float) -> None:
             print(f"{done} of {len(everything)} cases in {seconds:.0f} s")
             return
         names = [OURS, "torch"]
+        if case.workload.kind == "sequence" and case.dtype in HALVES:
+            names.append(PERSISTENT)
         try:
             if 0 < 0.5 * machine.free_memory(case.device) < problem_type(case).memory(case):
                 continue
-            rows = measure(case, make_problem(case), names, effort, machine.floor(case.device, case.dtype, 1))
+            floor = machine.floor(case.device, case.dtype, 1)
+            rows = measure(case, make_problem(case), names, effort, floor, {**PROVIDERS, PERSISTENT: persistent})
         except Exception as error:  # this case is lost, the run is not
             rows = [blank_row(case, name, f"failed: {explain(error)}") for name in names]
         append_rows(output, rows)
@@ -102,8 +140,10 @@ def smoke(device: str) -> None:
                            ("LSTM", {})):  # fmt: skip
             layer = getattr(nlpkernels, name)(20, 37, bidirectional=True, **more, **options)
             x = torch.randn(5, 3, 20, requires_grad=True, **options)
-            packed = torch.nn.utils.rnn.pack_padded_sequence(x, torch.tensor([5, 3, 1]))
-            (layer(x)[0].square().sum() + layer(packed)[0].data.square().sum()).backward()
+            for when in ("never", "fits") if dtype in HALVES else ("never",):
+                packed = torch.nn.utils.rnn.pack_padded_sequence(x, torch.tensor([5, 3, 1]))
+                with switched(when):
+                    (layer(x)[0].square().sum() + layer(packed)[0].data.square().sum()).backward()
         for columns, mode, index in itertools.product((32, 37), ("sum", "mean", "max"), (torch.int32, torch.int64)):
             bag = nlpkernels.EmbeddingBag(50, columns, mode=mode, padding_idx=3, **options)
             ids, offsets = torch.randint(50, (90,), device=device, dtype=index), torch.tensor([0, 7, 7, 40])
@@ -193,12 +233,17 @@ def speeds(path: Path) -> list[str]:
     """Geometric means of torch.nn's time over ours, and each loss."""
     rows = list(rows_of(path))
     ratios: dict[tuple[str, str, str], list[float]] = {}
-    losses, bad = [], []
+    losses, bad, in_one_kernel = [], [], []
     for row in rows:
+        if row["provider"] == PERSISTENT and row["status"].startswith("unsupported"):
+            continue
         if row["status"] != "ok":
             bad.append(
                 f"- {row['provider']}: {row['cell']} {row['mode']} {row['dtype']} {row['shape']}: {row['status']}"
             )
+        elif row["provider"] == PERSISTENT and row["ratio"] not in ("", "nan"):
+            ratio = 1 / float(row["ratio"])
+            in_one_kernel.append((ratio, f"- {ratio:.2f}: {row['cell']} {row['mode']} {row['dtype']} {row['shape']}"))
         elif row["provider"] == "torch" and row["ratio"] not in ("", "nan"):
             ratio = float(row["ratio"])
             ratios.setdefault((row["cell"], row["dtype"], row["mode"]), []).append(ratio)
@@ -215,7 +260,10 @@ def speeds(path: Path) -> list[str]:
             copies.append(f"| {row['shape']} | {row['dtype']} | {row['mode']} | {row['gbs']} | {share:.0%} |")
     return [
         "", "## Speed: torch.nn's time over ours", "", *table, "", f"Slower than {SLOWER}: {len(losses)}", "",
-        *(line for _, line in sorted(losses)), "", "## Bags", "", *copies, "", f"Wrong or failed: {len(bad)}", "", *bad,
+        *(line for _, line in sorted(losses)), "",
+        "## One kernel for all steps: the time of a kernel a step over its own, where it fits", "",
+        *(line for _, line in sorted(in_one_kernel)), "", "## Bags", "", *copies, "",
+        f"Wrong or failed: {len(bad)}", "", *bad,
     ]  # fmt: skip
 
 
@@ -243,6 +291,10 @@ def run(folder: Path, seconds: float) -> int:
             for name in TESTS:
                 log, command = f"test_{name}.log", [python, "-m", "pytest", "-q", "-k", "cuda", f"tests/test_{name}.py"]
                 checks[f"tests, {name}"] = log, report.start(log, command), " passed"
+                if name in PERSISTENT_TESTS:
+                    log = f"test_{name}_persistent.log"
+                    process = report.start(log, command, **{SWITCH: "fits"})
+                    checks[f"tests, {name}, one kernel for all steps"] = log, process, " passed"
         else:
             report.lack("tests", f"{python} lacks pytest")
         toolkit = Path(os.environ.get("CUDA_HOME", "/usr/local/cuda"))

@@ -1,11 +1,14 @@
 // CUDA for a host compiler: as much of it as csrc/cuda uses, so that those files, compiled as they are with this header
 // in front, run on the CPU. conftest.py builds them; `pytest --emulated-cuda` runs the tests with them.
 //
-// Blocks run one after the other, and so do the threads of a block, each until it ends or waits for others. A thread
-// that waits keeps its place as a fiber. Memory is the host's, so that an address sanitiser sees what a kernel does.
+// Blocks run one after the other, and those of a cooperative launch in turns. So do the threads of a block, each until
+// it ends or waits for others. A thread that waits keeps its place as a fiber. Memory is the host's, so that an address
+// sanitiser sees what a kernel does; shared memory is a block's own, of just the size that was asked for, and full of
+// NaN before.
 #pragma once
 
 #include <ATen/ATen.h>
+#include <ATen/OpMathType.h>
 #include <torch/library.h>
 #include <ucontext.h>
 
@@ -15,6 +18,7 @@
 #include <cstring>
 #include <memory>
 #include <numeric>
+#include <random>
 #include <vector>
 
 #define __global__
@@ -38,10 +42,24 @@ struct dim3 {
 using cudaError_t = int;
 using cudaStream_t = void*;
 
+enum cudaLaunchAttributeID { cudaLaunchAttributeCooperative };
+struct cudaLaunchAttribute {
+  cudaLaunchAttributeID id;
+  struct {
+    int cooperative;
+  } val;
+};
+
 struct cudaLaunchConfig_t {
   dim3 gridDim, blockDim;
   size_t dynamicSmemBytes;
   cudaStream_t stream;
+  cudaLaunchAttribute* attrs;
+  unsigned numAttrs;
+};
+
+struct alignas(16) uint4 {
+  unsigned x, y, z, w;
 };
 
 inline thread_local dim3 threadIdx, blockIdx, blockDim, gridDim;
@@ -49,24 +67,47 @@ inline thread_local dim3 threadIdx, blockIdx, blockDim, gridDim;
 namespace emulated_cuda {
 
 constexpr unsigned kWarp = 32, kMostThreads = 1024;
-constexpr size_t kStack = 1 << 18;
+constexpr size_t kStack = 1 << 16;
+constexpr unsigned kMostTurns = 1 << 20;  // that a thread waits for another block before the grid is taken to be stuck
+
+// What a lane shows to its warp.
+union Shown {
+  double number;
+  unsigned words[6];
+};
 
 // The threads of one block.
 class Block {
  public:
   template <typename Body>
-  static void run(const Body& body) {
-    Block block;
-    block.body_ = [](const void* given) { (*static_cast<const Body*>(given))(); };
-    block.given_ = &body;
-    current() = &block;
-    block.run_all();
-    current() = nullptr;
+  Block(dim3 index, size_t shared, const Body& body)
+      : index_(index), count_(blockDim.x * blockDim.y * blockDim.z), given_(&body) {
+    TORCH_CHECK(count_ <= kMostThreads);
+    body_ = [](const void* given) { (*static_cast<const Body*>(given))(); };
+    if (shared > 0) shared_.reset(static_cast<char*>(std::aligned_alloc(16, (shared + 15) / 16 * 16)));
+    if (shared > 0) std::memset(shared_.get(), 0xff, shared);
   }
 
   static Block*& current() {
     static thread_local Block* block = nullptr;
     return block;
+  }
+
+  // Lets every thread go on until it ends or waits; false if all had ended.
+  bool advance() {
+    current() = this;
+    blockIdx = index_;
+    bool waiting = next_ < count_;
+    // A fiber goes from thread to thread until one of them waits; then another takes over.
+    while (next_ < count_) resume(start_fiber());
+    for (auto& fiber : fibers_) {
+      if (fiber->is_idle) continue;
+      resume(*fiber);
+      waiting = true;
+    }
+    current() = nullptr;
+    if (error_) std::rethrow_exception(error_);
+    return waiting;
   }
 
   // Waits for those threads of this one's warp whose bit is set, among which it must be; none may have ended, nor stay
@@ -83,9 +124,28 @@ class Block {
     }
   }
 
-  // A value for each lane of this thread's warp.
-  double* lanes() { return &lanes_[running_ / kWarp * kWarp]; }
+  // Waits for all threads of the block.
+  void wait_for_all() {
+    const unsigned turn = ++syncs_[running_];
+    for (unsigned other = 0; other < count_; ++other) {
+      while (syncs_[other] < turn) {
+        TORCH_CHECK(!ended_[other], "emulated CUDA: thread ", other, " ended while its block waits for it");
+        pause();
+      }
+    }
+  }
+
+  // Lets the others go on, those of other blocks too.
+  void pause() {
+    Fiber& fiber = *active_;
+    swapcontext(&fiber.context, &scheduler_);
+    take(fiber.thread);
+  }
+
+  // What each lane of this thread's warp shows.
+  Shown* lanes() { return &lanes_[running_ / kWarp * kWarp]; }
   unsigned lane() const { return running_ % kWarp; }
+  char* shared() { return shared_.get(); }
 
  private:
   struct Fiber {
@@ -94,22 +154,6 @@ class Block {
     unsigned thread = 0;
     bool is_idle = true;
   };
-
-  Block() : count_(blockDim.x * blockDim.y * blockDim.z) { TORCH_CHECK(count_ <= kMostThreads); }
-
-  void run_all() {
-    // A fiber goes from thread to thread until one of them waits; then another takes over.
-    while (next_ < count_) resume(start_fiber());
-    for (bool waiting = true; waiting;) {
-      waiting = false;
-      for (auto& fiber : fibers_) {
-        if (fiber->is_idle) continue;
-        resume(*fiber);
-        waiting = true;
-      }
-    }
-    if (error_) std::rethrow_exception(error_);
-  }
 
   Fiber& start_fiber() {
     fibers_.push_back(std::make_unique<Fiber>());
@@ -127,12 +171,6 @@ class Block {
     active_ = &fiber;
     take(fiber.thread);
     swapcontext(&scheduler_, &fiber.context);
-  }
-
-  void pause() {
-    Fiber& fiber = *active_;
-    swapcontext(&fiber.context, &scheduler_);
-    take(fiber.thread);
   }
 
   void take(unsigned thread) {
@@ -155,18 +193,34 @@ class Block {
     fiber.is_idle = true;
   }
 
+  struct Free {
+    void operator()(void* data) const { std::free(data); }
+  };
+
+  const dim3 index_;
   const unsigned count_;
   unsigned next_ = 0, running_ = 0;
   void (*body_)(const void*) = nullptr;
-  const void* given_ = nullptr;
+  const void* given_;
+  std::unique_ptr<char, Free> shared_;
   std::exception_ptr error_;
   ucontext_t scheduler_;
   Fiber* active_ = nullptr;
   std::vector<std::unique_ptr<Fiber>> fibers_;
-  std::array<unsigned, kMostThreads> waits_{};
+  std::array<unsigned, kMostThreads> waits_{}, syncs_{};
   std::array<bool, kMostThreads> ended_{};
-  std::array<double, kMostThreads> lanes_{};
+  std::array<Shown, kMostThreads> lanes_{};
 };
+
+// A device of Hopper's shared memory and registers, with as many multiprocessors as a test wants.
+constexpr int kMostSharedMemory = 227 << 10;
+inline int multiprocessors() {
+  const char* given = std::getenv("EMULATED_CUDA_MULTIPROCESSORS");
+  return given != nullptr ? std::atoi(given) : 132;
+}
+inline int blocks_per_multiprocessor(int threads, size_t shared) {
+  return std::min(2048 / threads, static_cast<int>((kMostSharedMemory + 1024) / (shared + 1024)));
+}
 
 }  // namespace emulated_cuda
 
@@ -176,15 +230,62 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(
   blockDim = config->blockDim;
   gridDim = config->gridDim;
   TORCH_CHECK(gridDim.y <= 65535 && gridDim.z <= 65535, "emulated CUDA: the grid is too large");
+  const bool is_cooperative = config->numAttrs > 0 && config->attrs[0].val.cooperative;
+  const auto body = [&] { kernel(arguments...); };
+  std::vector<std::unique_ptr<emulated_cuda::Block>> together;
   for (unsigned z = 0; z < gridDim.z; ++z) {
     for (unsigned y = 0; y < gridDim.y; ++y) {
       for (unsigned x = 0; x < gridDim.x; ++x) {
-        blockIdx = dim3(x, y, z);
-        emulated_cuda::Block::run([&] { kernel(arguments...); });
+        auto block = std::make_unique<emulated_cuda::Block>(dim3(x, y, z), config->dynamicSmemBytes, body);
+        if (is_cooperative) {
+          together.push_back(std::move(block));
+        } else {
+          while (block->advance()) {
+          }
+        }
       }
     }
   }
+  TORCH_CHECK(
+      static_cast<int>(together.size()) <=
+          emulated_cuda::multiprocessors() *
+              emulated_cuda::blocks_per_multiprocessor(blockDim.x * blockDim.y * blockDim.z, config->dynamicSmemBytes),
+      "emulated CUDA: a cooperative launch of more blocks than fit at once");
+  std::minstd_rand random;  // nothing may depend on which block goes ahead
+  for (bool waiting = true; waiting;) {
+    waiting = false;
+    std::shuffle(together.begin(), together.end(), random);
+    for (auto& block : together) waiting |= block->advance();
+  }
   return 0;
+}
+
+enum cudaDeviceAttr {
+  cudaDevAttrCooperativeLaunch,
+  cudaDevAttrMaxSharedMemoryPerBlockOptin,
+  cudaDevAttrMultiProcessorCount,
+  cudaDevAttrComputeCapabilityMajor
+};
+inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr which, int) {
+  const int values[] = {1, emulated_cuda::kMostSharedMemory, emulated_cuda::multiprocessors(), 9};
+  *value = values[which];
+  return 0;
+}
+enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize };
+template <typename Kernel>
+cudaError_t cudaFuncSetAttribute(Kernel, cudaFuncAttribute, int shared) {
+  return shared > emulated_cuda::kMostSharedMemory;
+}
+template <typename Kernel>
+cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, Kernel, int threads, size_t shared) {
+  *blocks = emulated_cuda::blocks_per_multiprocessor(threads, shared);
+  return 0;
+}
+
+inline void __syncthreads() { emulated_cuda::Block::current()->wait_for_all(); }
+template <typename T>
+T __ldcg(const T* from) {
+  return *from;
 }
 
 inline cudaError_t cudaMemset2DAsync(void* data, size_t pitch, int value, size_t width, size_t height, cudaStream_t) {
@@ -209,9 +310,9 @@ template <typename T>
 T value_of_lane(unsigned lanes, T value, unsigned lane) {
   TORCH_CHECK(lanes >> lane & 1, "emulated CUDA: a value of lane ", lane, ", which takes no part");
   emulated_cuda::Block& block = *emulated_cuda::Block::current();
-  block.lanes()[block.lane()] = value;
+  block.lanes()[block.lane()].number = value;
   block.wait_for(lanes);
-  const T other = static_cast<T>(block.lanes()[lane]);
+  const T other = static_cast<T>(block.lanes()[lane].number);
   block.wait_for(lanes);
   return other;
 }
@@ -225,6 +326,45 @@ template <typename T>
 T __shfl_sync(unsigned lanes, T value, unsigned lane, unsigned width) {
   return value_of_lane(lanes, value, emulated_cuda::Block::current()->lane() / width * width + lane % width);
 }
+
+// What csrc/cuda/persistent.cuh has in PTX.
+namespace nlpkernels {
+
+inline char* shared_memory() { return emulated_cuda::Block::current()->shared(); }
+
+inline void add_release(unsigned* at) { ++*at; }
+
+inline void wait_acquire(const unsigned* at, unsigned least) {
+  for (unsigned turn = 0; *at < least; ++turn) {
+    TORCH_CHECK(turn < emulated_cuda::kMostTurns, "emulated CUDA: a block waits for ", least, " arrivals, got ", *at);
+    emulated_cuda::Block::current()->pause();
+  }
+}
+
+// mma.m16n8k16 by the layout of its fragments in the manual of PTX: c [16, 8] += a [16, 16] b [16, 8]. A lane is
+// thread `lane % 4` of group `lane / 4`, and words hold two neighbouring values of a row of a, or of a column of b.
+template <typename T>
+void mma(float (&c)[4], unsigned a0, unsigned a1, unsigned a2, unsigned a3, unsigned b0, unsigned b1) {
+  emulated_cuda::Block& block = *emulated_cuda::Block::current();
+  const unsigned lane = block.lane(), words[6] = {a0, a1, a2, a3, b0, b1};
+  std::copy(words, words + 6, block.lanes()[lane].words);
+  block.wait_for(~0u);
+  const auto value = [&](unsigned from, unsigned word, unsigned half) {
+    T values[2];
+    std::memcpy(values, &block.lanes()[from].words[word], sizeof(values));
+    return static_cast<float>(values[half]);
+  };
+  for (unsigned i = 0; i < 4; ++i) {
+    const unsigned row = lane / 4 + i / 2 * 8, column = lane % 4 * 2 + i % 2;
+    for (unsigned k = 0; k < 16; ++k) {
+      c[i] +=
+          value(row % 8 * 4 + k % 8 / 2, row / 8 + k / 8 * 2, k % 2) * value(column * 4 + k % 8 / 2, 4 + k / 8, k % 2);
+    }
+  }
+  block.wait_for(~0u);
+}
+
+}  // namespace nlpkernels
 
 // torch's part -------------------------------------------------------------------------------------------------------
 

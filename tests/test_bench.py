@@ -325,6 +325,7 @@ def test_gpu_report_without_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert {case.mode for case in gpu_report.cases()} == {"inference", "train", "sparse", "update"}
     update = dataclasses.replace(BAG, modes=("update",))
     small = [case_of(work, mode) for work, mode in ((SMALL, "inference"), (SMALL, "train"), (update, "update"))]
+    small.append(dataclasses.replace(small[0], dtype=torch.bfloat16))
     monkeypatch.setattr(gpu_report, "cases", lambda: small)
     monkeypatch.setattr(machine, "floor", lambda *_: Floor(1e9, ((1, 1e9),)))
     gpu_report.benchmark(tmp_path / "gpu.csv", 60)
@@ -333,6 +334,9 @@ def test_gpu_report_without_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         "| lstm | float32 | inference | 1 |",
         "| lstm | float32 | train | 1 |",
         "| mean | float32 | update | 1 |",
+        "| lstm | bfloat16 | inference | 1 |",
     ):
         assert line in text
+    in_one_kernel = text[text.index("One kernel for all steps") : text.index("## Bags")]
+    assert in_one_kernel.count("lstm inference bfloat16") == 1
     assert "Wrong or failed: 0" in text

@@ -11,7 +11,9 @@ from typing import Any
 import pytest
 import torch
 from test_ops import ALL_OPS, OPS, WITH_KERNELS, samples_of
-from torch import Tensor
+from test_recurrent import pair, states_for, tensors
+from tolerances import FLOOR, relative_error
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
@@ -160,6 +162,98 @@ def test_an_update_with_a_wrong_index_changes_nothing(
             assert all(map(torch.equal, after, before))
         update(ids, offsets)
         assert not torch.equal(weight, before[0])
+
+
+# --- One kernel for all steps -----------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def kernels(request: pytest.FixtureRequest) -> str:
+    """The device whose tensors csrc/cuda serves."""
+    if request.config.getoption("emulated_cuda"):
+        return "cpu"
+    if not (torch.cuda.is_available() and _ops.USES_CUDA_KERNELS):
+        pytest.skip("no CUDA kernels")
+    return "cuda"
+
+
+PERSISTENT = "NLPKERNELS_CUDA_PERSISTENT"
+# T, B, I, H: one chunk of columns and several, of the warps' turns too; columns that are not whole 16 bytes; several
+# blocks, groups of sequences; and on a device of few multiprocessors several tiles of rows, several passes.
+SEQUENCES = [(3, 5, 4, 7, 132), (4, 67, 1, 40, 132), (3, 3, 8, 264, 132), (2, 2, 3, 1100, 132), (3, 5, 4, 40, 6)]
+SEQUENCES += [(2, 130, 4, 24, 12)]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("shape", SEQUENCES, ids=str)
+@pytest.mark.parametrize("kind", ["rnn_tanh", "rnn_relu", "lstm", "gru"])
+def test_one_kernel_gives_what_steps_give(
+    kind: str, shape: tuple[int, ...], dtype: torch.dtype, kernels: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whole batches, and packed ones under a mask: results, and what is kept for gradients."""
+    steps, batch, inputs, hidden, multiprocessors = shape
+    if hidden > 1000 and kind != "rnn_tanh":
+        pytest.skip("takes long, and is a matter of the product alone")
+    monkeypatch.setenv("EMULATED_CUDA_MULTIPROCESSORS", str(multiprocessors))
+    _, layer = pair(kind, inputs, hidden, bidirectional=True)
+    _, masking = pair(kind, inputs, hidden, bidirectional=True)
+    masking.recurrent_dropout = 0.3
+    x = torch.randn(steps, batch, inputs, dtype=dtype, device=kernels)
+    lengths = torch.randint(1, steps + 1, (batch,))
+    lengths[0] = steps
+    packed = nn.utils.rnn.pack_padded_sequence(x, lengths, enforce_sorted=False)
+    for module, given in ((layer, x), (masking, packed)):
+        module.to(kernels, dtype)
+        hx, seed = states_for(module, (batch,), dtype, kernels), torch.randint(1000, ()).item()
+        found = []
+        for when in ("never", "always"):
+            monkeypatch.setenv(PERSISTENT, when)
+            torch.manual_seed(seed)
+            results = tensors(module(given, hx))
+            total = sum(result.float().square().sum() for result in results)
+            found.append([*results, *torch.autograd.grad(total, list(module.parameters()))])
+        for one, expected in zip(found[1], found[0], strict=True):
+            assert one.dtype == expected.dtype
+            assert relative_error(one, expected) <= FLOOR[dtype]  # of sums over k in another order, then rounded
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_one_kernel_gives_a_sequence_the_same_bits_in_any_batch(
+    kind: str, kernels: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And on any device; products of x have one term here, for they are not its own."""
+    monkeypatch.setenv(PERSISTENT, "always")
+    layer = getattr(nlpkernels, kind)(1, 300, bidirectional=True, dtype=torch.bfloat16, device=kernels)
+    x = torch.randn(3, 40, 1, dtype=torch.bfloat16, device=kernels)
+    with torch.no_grad():
+        expected = layer(x)[0]
+        for some, multiprocessors in ((slice(0, 1), 132), (slice(30, 40), 132), (slice(7, 8), 70)):
+            monkeypatch.setenv("EMULATED_CUDA_MULTIPROCESSORS", str(multiprocessors))
+            assert torch.equal(layer(x[:, some])[0], expected[:, some])
+
+
+def test_one_kernel_is_where_it_fits_and_where_it_is_wanted(kernels: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    x = torch.randn(2, 3, 4, dtype=torch.bfloat16, device=kernels)
+    projected = nlpkernels.LSTM(4, 6, proj_size=5, dtype=torch.bfloat16, device=kernels)
+    wide = nlpkernels.LSTM(4, 6, device=kernels)
+    with torch.no_grad():
+        for when in ("never", "fits"):
+            monkeypatch.setenv(PERSISTENT, when)
+            for module, given in ((projected, x), (wide, x.float())):
+                module(given)
+        monkeypatch.setenv(PERSISTENT, "always")
+        for module, given in ((projected, x), (wide, x.float())):
+            with pytest.raises(RuntimeError, match="PERSISTENT is always, but no kernel for 6 hidden units, 3 seq"):
+                module(given)
+        large = nlpkernels.LSTM(4, 4096 if kernels == "cuda" else 400, dtype=torch.bfloat16, device=kernels)
+        monkeypatch.setenv("EMULATED_CUDA_MULTIPROCESSORS", "1")
+        with pytest.raises(RuntimeError, match="3 sequences and 1 directions of BFloat16 fits on this device"):
+            large(x)
+        monkeypatch.setenv(PERSISTENT, "fits")
+        assert large(x)[0].isfinite().all()
+        monkeypatch.setenv(PERSISTENT, "often")
+        with pytest.raises(ValueError, match="'often', expected never, fits or always"):
+            wide(x.float())
 
 
 # --- On a GPU ---------------------------------------------------------------------------------------------------------

@@ -11,6 +11,7 @@
 //   (with a mask of h, what stores h_t stores it once more, masked, for the next step's product)
 // Both directions take their i-th step side by side: the product is a batch of two, and the kernel's grid has two
 // layers. In packed data they hold different numbers of sequences, and the product is two.
+// Of bfloat16 and float16 all steps can be one kernel instead, whose weights stay on the chip: forward_sequence.
 //
 // Backward walks the steps the other way: dh_{t-1} = dgates W_hh. It stores dgates of all rows, and beside them
 // h_{t-1}, and with a projection the two factors of dW_hr, so that the gradients of the weights and of x are large
@@ -33,6 +34,8 @@
 #include <ATen/ops/zeros.h>
 #include <torch/library.h>
 
+#include <cstdlib>
+#include <string>
 #include <tuple>
 #include <vector>
 
@@ -40,6 +43,7 @@
 #include "../checks.h"
 #include "common.cuh"
 #include "gemm.cuh"
+#include "persistent.cuh"
 
 namespace nlpkernels {
 namespace {
@@ -76,6 +80,38 @@ struct ForwardStep {
   T* workspace;            // [D, N, S, H], or nullptr
 };
 
+// One unit of one sequence, given what x and h bring to its gates, biases included: returns h_t, makes c_t of `state`
+// (h_t, of cells without c), and stores y_t and what backward needs.
+template <typename Cell, typename T>
+__device__ __forceinline__ acc_t<T> forward_unit(const ForwardStep<T>& step, int64_t d, int64_t row, int64_t j,
+                                                 const acc_t<T>* from_x, const acc_t<T>* from_h, acc_t<T>& state) {
+  using scalar = acc_t<T>;
+  const Turn& turn = step.turn;
+  scalar a[Cell::slots], saved[Cell::saved > 0 ? Cell::saved : 1], h;
+#pragma unroll
+  for (int slot = 0; slot < Cell::slots; ++slot) a[slot] = scalar(0);
+#pragma unroll
+  for (int gate = 0; gate < Cell::gates; ++gate) {
+    a[Cell::input_slot(gate)] += from_x[gate];
+    a[gate] += from_h[gate];
+  }
+  if constexpr (Cell::has_c) {
+    h = Cell::forward(a, scalar(0), state, saved);
+  } else {
+    scalar c(0);
+    h = Cell::forward(a, state, c, saved);
+    state = h;
+  }
+  if (step.y != nullptr) step.y[(row * turn.directions + d) * turn.hidden + j] = static_cast<T>(h);
+  if (step.workspace != nullptr) {
+#pragma unroll
+    for (int s = 0; s < Cell::saved; ++s) {
+      step.workspace[((d * turn.rows + row) * Cell::saved + s) * turn.hidden + j] = static_cast<T>(saved[s]);
+    }
+  }
+  return h;
+}
+
 template <typename Cell, typename T>
 __global__ void __launch_bounds__(kThreads) forward_step(const __grid_constant__ ForwardStep<T> step) {
   using scalar = acc_t<T>;
@@ -84,40 +120,149 @@ __global__ void __launch_bounds__(kThreads) forward_step(const __grid_constant__
   if (b >= turn.active[d]) return;
   const int64_t row = turn.first_row[d] + b, sequence = d * turn.batch + b;
   for (int64_t j = first_column(); j < hidden; j += column_step()) {
-    scalar a[Cell::slots], saved[Cell::saved > 0 ? Cell::saved : 1];
-#pragma unroll
-    for (int slot = 0; slot < Cell::slots; ++slot) a[slot] = scalar(0);
+    scalar from_x[Cell::gates], from_h[Cell::gates];
 #pragma unroll
     for (int gate = 0; gate < Cell::gates; ++gate) {
       const int64_t column = gate * hidden + j;
-      scalar from_x = step.from_x[(row * turn.directions + d) * gate_rows + column];
-      scalar from_h = step.from_h[sequence * gate_rows + column];
+      from_x[gate] = step.from_x[(row * turn.directions + d) * gate_rows + column];
+      from_h[gate] = step.from_h[sequence * gate_rows + column];
       if (step.b_ih != nullptr) {
-        from_x += static_cast<scalar>(step.b_ih[d * gate_rows + column]);
-        from_h += static_cast<scalar>(step.b_hh[d * gate_rows + column]);
+        from_x[gate] += static_cast<scalar>(step.b_ih[d * gate_rows + column]);
+        from_h[gate] += static_cast<scalar>(step.b_hh[d * gate_rows + column]);
       }
-      a[Cell::input_slot(gate)] += from_x;
-      a[gate] += from_h;
     }
     const int64_t at = sequence * hidden + j;
-    scalar state = step.state[at], h;
-    if constexpr (Cell::has_c) {
-      h = Cell::forward(a, scalar(0), state, saved);
-    } else {
-      scalar c(0);
-      h = Cell::forward(a, state, c, saved);
-      state = h;
-    }
+    scalar state = step.state[at];
+    const scalar h = forward_unit<Cell>(step, d, row, j, from_x, from_h, state);
     step.state[at] = state;
     step.h[at] = static_cast<T>(h);
-    if (step.y != nullptr) step.y[(row * turn.directions + d) * hidden + j] = static_cast<T>(h);
     if (step.h_mask != nullptr) step.masked[at] = static_cast<T>(h * static_cast<scalar>(step.h_mask[at]));
-    if (step.workspace != nullptr) {
+  }
+}
+
+// All steps of the forward pass, where the weights fit on the chip (persistent.cuh). grid.x: slices of the hidden
+// units, of which a block computes all gates, so that its cells are its own; grid.y: groups of sequences; grid.z:
+// directions.
+template <typename T>
+struct ForwardSequence {
+  static constexpr int kMostRagged = 1024;  // steps of packed data: all of this is one argument of a kernel
+  static constexpr int kApart = 32;         // counters, so that they do not share a line of L2
+
+  ForwardStep<T> step;  // but for what changes from step to step
+  const T* w_hh;        // [D, G H, H]
+  const T* start;       // [D, B, H]: c0; of cells without c, h0
+  T* exchange;          // [2, D, B', H']: h_{t-1} (under the mask), and h0 until there is one; zeros beyond B and H
+  T *h_n, *c_n;         // [D, B, H]
+  unsigned* arrivals;   // [D, groups, kApart], from zero: blocks of a group that have stored h_t, over all steps
+  int64_t padded_batch;
+  int steps, units, sequences;  // of a block: hidden units, sequences of its group
+  int chunks, tiles;            // of its slice of w_hh
+  bool is_aligned, is_ragged;
+  uint16_t active[kMostRagged];  // of packed data
+
+  __device__ int64_t active_at(int t) const { return is_ragged ? active[t] : step.turn.batch; }
+};
+
+template <typename Cell, typename T>
+__global__ void __launch_bounds__(Slice<T>::kThreads, 1)
+    forward_sequence(const __grid_constant__ ForwardSequence<T> run) {
+  using W = Slice<T>;
+  constexpr int gates = Cell::gates;
+  // Units of sequences that a thread has, of each kSequences.
+  constexpr int kOwn = (W::kSequences * (W::kMostTiles * W::kRows / gates) + W::kThreads - 1) / W::kThreads;
+  const ForwardStep<T>& step = run.step;
+  const int64_t directions = step.turn.directions, batch = step.turn.batch, hidden = step.turn.hidden;
+  const int64_t d = blockIdx.z, first_unit = static_cast<int64_t>(blockIdx.x) * run.units;
+  const int64_t first_sequence = static_cast<int64_t>(blockIdx.y) * run.sequences;
+  const int64_t columns = static_cast<int64_t>(run.chunks) * W::kColumns;
+  const int units = run.units;
+
+  const W slice(shared_memory(), run.chunks, run.tiles);
+  float* state = reinterpret_cast<float*>(shared_memory() + W::bytes(run.chunks, run.tiles));  // [sequences, units]
+  float *b_ih = state + run.sequences * units, *b_hh = b_ih + gates * units;                   // [gates, units]
+  unsigned* arrivals = run.arrivals + (d * gridDim.y + blockIdx.y) * ForwardSequence<T>::kApart;
+
+  slice.load(hidden, run.is_aligned, [&](int row) -> const T* {
+    const int64_t gate = row / units, j = first_unit + row % units;
+    return gate < gates && j < hidden ? run.w_hh + ((d * gates + gate) * hidden + j) * hidden : nullptr;
+  });
+  for (int i = threadIdx.x; i < gates * units; i += W::kThreads) {
+    const int64_t j = first_unit + i % units, at = (d * gates + i / units) * hidden + j;
+    const bool is_there = step.b_ih != nullptr && j < hidden;
+    b_ih[i] = is_there ? static_cast<float>(step.b_ih[at]) : 0.0f;
+    b_hh[i] = is_there ? static_cast<float>(step.b_hh[at]) : 0.0f;
+  }
+  for (int i = threadIdx.x; i < run.sequences * units; i += W::kThreads) {
+    const int64_t sequence = first_sequence + i / units, j = first_unit + i % units;
+    if (sequence < batch && j < hidden) state[i] = static_cast<float>(run.start[(d * batch + sequence) * hidden + j]);
+  }
+  __syncthreads();
+
+  int64_t first_row = d == 0 ? 0 : step.turn.rows;
+  unsigned taken = 0;  // steps, by this group
+  for (int i = 0; i < run.steps; ++i) {
+    const int t = d == 0 ? i : run.steps - 1 - i;
+    const int64_t all_active = run.active_at(t);
+    const int64_t stay_active = i + 1 == run.steps ? 0 : run.active_at(d == 0 ? t + 1 : t - 1);
+    if (d == 1) first_row -= all_active;
+    const int active = static_cast<int>(std::min<int64_t>(all_active - first_sequence, run.sequences));
+    const auto buffer = [&](unsigned turn) {
+      return run.exchange + (turn % 2 * directions + d) * run.padded_batch * columns;
+    };
+    const T* h_previous = buffer(taken);
+    T* h = buffer(taken + 1);
+    for (int first = 0; first < active; first += W::kSequences) {
+      const int count = active - first < W::kSequences ? active - first : W::kSequences;
+      const auto is_own = [&](int own, int& b, int& unit) {
+        b = (own * W::kThreads + static_cast<int>(threadIdx.x)) / units;
+        unit = (own * W::kThreads + static_cast<int>(threadIdx.x)) % units;
+        return b < count && first_unit + unit < hidden;
+      };
+      // What does not depend on h_{t-1} is read before the wait.
+      float from_x[kOwn][gates] = {}, mask[kOwn] = {};
 #pragma unroll
-      for (int s = 0; s < Cell::saved; ++s) {
-        step.workspace[((d * turn.rows + row) * Cell::saved + s) * hidden + j] = static_cast<T>(saved[s]);
+      for (int own = 0; own < kOwn; ++own) {
+        int b, unit;
+        if (!is_own(own, b, unit)) continue;
+        const int64_t sequence = first_sequence + first + b, j = first_unit + unit;
+#pragma unroll
+        for (int gate = 0; gate < gates; ++gate) {
+          const int64_t at = (((first_row + sequence) * directions + d) * gates + gate) * hidden + j;
+          from_x[own][gate] = step.from_x[at] + b_ih[gate * units + unit];
+        }
+        if (step.h_mask != nullptr) mask[own] = static_cast<float>(step.h_mask[(d * batch + sequence) * hidden + j]);
       }
+      if (first == 0) {
+        if (threadIdx.x == 0) wait_acquire(arrivals, taken * gridDim.x);
+        __syncthreads();
+      }
+      slice.multiply(h_previous + (first_sequence + first) * columns, count);
+      __syncthreads();
+#pragma unroll
+      for (int own = 0; own < kOwn; ++own) {
+        int b, unit;
+        if (!is_own(own, b, unit)) continue;
+        const int64_t sequence = first_sequence + first + b, j = first_unit + unit;
+        float from_h[gates];
+#pragma unroll
+        for (int gate = 0; gate < gates; ++gate) {
+          from_h[gate] = slice.sum(gate * units + unit, b) + b_hh[gate * units + unit];
+        }
+        float& c = state[(first + b) * units + unit];
+        const float h_t = forward_unit<Cell>(step, d, first_row + sequence, j, from_x[own], from_h, c);
+        h[sequence * columns + j] = static_cast<T>(step.h_mask != nullptr ? h_t * mask[own] : h_t);
+        if (sequence >= stay_active) {
+          run.h_n[(d * batch + sequence) * hidden + j] = static_cast<T>(h_t);
+          if (Cell::has_c) run.c_n[(d * batch + sequence) * hidden + j] = static_cast<T>(c);
+        }
+      }
+      __syncthreads();
     }
+    if (active > 0) {
+      if (threadIdx.x == 0) add_release(arrivals);
+      ++taken;
+    }
+    if (d == 0) first_row += all_active;
   }
 }
 
@@ -337,44 +482,103 @@ T* data_or_null(const Tensor& tensor) {
 
 // Forward ------------------------------------------------------------------------------------------------------------
 
+// How forward_sequence splits a layer; of no blocks where it does not serve it.
+struct SequencePlan {
+  dim3 grid{0, 0, 0};
+  int tiles = 0, units = 0, sequences = 0;
+  size_t shared = 0;
+};
+
+// NLPKERNELS_CUDA_PERSISTENT: never (by default), where it fits, or always, with an error where it does not fit.
+enum class Persistent { kNever, kFits, kAlways };
+Persistent wants_persistent() {
+  const char* given = std::getenv("NLPKERNELS_CUDA_PERSISTENT");
+  const std::string when = given != nullptr ? given : "never";
+  TORCH_CHECK_VALUE(when == "never" || when == "fits" || when == "always", "NLPKERNELS_CUDA_PERSISTENT is '", when,
+                    "', expected never, fits or always");
+  return when == "never" ? Persistent::kNever : when == "fits" ? Persistent::kFits : Persistent::kAlways;
+}
+
+// The fewest passes over sequences, and of those the most blocks, that can be resident at once.
 template <typename Cell, typename T>
-std::tuple<Tensor, Tensor, Tensor, Tensor> forward(const Layer& layer, at::IntArrayRef y_sizes, bool keep) {
+SequencePlan plan_sequence(const Layer& layer) {
+  using W = Slice<T>;
+  constexpr int64_t kMostPasses = 4;
+  constexpr int64_t kMostSteps = 1 << 22;  // whose arrivals a counter holds
+  const bool is_servable = !layer.has_projection && layer.steps <= kMostSteps &&
+                           (layer.rows == layer.steps * layer.batch ||
+                            (layer.steps <= ForwardSequence<T>::kMostRagged && layer.batch <= UINT16_MAX));
+  const Residency residency;
+  if (!is_servable || !residency.is_possible) return {};
+  const int64_t all_passes = ceil_div(layer.batch, W::kSequences), chunks = ceil_div(layer.hidden, W::kColumns);
+  for (int64_t passes = 1; passes <= kMostPasses; ++passes) {
+    const int64_t groups = ceil_div(all_passes, passes);
+    for (int tiles = 1; tiles <= W::kMostTiles; ++tiles) {
+      const int units = tiles * W::kRows / Cell::gates;
+      const int64_t slices = ceil_div(layer.hidden, units), sequences = passes * W::kSequences;
+      const size_t shared = W::bytes(chunks, tiles) + sizeof(float) * units * (sequences + 2 * Cell::gates);
+      const int64_t blocks = slices * groups * layer.directions;
+      if (blocks <= residency.blocks(forward_sequence<Cell, T>, W::kThreads, shared)) {
+        return {dim3(slices, groups, layer.directions), tiles, units, static_cast<int>(sequences), shared};
+      }
+    }
+  }
+  return {};
+}
+
+// All steps in one launch. h_n and c_n are h0 and c0.
+template <typename Cell, typename T>
+void run_sequence(const Layer& layer, const SequencePlan& plan, ForwardStep<T> step, const Tensor& h_n,
+                  const Tensor& c_n) {
+  const int64_t directions = layer.directions, batch = layer.batch, hidden = layer.hidden;
+  const int64_t chunks = ceil_div(hidden, Slice<T>::kColumns), columns = chunks * Slice<T>::kColumns;
+  ForwardSequence<T> run{};
+  step.turn = layer.turn(0);
+  run.step = step;
+  run.w_hh = layer.all_w_hh.const_data_ptr<T>();
+  run.start = (Cell::has_c ? *layer.c0 : layer.h0).template const_data_ptr<T>();
+  run.padded_batch = ceil_div(batch, 8) * 8;
+  const Tensor exchange = at::zeros({2, directions, run.padded_batch, columns}, layer.x.options());
+  exchange.narrow(2, 0, batch).narrow(3, 0, hidden).copy_(layer.h_mask ? layer.h0.mul(*layer.h_mask) : layer.h0);
+  run.exchange = exchange.mutable_data_ptr<T>();
+  run.h_n = h_n.mutable_data_ptr<T>();
+  run.c_n = data_or_null<T>(c_n);
+  const Tensor arrivals =
+      at::zeros({directions, plan.grid.y, ForwardSequence<T>::kApart}, layer.x.options().dtype(at::kInt));
+  run.arrivals = reinterpret_cast<unsigned*>(arrivals.mutable_data_ptr<int>());
+  run.steps = static_cast<int>(layer.steps);
+  run.units = plan.units;
+  run.sequences = plan.sequences;
+  run.chunks = static_cast<int>(chunks);
+  run.tiles = plan.tiles;
+  run.is_aligned = has_aligned_rows<8>(run.w_hh, hidden);
+  run.is_ragged = layer.rows != layer.steps * batch;
+  if (run.is_ragged) std::copy(layer.active.begin(), layer.active.end(), run.active);
+  launch_together(forward_sequence<Cell, T>, {plan.grid, dim3(Slice<T>::kThreads)}, plan.shared, run);
+}
+
+// Step by step: h_n and c_n are h0 and c0.
+template <typename Cell, typename T>
+void run_steps(const Layer& layer, ForwardStep<T> step, const Tensor& y, const Tensor& h_n, const Tensor& c_n) {
   using scalar = acc_t<T>;
   constexpr auto wide = c10::CppTypeToScalarType<scalar>::value;
-  const int64_t directions = layer.directions, rows = layer.rows, batch = layer.batch, hidden = layer.hidden;
-  const int64_t gate_rows = Cell::gates * hidden;
+  const int64_t directions = layer.directions, batch = layer.batch, hidden = layer.hidden;
   const auto options = layer.x.options();
-
-  const Tensor y = at::empty(y_sizes, options);
   // The states that the steps work on are those that are returned.
-  const Tensor h_n = layer.h0.clone(at::MemoryFormat::Contiguous);
-  const Tensor c_n = Cell::has_c ? layer.c0->clone(at::MemoryFormat::Contiguous) : at::empty({0}, options);
-  const Tensor workspace = keep ? at::empty({directions, rows, Cell::saved, hidden}, options) : at::empty({0}, options);
   const Tensor own_state = Cell::has_c ? c_n : h_n;
   const Tensor state = own_state.to(wide);  // itself, but of bfloat16 and float16
-  const Tensor from_x = at::empty({rows, directions * gate_rows}, options.dtype(wide));
-  const Tensor from_h = at::empty({directions, batch, gate_rows}, options.dtype(wide));
+  const Tensor from_h = at::empty({directions, batch, Cell::gates * hidden}, options.dtype(wide));
   const Tensor cell_h = layer.has_projection ? at::empty({directions, batch, hidden}, options) : h_n;
   const Tensor masked = layer.h_mask ? layer.h0.mul(*layer.h_mask) : Tensor();
   const T* h_mask = data_or_null<T>(layer.h_mask);
   T* masked_data = data_or_null<T>(masked);
-
-  ForwardStep<T> step{};
-  step.from_x = from_x.const_data_ptr<scalar>();
-  step.from_h = from_h.const_data_ptr<scalar>();
-  step.b_ih = data_or_null<T>(layer.all_b_ih);
-  step.b_hh = data_or_null<T>(layer.all_b_hh);
+  step.from_h = from_h.template const_data_ptr<scalar>();
   step.state = state.mutable_data_ptr<scalar>();
   step.h = cell_h.mutable_data_ptr<T>();
-  step.y = layer.has_projection ? nullptr : y.mutable_data_ptr<T>();
-  step.h_mask = layer.has_projection ? nullptr : h_mask;
   step.masked = masked_data;
-  step.workspace = data_or_null<T>(workspace);
 
   const Matrix h(h_n), left(layer.h_mask ? masked : h_n), product(from_h), w_hh(layer.all_w_hh.transpose(1, 2)),
       unprojected(cell_h);
-  layer.blas.multiply(Matrix(from_x), Matrix(layer.x),
-                      Matrix(layer.all_w_ih.view({directions * gate_rows, layer.inputs}).t()));
   for (const auto i : c10::irange(layer.steps)) {
     step.turn = layer.turn(i);
     layer.multiply_active(step.turn, product, left, w_hh);
@@ -387,6 +591,45 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward(const Layer& layer, at::IntAr
     }
   }
   if (Cell::has_c && !state.is_same(own_state)) own_state.copy_(state);
+}
+
+template <typename Cell, typename T>
+std::tuple<Tensor, Tensor, Tensor, Tensor> forward(const Layer& layer, at::IntArrayRef y_sizes, bool keep) {
+  using scalar = acc_t<T>;
+  constexpr auto wide = c10::CppTypeToScalarType<scalar>::value;
+  const int64_t directions = layer.directions, rows = layer.rows, gate_rows = Cell::gates * layer.hidden;
+  const auto options = layer.x.options();
+
+  const Tensor y = at::empty(y_sizes, options);
+  const Tensor h_n = layer.h0.clone(at::MemoryFormat::Contiguous);
+  const Tensor c_n = Cell::has_c ? layer.c0->clone(at::MemoryFormat::Contiguous) : at::empty({0}, options);
+  const Tensor workspace =
+      keep ? at::empty({directions, rows, Cell::saved, layer.hidden}, options) : at::empty({0}, options);
+  const Tensor from_x = at::empty({rows, directions * gate_rows}, options.dtype(wide));
+
+  ForwardStep<T> step{};
+  step.from_x = from_x.const_data_ptr<scalar>();
+  step.b_ih = data_or_null<T>(layer.all_b_ih);
+  step.b_hh = data_or_null<T>(layer.all_b_hh);
+  step.y = layer.has_projection ? nullptr : y.mutable_data_ptr<T>();
+  step.h_mask = layer.has_projection ? nullptr : data_or_null<T>(layer.h_mask);
+  step.workspace = data_or_null<T>(workspace);
+
+  layer.blas.multiply(Matrix(from_x), Matrix(layer.x),
+                      Matrix(layer.all_w_ih.view({directions * gate_rows, layer.inputs}).t()));
+  const Persistent persistent = wants_persistent();
+  if (persistent != Persistent::kNever && rows > 0) {
+    if constexpr (sizeof(T) == 2) {
+      if (const SequencePlan plan = plan_sequence<Cell, T>(layer); plan.tiles > 0) {
+        run_sequence<Cell>(layer, plan, step, h_n, c_n);
+        return {y, h_n, c_n, workspace};
+      }
+    }
+    TORCH_CHECK(persistent == Persistent::kFits, "recurrent: NLPKERNELS_CUDA_PERSISTENT is always, but no kernel for ",
+                layer.hidden, " hidden units, ", layer.batch, " sequences and ", directions, " directions of ",
+                layer.x.scalar_type(), layer.has_projection ? " with a projection" : "", " fits on this device");
+  }
+  run_steps<Cell>(layer, step, y, h_n, c_n);
   return {y, h_n, c_n, workspace};
 }
 
