@@ -26,6 +26,7 @@ OF_CPU_KERNELS = (
     "test_bits_of_few_sequences",
     "test_other_instruction_sets",
     "test_instruction_set",
+    "test_long_sums_are_exact",
 )
 
 os.environ.setdefault("NLPKERNELS_CUDA_CHECK", "now")  # tests of errors expect them at once

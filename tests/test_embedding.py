@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from tolerances import assert_as_exact
+from tolerances import FLOOR, assert_as_exact, relative_error
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
@@ -134,6 +134,19 @@ def test_halves_accumulate_in_float(mode: str, dtype: torch.dtype, device: str) 
         output = functional.embedding_bag(ids.t(), weight, mode=mode, sparse=sparse)
         (gradient,) = torch.autograd.grad(output.sum(), weight)
         assert torch.equal(gradient.to_dense()[1], torch.full_like(weight[1], 4096.0))
+
+
+@pytest.mark.parametrize("columns", [64, 300])
+def test_long_sums_are_exact(columns: int) -> None:
+    """Of 4096 rows, in a bag and as uses of one row: one by one they would be off by twice as much as allowed."""
+    weight = torch.randn(4096, columns)
+    ids = torch.arange(4096)
+    output = functional.embedding_bag(ids.unsqueeze(0), weight, mode="sum")
+    assert relative_error(output, weight.double().sum(0, keepdim=True)) <= FLOOR[torch.float32]
+    table = torch.randn(3, columns, requires_grad=True)
+    output = functional.embedding_bag(torch.ones(4096, 1, dtype=torch.long), table, mode="sum", sparse=True)
+    (gradient,) = torch.autograd.grad(output, table, weight)
+    assert relative_error(gradient.to_dense()[1], weight.double().sum(0)) <= FLOOR[torch.float32]
 
 
 @pytest.mark.parametrize("columns", [1, 5, 8, 15, 16, 33, 65536])

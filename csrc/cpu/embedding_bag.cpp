@@ -1,11 +1,10 @@
 // Embedding-bag pooling on the CPU: forward, backward, and backward with the optimizer's step in it.
 //
 // Forward: a thread takes whole bags, reads each index, checks it, skips it if it is the padding, and adds its row to
-// sums that are in registers: of rows of up to kBlock vectors all of a bag's before the sum is stored (against
-// collecting 16 rows first, 64 columns: 170 for 190 us for 12,800 rows of a table of two million), of wider rows kGroup
-// before the next columns. The row that comes kAhead indices later, in whichever bag, is asked for meanwhile, to come
-// into the second-level cache: many more lines can be on their way there than to the first (51,200 random rows of 512
-// bytes, Zen 4: 0.64 of the time of asking 8 rows ahead for the first level). Half a row at a time, kGroup rows,
+// sums that are in registers: kGroup rows, kBlock vectors of their columns at a time. The error of a sum of n rows thus
+// grows with sqrt(kGroup + n / kGroup). The row that comes kAhead indices later, in whichever bag, is asked for, to
+// come into the second-level cache: many more lines can be on their way there than to the first (51,200 random rows of
+// 512 bytes, Zen 4: 0.64 of the time of asking 8 rows ahead for the first level). Half a row at a time, kGroup rows,
 // belongs to that: of whole rows, one by one, the hardware goes on to fetch what lies behind them.
 //
 // Backward: uses are sorted by row (radix sort of 8-byte keys, as many bits as the table needs; the bag stands in the
@@ -164,10 +163,9 @@ class RowSum {
   // for every block of columns, and told whether that is the first.
   template <typename Out, typename TermOf>
   int64_t operator()(int64_t begin, int64_t end, const TermOf& term, bool is_mean, Out* out) {
-    const int64_t group = slots_ <= kBlock ? std::max<int64_t>(1, end - begin) : kGroup;
     count_ = 0;
-    for (int64_t first = begin; first == begin || first < end; first += group) {
-      const Part part{first, std::min(first + group, end), first == begin, first + group >= end, is_mean};
+    for (int64_t first = begin; first == begin || first < end; first += kGroup) {
+      const Part part{first, std::min(first + kGroup, end), first == begin, first + kGroup >= end, is_mean};
       int64_t slot = 0;
       for (; slot + kBlock < slots_; slot += kBlock) add_block<kBlock>(part, slot, term, out);
       switch (slots_ - slot) {
@@ -200,7 +198,7 @@ class RowSum {
     const auto column = [&](int v) { return v == kVectors - 1 ? end : begin + v * kSize; };
     V total[kVectors];
 #pragma GCC unroll 8
-    for (int v = 0; v < kVectors; ++v) total[v] = part.begins ? V(0) : V::loadu(sum + v * kSize);
+    for (int v = 0; v < kVectors; ++v) total[v] = V(0);
     int64_t count = 0;
     for (int64_t i = part.first; i < part.last; ++i) {
       const Term next = term(i, slot == 0);
@@ -213,6 +211,10 @@ class RowSum {
       }
     }
     if (slot == 0) count_ += count;
+    if (!part.begins) {
+#pragma GCC unroll 8
+      for (int v = 0; v < kVectors; ++v) total[v] = V::loadu(sum + v * kSize) + total[v];
+    }
     if (!part.ends) {
 #pragma GCC unroll 8
       for (int v = 0; v < kVectors; ++v) total[v].store(sum + v * kSize);
