@@ -31,6 +31,7 @@
 #endif
 
 #include <algorithm>
+#include <atomic>
 #include <cstdint>
 #include <functional>
 #include <utility>
@@ -115,6 +116,16 @@ struct EvenParts {
   int64_t size(int64_t part) const { return low + (part < larger); }
   int64_t begin(int64_t part) const { return part * low + std::min(part, larger); }
 };
+
+// [0, total) cut likewise into slices of at most `most`, a multiple of `unit`; all but the last are whole units.
+inline std::vector<Slice> even_slices(int64_t total, int64_t unit, int64_t most) {
+  const EvenParts parts(ceil_div(total, unit), most / unit);
+  std::vector<Slice> slices;
+  for (const auto i : c10::irange(parts.count)) {
+    slices.push_back({parts.begin(i) * unit, std::min(total, parts.begin(i + 1) * unit)});
+  }
+  return slices;
+}
 
 // The columns of a matrix, or the units of a layer, cut into panels of whole vectors.
 template <typename scalar>
@@ -555,7 +566,7 @@ void run_products(const std::vector<TransposedProduct<scalar, T>>& products) {
   constexpr int64_t block_k = kChain, block_n = 528, part_m = 192, max_block_m = 4 * part_m, small_k = 4 * block_k;
   struct Task {
     const TransposedProduct<scalar, T>* product;
-    int64_t m, m_count, n, n_count;
+    Slice m, n;
   };
   int64_t total = 0, work = 0;
   for (const auto& product : products) {
@@ -574,45 +585,44 @@ void run_products(const std::vector<TransposedProduct<scalar, T>>& products) {
   std::vector<Task> tasks;
   int64_t most_m = 0;
   for (const auto& product : products) {
-    const int64_t block_m = std::min(block_m_of(product), product.m);
-    most_m = std::max(most_m, block_m);
-    for (int64_t n = 0; n < product.n; n += block_n) {
-      for (int64_t m = 0; m < product.m; m += block_m) {
-        tasks.push_back({&product, m, std::min(block_m, product.m - m), n, std::min(block_n, product.n - n)});
-      }
+    const auto rows = even_slices(product.m, kTileRows, block_m_of(product));
+    for (const Slice columns : even_slices(product.n, Panels<scalar>::vector, block_n)) {
+      for (const Slice block : rows) tasks.push_back({&product, block, columns});
     }
+    if (!rows.empty()) most_m = std::max(most_m, rows.front().end);
   }
-  const int64_t count = static_cast<int64_t>(tasks.size());
-  at::parallel_for(0, count, threads > 1 ? 1 : count, [&](int64_t begin, int64_t end) {
+  // A thread takes the next task when it is through with one: they are of unequal size.
+  std::atomic<size_t> next{0};
+  at::parallel_for(0, std::min<int64_t>(threads, tasks.size()), 1, [&](int64_t, int64_t) {
     const Scratch<scalar> a(packed_tile(RowTiles(part_m), ceil_div(part_m, kTileRows), block_k)),
         c(most_m * row_stride<scalar>(block_n));
-    for (const auto i : c10::irange(begin, end)) {
-      const Task& task = tasks[i];
-      const auto& product = *task.product;
-      T* const out = product.out + task.m * product.ldo + task.n;
+    for (size_t i; (i = next.fetch_add(1)) < tasks.size();) {
+      const auto& product = *tasks[i].product;
+      const Slice m = tasks[i].m, n = tasks[i].n;
+      const int64_t m_count = m.end - m.begin, n_count = n.end - n.begin;
+      T* const out = product.out + m.begin * product.ldo + n.begin;
       // With little of k it goes straight to the output, if whole vectors may be written there.
       scalar* to = c.data();
-      int64_t ldc = row_stride<scalar>(task.n_count);
+      int64_t ldc = row_stride<scalar>(n_count);
       if constexpr (std::is_same_v<scalar, T>) {
-        if (product.k > 0 && product.k <= small_k && task.n_count % Panels<scalar>::vector == 0)
-          to = out, ldc = product.ldo;
+        if (product.k > 0 && product.k <= small_k && n_count % Panels<scalar>::vector == 0) to = out, ldc = product.ldo;
       }
       const auto multiply_block = [&](const PackedMatrix<scalar>& b, int64_t k) {
-        b.pack_rows([&](int64_t r) { return product.b[k + r] + task.n; });
-        for (int64_t m = 0; m < task.m_count; m += part_m) {
-          const RowTiles tiles(std::min(part_m, task.m_count - m), max_rows(b.panels.vectors.size(0)));
-          pack_tiles(a.data(), tiles, b.k, product.a + k * product.lda + task.m + m, product.lda);
-          multiply(tiles, {a.data(), b.k, 0}, b, b.panels.all(), to + m * ldc, ldc, k > 0);
+        b.pack_rows([&](int64_t r) { return product.b[k + r] + n.begin; });
+        for (const Slice part : even_slices(m_count, kTileRows, part_m)) {
+          const RowTiles tiles(part.end - part.begin, max_rows(b.panels.vectors.size(0)));
+          pack_tiles(a.data(), tiles, b.k, product.a + k * product.lda + m.begin + part.begin, product.lda);
+          multiply(tiles, {a.data(), b.k, 0}, b, b.panels.all(), to + part.begin * ldc, ldc, k > 0);
         }
       };
       const int64_t blocks = product.k / block_k;
-      const PackedMatrix<scalar> block(blocks > 0 ? block_k : 0, task.n_count), rest(product.k % block_k, task.n_count);
+      const PackedMatrix<scalar> block(blocks > 0 ? block_k : 0, n_count), rest(product.k % block_k, n_count);
       for (const auto k : c10::irange(blocks)) multiply_block(block, k * block_k);
       if (rest.k > 0) multiply_block(rest, blocks * block_k);
       if (static_cast<const void*>(to) == out) continue;
-      for (const auto m : c10::irange(task.m_count)) {
-        for (const auto n : c10::irange(task.n_count)) {
-          out[m * product.ldo + n] = product.k > 0 ? static_cast<T>(to[m * ldc + n]) : T(0);
+      for (const auto row : c10::irange(m_count)) {
+        for (const auto column : c10::irange(n_count)) {
+          out[row * product.ldo + column] = product.k > 0 ? static_cast<T>(to[row * ldc + column]) : T(0);
         }
       }
     }
