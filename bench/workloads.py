@@ -122,6 +122,7 @@ SEQUENCES = (
 )
 
 CELLS = (
+    Workload("one step", "cells", "cell", "an agent that acts, one observation at a time", RNNS, B=1, I=128, H=128),
     Workload("decoder step", "cells", "cell", "a beam of 5 in a translation decoder", RNNS, B=5, I=256, H=256),
     Workload("agent step", "cells", "cell", "a policy over 256 environments", RNNS, B=256, I=256, H=256),
 )
