@@ -226,8 +226,10 @@ def _check_table(function: str, weight: Tensor) -> None:
         raise ValueError(f"{function}: weight has to be a 2D Tensor, but got Tensor of dimension {weight.dim()}")
 
 
-def _wrap_padding(function: str, padding_idx: int, rows: int) -> int:
-    """padding_idx as a row, negative ones counted from the end."""
+def _wrap_padding(function: str, padding_idx: int | None, rows: int) -> int:
+    """padding_idx as a row, negative ones counted from the end; -1 for None."""
+    if padding_idx is None:
+        return -1
     if not -rows <= padding_idx < rows:
         raise AssertionError(
             f"{function}: padding_idx must be within num_embeddings: expected {-rows} to {rows - 1}, got {padding_idx}"
@@ -273,7 +275,7 @@ def embedding(
         return torch.nested.nested_tensor_from_jagged(rows, offsets, lengths, ragged)
     _check_ids("embedding", input)
     _check_table("embedding", weight)
-    padding = -1 if padding_idx is None else _wrap_padding("embedding", padding_idx, weight.shape[0])
+    padding = _wrap_padding("embedding", padding_idx, weight.shape[0])
     if weight.dtype not in _DTYPES or input.is_nested:
         return torch.nn.functional.embedding(
             input, weight, padding_idx, max_norm, norm_type, scale_grad_by_freq, sparse
@@ -375,7 +377,7 @@ def embedding_bag(
             raise ValueError(f"offsets has to be a 1D Tensor, got {offsets.dim()}D")
     else:
         raise ValueError(f"input has to be 1D or 2D Tensor, but got Tensor of dimension {input.dim()}")
-    padding = -1 if padding_idx is None else _wrap_padding("embedding_bag", padding_idx, weight.shape[0])
+    padding = _wrap_padding("embedding_bag", padding_idx, weight.shape[0])
     if per_sample_weights is not None and per_sample_weights.dtype != weight.dtype:
         raise RuntimeError(
             f"embedding_bag: expected per_sample_weights of dtype {weight.dtype} like weight, "

@@ -256,7 +256,6 @@ struct Layer : RecurrentArguments {
 template <typename Cell, typename T>
 class Forward {
   using scalar = acc_t<T>;
-  static constexpr int64_t kVector = Vec<T>::size();
   static constexpr int64_t kSlots = Cell::slots;
   static constexpr int64_t kSaved = Cell::saved;
   // Vectors of units that are activated side by side, by what is fastest: an LSTM's need more registers.
