@@ -6,6 +6,7 @@
 
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/ops/_sparse_coo_tensor_with_dims_and_tensors.h>
+#include <ATen/ops/cat.h>
 #include <ATen/ops/empty.h>
 #include <c10/core/impl/LocalDispatchKeySet.h>
 #include <c10/util/irange.h>
@@ -111,7 +112,7 @@ class RecurrentFunction : public torch::autograd::Function<RecurrentFunction> {
 };
 
 inline variable_list recurrent(const Tensor& x, const OptionalTensor& batch_sizes, const Tensor& h0,
-                               const OptionalTensor& c0, const std::vector<Tensor>& weights, const std::string& cell,
+                               const OptionalTensor& c0, const variable_list& weights, const std::string& cell,
                                const OptionalTensor& h_mask) {
   TORCH_CHECK_NOT_IMPLEMENTED(!at::GradMode::is_enabled() || !requires_grad(h_mask),
                               "recurrent: h_mask has no gradient: expected one that requires none");
@@ -124,6 +125,62 @@ inline variable_list recurrent(const Tensor& x, const OptionalTensor& batch_size
   }
   auto [y, h_n, c_n, workspace] = call_recurrent(x, batch_sizes, h0, c0, weights, cell, false, h_mask);
   return {y, h_n, c_n};
+}
+
+inline bool has_shape(const Tensor& tensor, std::initializer_list<c10::SymInt> shape) {
+  return tensor.sym_sizes() == c10::SymIntArrayRef(shape.begin(), shape.size());
+}
+
+// One step of a cell: x [B, I] and states (h,) or (h, c), [B, H], to such states. Nothing where shapes are others.
+inline std::optional<variable_list> recurrent_step(const Tensor& x, const variable_list& states,
+                                                   const variable_list& weights, const std::string& cell) {
+  if (x.dim() != 2 || !has_shape(x, {x.sym_size(0), weights[0].sym_size(1)})) return std::nullopt;
+  for (const Tensor& state : states) {
+    if (!has_shape(state, {x.sym_size(0), weights[1].sym_size(1)})) return std::nullopt;
+  }
+  const bool has_c = states.size() > 1;
+  auto results = recurrent(x, std::nullopt, states[0].unsqueeze(0),
+                           has_c ? OptionalTensor(states[1].unsqueeze(0)) : std::nullopt, weights, cell, std::nullopt);
+  if (!has_c) return variable_list{results[0]};
+  return variable_list{results[0], results[2].squeeze(0)};
+}
+
+// All layers over input [T, B, I], or [B, T, I] if batch_first, from states (h_0,), (h_0, c_0) or, for zeros, none:
+// output, h_n and, if there is one, c_n. Nothing where shapes are others, or dtypes differ.
+inline std::optional<variable_list> recurrent_layers(const Tensor& input, variable_list states,
+                                                     const variable_list& weights, const std::string& cell,
+                                                     int64_t layers, int64_t directions, bool batch_first) {
+  if (input.dim() != 3 || input.scalar_type() != weights[0].scalar_type() ||
+      input.sym_size(2) != weights[0].sym_size(1)) {
+    return std::nullopt;
+  }
+  Tensor x = batch_first ? input.transpose(0, 1) : input;
+  const bool has_c = cell == "lstm";
+  const c10::SymInt rows = layers * directions, batch = x.sym_size(1), features = weights[1].sym_size(1),
+                    hidden = has_c ? weights[1].sym_size(0) / 4 : features;
+  if (states.empty()) {
+    states.push_back(x.new_zeros_symint({rows, batch, features}));
+    if (has_c) states.push_back(hidden == features ? states[0] : x.new_zeros_symint({rows, batch, hidden}));
+  }
+  if (!has_shape(states[0], {rows, batch, features})) return std::nullopt;
+  if (has_c && !has_shape(states[1], {rows, batch, hidden})) return std::nullopt;
+  const auto per_layer = static_cast<int64_t>(weights.size()) / layers;
+  variable_list h_n, c_n;
+  for (const auto layer : c10::irange(layers)) {
+    const auto own = [&](const Tensor& state) {
+      return layers == 1 ? state : state.narrow(0, layer * directions, directions);
+    };
+    const auto first = weights.begin() + layer * per_layer;
+    auto results = recurrent(x, std::nullopt, own(states[0]), has_c ? OptionalTensor(own(states[1])) : std::nullopt,
+                             {first, first + per_layer}, cell, std::nullopt);
+    x = std::move(results[0]);
+    h_n.push_back(std::move(results[1]));
+    c_n.push_back(std::move(results[2]));
+  }
+  const auto joined = [&](const variable_list& finals) { return layers == 1 ? finals[0] : at::cat(finals); };
+  variable_list results{batch_first ? x.transpose(0, 1) : x, joined(h_n)};
+  if (has_c) results.push_back(joined(c_n));
+  return results;
 }
 
 // Embedding bags ------------------------------------------------------------------------------------------------------

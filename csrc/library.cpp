@@ -112,6 +112,10 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.attr("cuda_archs") = std::string(NLPKERNELS_CUDA_ARCHS);
   m.def("recurrent", &nlpkernels::recurrent, pybind11::call_guard<pybind11::gil_scoped_release>(),
         "y, h_n and c_n of the op of this name, with derivatives for eager calls.");
+  m.def("recurrent_step", &nlpkernels::recurrent_step, pybind11::call_guard<pybind11::gil_scoped_release>(),
+        "One step of a cell by it; None where shapes do not fit.");
+  m.def("recurrent_layers", &nlpkernels::recurrent_layers, pybind11::call_guard<pybind11::gil_scoped_release>(),
+        "All layers by it; None where shapes or dtypes do not fit.");
   m.def("embedding_bag", &nlpkernels::embedding_bag, pybind11::call_guard<pybind11::gil_scoped_release>(),
         "The first output of the op of this name, with derivatives for eager calls; indices of a lookup may have any "
         "shape, before which goes no reshape.");

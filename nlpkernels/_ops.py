@@ -632,6 +632,34 @@ def recurrent(
     return y, h_n, c_n, c.reshape(c.shape[0], *x.shape[:-1], c.shape[-1])
 
 
+def _is_plain() -> bool:
+    """Whether a call may go to C++ at once: no torch.compile, autocast or transform."""
+    return not (torch.compiler.is_compiling() or torch._C._is_any_autocast_enabled() or _is_transformed())
+
+
+def recurrent_step(x: Tensor, states: tuple[Tensor, ...], weights: list[Tensor], cell: str) -> list[Tensor] | None:
+    """One step of x [B, I] from states (h,) or (h, c), [B, H], to such; None where `recurrent` has to take it.
+
+    In Python the way to the kernel takes longer than a small step.
+    """
+    return _C.recurrent_step(x, states, weights, cell) if _is_plain() else None
+
+
+def recurrent_layers(
+    x: Tensor,
+    states: tuple[Tensor, ...] | None,
+    weights: list[Tensor],
+    cell: str,
+    num_layers: int,
+    directions: int,
+    batch_first: bool,
+) -> list[Tensor] | None:
+    """Output, h_n and, for an LSTM, c_n of all layers; None where they are to be run one by one, or do not fit."""
+    if not _is_plain():
+        return None
+    return _C.recurrent_layers(x, states or (), weights, cell, num_layers, directions, batch_first)
+
+
 def embedding_bag(
     weight: Tensor,
     indices: Tensor,

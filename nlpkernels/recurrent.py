@@ -42,7 +42,7 @@ def _parameters_of(module: torch.nn.Module, names: Iterable[str]) -> list[Tensor
     Its dictionary of them is asked first: an attribute of a module takes 20 times as long.
     """
     own = module._parameters
-    found = (own[name] if name in own else getattr(module, name) for name in names)
+    found = [own[name] if name in own else getattr(module, name) for name in names]
     return [parameter for parameter in found if parameter is not None]
 
 
@@ -76,6 +76,14 @@ class _Layers(RNNBase):
     ) -> tuple[Tensor | PackedSequence, tuple[Tensor, ...]]:
         """Output and final states, or those of all steps; `states` are (h_0,), or (h_0, c_0), or None for zeros."""
         weights = _parameters_of(self, self._flat_weights_names)
+        is_simple = isinstance(input, Tensor) and lengths is None and not return_state_sequence
+        if is_simple and not (self.training and (self.dropout or self.recurrent_dropout)):
+            directions = 2 if self.bidirectional else 1
+            results = _ops.recurrent_layers(
+                input, states, weights, self.mode.lower(), self.num_layers, directions, self.batch_first
+            )
+            if results is not None:
+                return results[0], tuple(results[1:])
         packed = input if isinstance(input, PackedSequence) else None
         x = input if isinstance(input, Tensor) else input.data
         name, batch_dim = type(self).__name__, 0 if self.batch_first else 1
@@ -492,13 +500,15 @@ class LSTM(_Layers):
 class _Cell(RNNCellBase):
     """What the cells share. A cell is a layer of one step."""
 
-    def _step(self, cell: str, input: Tensor, states: tuple[Tensor, ...] | None) -> tuple[Tensor, ...]:
+    def _step(self, cell: str, input: Tensor, states: tuple[Tensor, ...] | None) -> Sequence[Tensor]:
         """New states, (h,) or (h, c); `states` are of the same form, or None for zeros."""
+        weights = _parameters_of(self, ("weight_ih", "weight_hh", "bias_ih", "bias_hh"))
+        if states is not None and (stepped := _ops.recurrent_step(input, states, weights, cell)) is not None:
+            return stepped
         dim, shape = input.dim(), (*input.shape[:-1], self.hidden_size)
         if states is None:
             zeros = input.new_zeros(shape)
             states = (zeros, zeros) if cell == "lstm" else (zeros,)
-        # One comparison each where all is well: a step takes microseconds.
         fits = 1 <= dim <= 2 and input.size(-1) == self.input_size
         for state in states:
             fits = fits and state.shape == shape
@@ -508,7 +518,6 @@ class _Cell(RNNCellBase):
             input, states = input.unsqueeze(0), tuple(state.unsqueeze(0) for state in states)
         h0 = states[0].unsqueeze(0)
         c0 = states[1].unsqueeze(0) if cell == "lstm" else None
-        weights = _parameters_of(self, ("weight_ih", "weight_hh", "bias_ih", "bias_hh"))
         h, _, c, _ = _ops.recurrent(input, None, h0, c0, weights, cell)
         final = (h,) if c0 is None else (h, c.squeeze(0))
         return final if dim == 2 else tuple(state.squeeze(0) for state in final)

@@ -274,6 +274,23 @@ def test_bits_of_few_sequences(kind: str, bidirectional: bool, steps: int, resto
 
 
 @pytest.mark.parametrize("kind", LAYERS)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+def test_bits_in_a_ragged_batch(kind: str, dtype: torch.dtype) -> None:
+    """Those of each sequence alone; of one step too, which goes a way of its own."""
+    _, ours = pair(kind, 13, 43, bidirectional=True)
+    ours.to(dtype)
+    lengths = [1, 6, 1, 2, 1, 0, 1, 3, 1]
+    x = torch.randn(6, len(lengths), 13, dtype=dtype)
+    hx = states_for(ours, (len(lengths),), dtype, "cpu")
+    together = tensors(ours(x, hx, lengths=lengths))
+    for b, length in enumerate(lengths):
+        own = hx[:, b : b + 1] if isinstance(hx, Tensor) else tuple(state[:, b : b + 1] for state in hx)
+        output, *states = tensors(ours(x[:length, b : b + 1], own))
+        assert torch.equal(output, together[0][:length, b : b + 1])
+        assert all(torch.equal(state, all_[:, b : b + 1]) for state, all_ in zip(states, together[1:], strict=True))
+
+
+@pytest.mark.parametrize("kind", LAYERS)
 def test_nothing_to_do(kind: str, device: str) -> None:
     """No steps leave the states as they are; no sequences give empty results; gradients follow."""
     _, ours = pair(kind, 6, 5, device=device)

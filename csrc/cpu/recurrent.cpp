@@ -4,7 +4,7 @@
 // Work is cut into shares by direction and by sequences: a thread runs all steps of its own sequences, so that no step
 // needs a barrier. Where there are too few of them it is cut by hidden units instead: then the threads wait for each
 // other once a step. Weights are packed once a call (gemm.h) and shared; those that a call uses once only are packed as
-// they are read.
+// they are read, and a sequence of one step reads them as they lie (dots.h).
 //
 // Forward, for one share:
 //   for a block of steps whose gates fit kGateBytes:
@@ -34,15 +34,17 @@
 #include <ATen/ops/empty_like.h>
 #include <torch/library.h>
 
+#include <array>
 #include <atomic>
 #include <exception>
 #include <memory>
 #include <thread>
 #include <tuple>
 #include <type_traits>
+#include <utility>
 
 #include "../checks.h"
-#include "gemm.h"
+#include "dots.h"
 
 namespace nlpkernels {
 inline namespace CPU_CAPABILITY {
@@ -266,8 +268,8 @@ class Forward {
  public:
   Forward(const Layer<Cell, T>& layer, bool keep)
       : layer_(layer),
-        states_(2 * layer.directions * layer.batch * h_stride()),
-        c_(Cell::has_c ? layer.directions * layer.batch * c_stride() : 0) {
+        states_(layer.steps > 1 ? 2 * layer.directions * layer.batch * h_stride() : 0),
+        c_(layer.steps > 1 && Cell::has_c ? layer.directions * layer.batch * c_stride() : 0) {
     const auto options = layer.x.options();
     y = at::empty(sizes_of_y(layer, layer.x), options);
     h_n = at::empty(layer.h0.sizes(), options);
@@ -277,12 +279,12 @@ class Forward {
     y_ = y.mutable_data_ptr<T>();
     kept_ = workspace.numel() > 0 ? workspace.mutable_data_ptr<T>() : nullptr;
     advise_huge_pages(kept_, workspace.nbytes());
-    if (layer.uses_weights_once()) return;
+    if (layer.steps <= 1) return;
     const auto [pieces, parts] = layer.cut();
-    // W_ih, too, is not stored in packed form if it is used once only.
+    // W_ih is not stored in packed form if it is used once only.
     const bool one_block = pieces * parts == 1 && layer.rows <= block_rows(layer.batch, gate_columns(all_panels()));
     for (const auto d : c10::irange(layer.directions)) {
-      directions_.push_back(std::make_unique<Direction>(layer, d, !one_block, true));
+      directions_.push_back(std::make_unique<Direction>(layer, d, !one_block));
     }
   }
 
@@ -293,32 +295,34 @@ class Forward {
   }
 
  private:
-  // Packed weights, and the biases as the gates are stored: [panel][slot][unit].
+  // The biases of a panel as its gates are stored, [slot][unit].
+  static void write_biases(const Layer<Cell, T>& layer, int64_t d, int64_t panel, scalar* out) {
+    const auto panels = layer.unit_panels();
+    const int64_t begin = panels.begin(panel), width = panels.width(panel);
+    std::fill_n(out, kSlots * width, scalar(0));
+    if (!layer.has_bias) return;
+    const auto add = [&](const Tensor& b, int64_t gate, int64_t slot) {
+      const T* values = b.const_data_ptr<T>() + gate * layer.hidden + begin;
+      for (const auto j : c10::irange(panels.valid(panel))) out[slot * width + j] += static_cast<scalar>(values[j]);
+    };
+    for (const auto gate : c10::irange<int64_t>(Cell::gates)) {
+      add(layer.b_ih(d), gate, Cell::input_slot(gate));
+      add(layer.b_hh(d), gate, gate);
+    }
+  }
+
+  // Packed weights, and biases: [panel][slot][unit].
   struct Direction {
-    Direction(const Layer<Cell, T>& layer, int64_t d, bool stores_w_ih, bool stores_w_h)
+    Direction(const Layer<Cell, T>& layer, int64_t d, bool stores_w_ih)
         : w_ih(layer.inputs, layer.hidden, Cell::gates, stores_w_ih),
-          w_hh(layer.features, layer.hidden, Cell::gates, stores_w_h),
-          w_hr(layer.has_projection ? layer.hidden : 0, layer.features, 1, stores_w_h),
+          w_hh(layer.features, layer.hidden, Cell::gates),
+          w_hr(layer.has_projection ? layer.hidden : 0, layer.features),
           bias(kSlots * w_ih.panels.padded()) {
       w_ih.pack_transpose_of(layer.w_ih(d).template const_data_ptr<T>(), layer.inputs);
       w_hh.pack_transpose_of(layer.w_hh(d).template const_data_ptr<T>(), layer.features);
       if (layer.has_projection) w_hr.pack_transpose_of(layer.w_hr(d).template const_data_ptr<T>(), layer.hidden);
-      std::fill(bias.data(), bias.data() + kSlots * w_ih.panels.padded(), scalar(0));
-      if (layer.has_bias) {
-        for (const auto gate : c10::irange<int64_t>(Cell::gates)) {
-          add_bias(layer.b_ih(d), gate, Cell::input_slot(gate));
-          add_bias(layer.b_hh(d), gate, gate);
-        }
-      }
-    }
-
-    void add_bias(const Tensor& b, int64_t gate, int64_t slot) const {
-      const T* values = b.const_data_ptr<T>() + gate * w_ih.panels.columns;
       for (const auto panel : c10::irange(w_ih.panels.count())) {
-        scalar* out = bias.data() + w_ih.panels.begin(panel) * kSlots + slot * w_ih.panels.width(panel);
-        for (const auto j : c10::irange(w_ih.panels.valid(panel))) {
-          out[j] += static_cast<scalar>(values[w_ih.panels.begin(panel) + j]);
-        }
+        write_biases(layer, d, panel, bias.data() + kSlots * w_ih.panels.begin(panel));
       }
     }
 
@@ -339,17 +343,89 @@ class Forward {
     return std::min(std::max<int64_t>({batch, fitting, kMinBlockRows}), batch * layer_.steps);
   }
 
+  // Sequences of one step, and of none, go a way of their own, which reads each weight once. They do so beside longer
+  // ones too: a sequence's bits do not depend on the others.
   void run_share(Share& share) const {
-    const int64_t d = share.direction, begin = share.sequences.begin, end = share.sequences.end, batch = share.batch();
+    const auto [begin, end] = share.sequences;
+    const int64_t longer = begin + (layer_.steps > 1 ? layer_.active_of(1, begin, end) : 0);
+    if (longer < end) run_one_step(share, {longer, end});
+    if (begin < longer) run_steps(share, {begin, longer});
+  }
+
+  void run_one_step(const Share& share, Slice sequences) const {
+    const int64_t d = share.direction, begin = sequences.begin, batch = sequences.end - begin;
+    const int64_t active = layer_.steps > 0 ? layer_.active_of(0, begin, sequences.end) : 0;
+    const int64_t first_row = layer_.steps > 0 ? layer_.first_row[0] + begin : 0;
+    const int64_t inputs = layer_.inputs, features = layer_.features, hidden = layer_.hidden;
+    const int64_t x_stride = row_stride<scalar>(inputs), h_stride = this->h_stride(), c_stride = this->c_stride(),
+                  gate_stride = row_stride<scalar>(kSlots * Panels<scalar>::most);
+    const Slice units = layer_.units(share.panels), outputs = layer_.has_projection ? Slice{0, features} : units;
+    // One piece of memory: several take a good part of a small step's time.
+    constexpr bool copies_x = !std::is_same_v<scalar, T>;
+    const int64_t columns = (layer_.h_mask ? 3 : 2) * h_stride + (Cell::has_c ? c_stride : 0) +
+                            (layer_.has_projection ? c_stride : 0) + gate_stride + (copies_x ? x_stride : 0);
+    const Scratch<scalar> scratch(batch * columns);
+    auto take = [batch, next = scratch.data()](int64_t stride) mutable {
+      return std::exchange(next, next + batch * stride);
+    };
+    scalar *h = take(h_stride), *h_next = take(h_stride), *masked = layer_.h_mask ? take(h_stride) : h,
+           *c = take(Cell::has_c ? c_stride : 0), *unprojected = take(layer_.has_projection ? c_stride : 0),
+           *gates = take(gate_stride), *copied_x = take(copies_x ? x_stride : 0);
+
+    DotTerm<scalar, T> of_x{nullptr, 0, layer_.w_ih(d).template const_data_ptr<T>(), inputs},
+        of_h{masked, h_stride, layer_.w_hh(d).template const_data_ptr<T>(), features};
+    for (const auto r : c10::irange(batch)) {
+      copy(h + r * h_stride, layer_.h0_row(d, begin + r), {0, features});
+      if (Cell::has_c) copy(c + r * c_stride, layer_.c0_row(d, begin + r), units);
+      if (layer_.h_mask) layer_.mask(d, begin + r, {0, features}, masked + r * h_stride, h + r * h_stride);
+    }
+    if constexpr (copies_x) {
+      for (const auto r : c10::irange(active)) copy(copied_x + r * x_stride, layer_.x_row(0, begin + r), {0, inputs});
+      of_x.a = copied_x, of_x.lda = x_stride;
+    } else if (active > 0) {
+      of_x.a = layer_.x_row(0, begin), of_x.lda = layer_.x_row(0, begin + 1) - of_x.a;
+    }
+
+    const auto panels = layer_.unit_panels();
+    for (const auto panel : c10::irange(share.panels.begin, share.panels.end)) {
+      const int64_t first = panels.begin(panel), width = panels.width(panel), valid = panels.valid(panel);
+      alignas(64) scalar bias[kSlots * Panels<scalar>::most];
+      write_biases(layer_, d, panel, bias);
+      for (const auto slot : c10::irange<int64_t>(kSlots)) {
+        std::array<DotTerm<scalar, T>, 2> terms;
+        int64_t count = 0;
+        for (const auto gate : c10::irange<int64_t>(Cell::gates)) {
+          if (Cell::input_slot(gate) == slot) terms[count++] = of_x.from(gate * hidden + first);
+          if (gate == slot) terms[count++] = of_h.from(gate * hidden + first);
+        }
+        multiply_rows(terms.data(), count, active, valid, bias + slot * width, gates + slot * width, gate_stride);
+      }
+      for (const auto r : c10::irange(active)) {
+        activate(d, first_row + r, first, valid, width, gates + r * gate_stride, h + r * h_stride,
+                 layer_.has_projection ? unprojected + r * c_stride : h_next + r * h_stride, c + r * c_stride);
+      }
+    }
+    if (layer_.has_projection) {
+      const DotTerm<scalar, T> term{unprojected, c_stride, layer_.w_hr(d).template const_data_ptr<T>(), hidden};
+      multiply_rows(&term, 1, active, features, static_cast<const scalar*>(nullptr), h_next, h_stride);
+      for (const auto r : c10::irange(active)) copy(y_row(d, first_row + r), h_next + r * h_stride, outputs);
+    }
+    for (const auto r : c10::irange(batch)) {
+      const int64_t row = d * layer_.batch + begin + r;
+      copy(h_n.mutable_data_ptr<T>() + row * features, (r < active ? h_next : h) + r * h_stride, outputs);
+      if (Cell::has_c) copy(c_n.mutable_data_ptr<T>() + row * hidden, c + r * c_stride, units);
+    }
+  }
+
+  void run_steps(Share& share, Slice sequences) const {
+    const int64_t d = share.direction, begin = sequences.begin, end = sequences.end, batch = end - begin;
     const int64_t gate_columns = this->gate_columns(share.panels), gate_stride = row_stride<scalar>(gate_columns);
     const int64_t block_rows = this->block_rows(batch, gate_columns);
     const int64_t x_stride = row_stride<scalar>(layer_.inputs), h_stride = this->h_stride(),
                   c_stride = this->c_stride();
     const Slice units = layer_.units(share.panels),
                 features = layer_.has_projection ? Slice{0, layer_.features} : units;
-    std::unique_ptr<Direction> own;
-    if (layer_.uses_weights_once()) own = std::make_unique<Direction>(layer_, d, false, false);
-    const Direction& direction = own ? *own : *directions_[d];
+    const Direction& direction = *directions_[d];
     const Scratch<scalar> gates(block_rows * gate_stride), copied_x(block_rows * x_stride);
     const Scratch<scalar> unprojected(layer_.has_projection ? batch * c_stride : 0);
     const Scratch<scalar> masked(layer_.h_mask ? batch * h_stride : 0);
@@ -416,7 +492,7 @@ class Forward {
     const int64_t k = layer_.inputs, stride = row_stride<scalar>(k);
     if constexpr (std::is_same_v<scalar, T>) {
       const int64_t ld = count > 1 ? rows[1] - rows[0] : stride;
-      bool even = ld != 0;
+      bool even = count > 0 && ld != 0;
       for (int64_t r = 2; r < count && even; ++r) even = rows[r] - rows[r - 1] == ld;
       if (even) return {rows[0], k, ld};
     }

@@ -1,0 +1,154 @@
+// Matrix products with weights as they lie, row by row: for one step, which uses each weight once and would spend more
+// on packing it (gemm.h) than on multiplying.
+//
+// out[m][n] = bias[n] + sum over terms of a[m] . w[n]
+//
+// A tile takes the dot products of 1 to 3 rows of a with 4 or 8 rows of weights at once: a vector of sums for each,
+// whose lanes are added up at the end.
+//
+// Same bits: a dot product adds its terms one after the other, those of a vector's lane in the order of k, and then the
+// lanes as a tree, whatever the tile that it is in.
+#pragma once
+
+#include "gemm.h"
+
+namespace nlpkernels {
+inline namespace CPU_CAPABILITY {
+
+// One term: rows of k values of a, lda apart, and of weights w.
+template <typename scalar, typename T>
+struct DotTerm {
+  const scalar* a;
+  int64_t lda;
+  const T* w;
+  int64_t k;
+
+  // The same from a later row of weights on.
+  DotTerm from(int64_t row) const { return {a, lda, w + row * k, k}; }
+};
+
+// Columns of a tile of 1, 2, 3 rows: enough sums to hide the latency of a multiply-add, as many as there are registers
+// for, and four neighbours.
+constexpr int kDotColumns[] = {8, 4, 4};
+
+// The sums of four vectors' lanes, added as a tree of neighbours.
+template <typename scalar>
+NLPKERNELS_INLINE void add_lanes(const Vectorized<scalar>& a, const Vectorized<scalar>& b, const Vectorized<scalar>& c,
+                                 const Vectorized<scalar>& d, scalar* sums) {
+#ifdef CPU_CAPABILITY_AVX2
+  if constexpr (std::is_same_v<scalar, float>) {
+    const __m256 halves = _mm256_hadd_ps(_mm256_hadd_ps(a, b), _mm256_hadd_ps(c, d));
+    _mm_store_ps(sums, _mm_add_ps(_mm256_castps256_ps128(halves), _mm256_extractf128_ps(halves, 1)));
+    return;
+  }
+#endif
+  const Vectorized<scalar>* vectors[] = {&a, &b, &c, &d};
+  for (int i = 0; i < 4; ++i) {
+    constexpr int size = Vectorized<scalar>::size();
+    alignas(64) scalar lanes[size];
+    vectors[i]->store(lanes);
+    for (int count = size / 2; count > 0; count /= 2) {
+      for (int j = 0; j < count; ++j) lanes[j] = lanes[2 * j] + lanes[2 * j + 1];
+    }
+    sums[i] = lanes[0];
+  }
+}
+
+// Keeps the compiler from reading a value from memory at each use of it: that takes one more load for each.
+#if defined(CPU_CAPABILITY_AVX512)
+using Floats = __m512;
+using Doubles = __m512d;
+#elif defined(CPU_CAPABILITY_AVX2)
+using Floats = __m256;
+using Doubles = __m256d;
+#endif
+#if defined(CPU_CAPABILITY_AVX512) || defined(CPU_CAPABILITY_AVX2)
+NLPKERNELS_INLINE Vectorized<float> kept(Floats value) {
+  asm("" : "+v"(value));
+  return value;
+}
+NLPKERNELS_INLINE Vectorized<double> kept(Doubles value) {
+  asm("" : "+v"(value));
+  return value;
+}
+#else
+template <typename V>
+V kept(const V& value) {
+  return value;
+}
+#endif
+
+// The dot products of M rows of a, from `row` on, with `columns` rows of weights, from `column` on, at most
+// kDotColumns[M - 1].
+template <int M, typename scalar, typename T>
+void dot_tile(const DotTerm<scalar, T>* terms, int64_t count, int64_t row, int64_t column, int64_t columns,
+              const scalar* __restrict bias, scalar* __restrict out, int64_t ldo) {
+  using V = Vectorized<scalar>;
+  constexpr int N = kDotColumns[M - 1];
+  V sum[M][N];
+#pragma GCC unroll 16
+  for (int m = 0; m < M; ++m) {
+#pragma GCC unroll 16
+    for (int n = 0; n < N; ++n) sum[m][n] = V(0);
+  }
+  for (const auto* term = terms; term != terms + count; ++term) {
+    const int64_t k = term->k;
+    const scalar* a = term->a + row * term->lda;
+    const T* w[N];
+#pragma GCC unroll 16
+    for (int n = 0; n < N; ++n) w[n] = term->w + (column + std::min<int64_t>(n, columns - 1)) * k;
+    const auto multiply = [&](int64_t i, const auto& load) {
+      V left[M];
+#pragma GCC unroll 16
+      for (int m = 0; m < M; ++m) left[m] = load(a + m * term->lda + i);
+#pragma GCC unroll 16
+      for (int n = 0; n < N; ++n) {
+        const V right = M > 1 ? kept(load(w[n] + i)) : load(w[n] + i);
+#pragma GCC unroll 16
+        for (int m = 0; m < M; ++m) sum[m][n] = at::vec::fmadd(left[m], right, sum[m][n]);
+      }
+    };
+    int64_t i = 0;
+    for (; i + V::size() <= k; i += V::size()) multiply(i, [](const auto* p) { return load_vector(p); });
+    if (i < k) multiply(i, [&](const auto* p) { return load_vector(p, k - i); });
+  }
+  alignas(16) scalar dots[M * N];
+  const V* sums = &sum[0][0];
+#pragma GCC unroll 4
+  for (int i = 0; i < M * N; i += 4) add_lanes(sums[i], sums[i + 1], sums[i + 2], sums[i + 3], dots + i);
+#pragma GCC unroll 4
+  for (int m = 0; m < M; ++m) {
+    if (columns == N && bias != nullptr) {
+      for (int n = 0; n < N; ++n) out[m * ldo + n] = bias[n] + dots[m * N + n];
+    } else {
+      for (int64_t n = 0; n < columns; ++n) out[m * ldo + n] = (bias ? bias[n] : scalar(0)) + dots[m * N + n];
+    }
+  }
+}
+
+// For `rows` rows of a and `columns` rows of weights; without biases if they are null.
+template <typename scalar, typename T>
+void multiply_rows(const DotTerm<scalar, T>* terms, int64_t count, int64_t rows, int64_t columns, const scalar* bias,
+                   scalar* out, int64_t ldo) {
+  const RowTiles tiles(rows, 3);
+  const auto run = [&]<int M>(int64_t first, int64_t last) {
+    constexpr int N = kDotColumns[M - 1];
+    for (int64_t n = 0; n < columns; n += N) {
+      for (int64_t i = first; i < last; ++i) {
+        const int64_t m = tiles.begin(i);
+        dot_tile<M>(terms, count, m, n, std::min<int64_t>(N, columns - n), bias ? bias + n : nullptr, out + m * ldo + n,
+                    ldo);
+      }
+    }
+  };
+  const auto run_all = [&](int64_t size, int64_t tile, int64_t stop) {
+    if (size == 1) run.template operator()<1>(tile, stop);
+    if (size == 2) run.template operator()<2>(tile, stop);
+    if (size == 3) run.template operator()<3>(tile, stop);
+  };
+  run_all(tiles.low + 1, 0, tiles.larger);
+  run_all(tiles.low, tiles.larger, tiles.count);
+}
+
+}  // namespace CPU_CAPABILITY
+}  // namespace nlpkernels
