@@ -101,6 +101,14 @@ def poisoned_memory() -> Iterator[None]:
 
 
 @pytest.fixture
+def doubles() -> Iterator[None]:
+    """Everything is float64, unless it says otherwise: rounding is far below what assert_close allows."""
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+@pytest.fixture
 def restored_threads() -> Iterator[None]:
     """For a test that changes the number of threads."""
     threads = torch.get_num_threads()

@@ -18,6 +18,8 @@ from torch.utils.checkpoint import checkpoint
 
 import nlpkernels
 
+pytestmark = pytest.mark.usefixtures("doubles")  # these tests are not about arithmetic
+
 KINDS = ["rnn_tanh", "lstm_projected", "gru"]
 
 
@@ -322,10 +324,9 @@ def test_traced_embeddings(name: str, one_graph: Any, device: str) -> None:
 
 @pytest.mark.parametrize("name", ["RNNCell", "LSTMCell", "GRUCell"])
 def test_function_transforms_of_cells(name: str, device: str) -> None:
-    options = {"device": device, "dtype": torch.float64}
-    theirs, ours = (getattr(library, name)(4, 3, **options) for library in (nn, nlpkernels))
+    theirs, ours = (getattr(library, name)(4, 3, device=device) for library in (nn, nlpkernels))
     ours.load_state_dict(theirs.state_dict())
-    x = torch.randn(2, 4, **options)
+    x = torch.randn(2, 4, device=device)
 
     def loss(cell: nn.Module) -> Callable[[Tensor], Tensor]:
         return lambda x: sum(state.sin().sum() for state in tensors(cell(x)))
@@ -334,7 +335,7 @@ def test_function_transforms_of_cells(name: str, device: str) -> None:
     torch.testing.assert_close(torch.func.hessian(loss(ours))(x), expected)
     _, tangent = torch.func.jvp(loss(ours), (x,), (x,))
     torch.testing.assert_close(tangent, (torch.func.grad(loss(theirs))(x) * x).sum())
-    many = torch.randn(5, 2, 4, **options)
+    many = torch.randn(5, 2, 4, device=device)
     per_sample = torch.func.vmap(torch.func.grad(loss(ours)))(many)
     torch.testing.assert_close(per_sample, torch.stack([torch.func.grad(loss(theirs))(one) for one in many]))
 
@@ -342,8 +343,8 @@ def test_function_transforms_of_cells(name: str, device: str) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_gradient_penalty(kind: str, device: str) -> None:
     """A loss on the norm of the input's gradient (Gulrajani et al. 2017), in training and in eval mode."""
-    theirs, ours = pair(kind, 6, 5, 2, bidirectional=True, dtype=torch.float64, device=device)
-    x = torch.randn(4, 3, 6, dtype=torch.float64, device=device, requires_grad=True)
+    theirs, ours = pair(kind, 6, 5, 2, bidirectional=True, device=device)
+    x = an_input(device)
     runs = []
     for layer in (ours.eval(), theirs.train()):
         (dx,) = torch.autograd.grad(layer(x)[0].sin().sum(), x, create_graph=True)

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from kinks import STEP, keep_from_kinks
 from tolerances import assert_few_close
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
@@ -45,6 +46,8 @@ def built(name: str, case: Any, device: str, dtype: torch.dtype) -> tuple[nn.Mod
     ours = getattr(nlpkernels, name)(*made.args, **made.kwargs, device=device, dtype=dtype)
     assert repr(ours) == repr(theirs)
     ours.load_state_dict(theirs.state_dict())
+    if getattr(theirs, "nonlinearity", "") == "relu":
+        keep_from_kinks(lambda: theirs(*case.forward_input.args, **case.forward_input.kwargs), STEP, theirs, ours)
     return theirs, ours
 
 

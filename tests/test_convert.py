@@ -56,7 +56,8 @@ def test_round_trip(device: str) -> None:
 def test_optimizer_keeps_working(device: str) -> None:
     models = [Tagger().to(device) for _ in range(2)]
     models[1].load_state_dict(models[0].state_dict())
-    optimizers = [torch.optim.Adam(model.parameters()) for model in models]
+    # Of a gradient near 0, Adam with a small eps would make a step of any size.
+    optimizers = [torch.optim.Adam(model.parameters(), eps=0.1) for model in models]
     for step in range(4):
         if step == 2:
             nlpkernels.convert(models[1])
@@ -66,7 +67,7 @@ def test_optimizer_keeps_working(device: str) -> None:
             model(ids).sin().sum().backward()
             optimizer.step()
     for a, b in zip(*(model.parameters() for model in models), strict=True):
-        torch.testing.assert_close(b, a, atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(b, a)
 
 
 @pytest.mark.parametrize("name", LAYERS)

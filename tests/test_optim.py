@@ -20,7 +20,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "SGD": {},
     "Adagrad": {"lr_decay": 0.1, "initial_accumulator_value": 0.2, "eps": 1e-6},
     "RowWiseAdagrad": {"initial_accumulator_value": 0.2, "eps": 1e-6},
-    "SparseAdam": {"betas": (0.8, 0.95), "eps": 1e-6},
+    "SparseAdam": {"betas": (0.8, 0.95), "eps": 0.1},  # or the rounding of a gradient near 0 is divided by its size
 }
 
 
@@ -127,14 +127,14 @@ def test_half_tables_have_float32_states(name: str, dtype: torch.dtype, device: 
     ids = torch.randint(V, (6, 7), device=device)
     ours(ids).float().sum().backward()
     exact(ids).sum().backward()
-    torch.testing.assert_close(ours.weight.float(), exact.weight, atol=2e-2, rtol=2e-2)
+    assert relative_error(ours.weight, exact.weight) <= FLOOR[dtype]
     twin = nlpkernels.EmbeddingBag(V, E, dtype=dtype, device=device)
     loaded = getattr(optim, name)(twin.parameters())
     loaded.load_state_dict(fused.state_dict())
     for a, b, c in zip(*(o.state_dict()["state"][0].values() for o in (fused, loaded, reference)), strict=True):
         assert a.dtype == b.dtype == c.dtype == torch.float32
         assert torch.equal(a, b)
-        torch.testing.assert_close(a, c, atol=1e-2, rtol=2e-2)
+        assert relative_error(a, c) <= FLOOR[torch.float32]
 
 
 @pytest.mark.parametrize("name", SETTINGS)
@@ -202,7 +202,7 @@ def test_state_goes_to_a_table_of_another_dtype(name: str, to: torch.dtype, devi
     """As the states of a table of that dtype are: float64 for float64, else float32, so that nothing is lost."""
     _, _, ours, fused = make(name, device, mode="sum")
     ids = torch.randint(V, (6, 7), device=device)
-    # Gradients that no rounding touches, far from the 0 by whose size Adam would divide.
+    # Gradients that no rounding touches: the two tables' steps are the same.
     cotangents = torch.randint(1, 9, (2, 6, E), device=device) / 8
     ours(ids).backward(cotangents[0])
     with torch.no_grad():

@@ -9,11 +9,13 @@ import os
 import pickle
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
+from kinks import ROUNDING, STEP, keep_from_kinks
 from tolerances import assert_as_exact, relative_error
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
@@ -61,22 +63,37 @@ def states_for(layer: nn.Module, batch: tuple[int, ...], dtype: torch.dtype, dev
     return (h, torch.randn(rows, *batch, layer.hidden_size, dtype=dtype, device=device)) if layer.mode == "LSTM" else h
 
 
-def outputs_and_gradients(layer: nn.Module, x: Tensor, hx: Any, weigh: Callable[[Tensor], Tensor]) -> list[Tensor]:
+def packed(x: Tensor, lengths: Sequence[int] | None) -> Any:
+    """x as a PackedSequence, if there are lengths; one that says how to sort, if they are not sorted."""
+    if lengths is None:
+        return x
+    return pack_padded_sequence(x, lengths, enforce_sorted=lengths == sorted(lengths, reverse=True))
+
+
+def outputs_and_gradients(
+    layer: nn.Module, x: Tensor, hx: Any, weigh: Callable[[Tensor], Tensor], lengths: Sequence[int] | None = None
+) -> list[Tensor]:
     """Results of the layer, then the gradients of x, hx and all parameters, in one list."""
     x = x.detach().clone().requires_grad_()
     hx = None if hx is None else [state.detach().clone().requires_grad_() for state in tensors(hx)]
     states = hx if hx is None or layer.mode == "LSTM" else hx[0]
-    results = tensors(layer(x, states))
+    results = tensors(layer(packed(x, lengths), states))
     inputs = [x, *(hx or []), *layer.parameters()]
     return results + list(torch.autograd.grad(sum(weigh(result).sum() for result in results), inputs))
 
 
-def compare(theirs: nn.Module, ours: nn.Module, x: Tensor, hx: Any, dtype: torch.dtype) -> None:
-    """Outputs, states and all gradients in `dtype`, against torch.nn and float64."""
+def compare(
+    theirs: nn.Module, ours: nn.Module, x: Tensor, hx: Any, dtype: torch.dtype, lengths: Sequence[int] | None = None
+) -> None:
+    """Outputs, states and all gradients in `dtype`, against torch.nn and float64; of x packed, if there are lengths."""
     exact = copy.deepcopy(theirs.to(dtype)).double()
     layers = [ours.to(dtype), theirs, exact]
     x = x.to(dtype)
     hx = None if hx is None else [state.to(dtype) for state in tensors(hx)]
+    relu = getattr(ours, "nonlinearity", "") == "relu"
+    if relu:
+        run = partial(exact, packed(x.double(), lengths), None if hx is None else hx[0].double())
+        keep_from_kinks(run, ROUNDING, theirs, ours, exact)
     cotangents: list[Tensor] = []
     runs = []
     for layer in layers:
@@ -90,8 +107,7 @@ def compare(theirs: nn.Module, ours: nn.Module, x: Tensor, hx: Any, dtype: torch
 
         wanted = next(layer.parameters()).dtype
         states = None if hx is None else [state.to(wanted) for state in hx]
-        runs.append(outputs_and_gradients(layer, x.to(wanted), states, weigh))
-    relu = getattr(ours, "nonlinearity", "") == "relu"
+        runs.append(outputs_and_gradients(layer, x.to(wanted), states, weigh, lengths))
     assert_as_exact(*runs, names=[f"result {i}" for i in range(len(runs[0]))], relu=relu)
 
 
@@ -119,19 +135,19 @@ def test_matches_torch_on_larger_sizes(kind: str, size: tuple[int, ...], device:
 @pytest.mark.parametrize("kind", LAYERS)
 @pytest.mark.parametrize("layout", ["batch_first", "unbatched", "strided", "expanded", "no_batch_first_view"])
 def test_layouts_of_the_input(kind: str, layout: str, device: str) -> None:
-    theirs, ours = pair(kind, 6, 5, 2, batch_first=layout == "batch_first", bidirectional=True, device=device)
+    theirs, ours = pair(kind, 24, 40, 2, batch_first=layout == "batch_first", bidirectional=True, device=device)
     batch: tuple[int, ...] = (3,)
-    x = torch.randn(4, 3, 6, device=device)
+    x = torch.randn(4, 3, 24, device=device)
     if layout == "batch_first":
-        x = torch.randn(3, 4, 6, device=device)
+        x = torch.randn(3, 4, 24, device=device)
     elif layout == "unbatched":
         x, batch = x[:, 0], ()
     elif layout == "strided":
-        x = torch.randn(8, 3, 12, device=device)[::2, :, ::2]
+        x = torch.randn(8, 3, 48, device=device)[::2, :, ::2]
     elif layout == "expanded":
-        x = torch.randn(1, 3, 6, device=device).expand(4, 3, 6)
+        x = torch.randn(1, 3, 24, device=device).expand(4, 3, 24)
     elif layout == "no_batch_first_view":
-        x = torch.randn(3, 4, 6, device=device).transpose(0, 1)
+        x = torch.randn(3, 4, 24, device=device).transpose(0, 1)
     hx = states_for(theirs, batch, torch.float32, device)
     for states in (None, hx):
         for got, expected in zip(tensors(ours(x, states)), tensors(theirs(x, states)), strict=True):
@@ -139,27 +155,20 @@ def test_layouts_of_the_input(kind: str, layout: str, device: str) -> None:
     compare(theirs, ours, x, hx, torch.float32)
 
 
-@pytest.mark.parametrize("enforce_sorted", [True, False], ids=["sorted", "unsorted"])
+@pytest.mark.parametrize("lengths", [[7, 5, 5, 2, 1], [2, 7, 1, 5, 5]], ids=["sorted", "unsorted"])
 @pytest.mark.parametrize("kind", LAYERS)
-def test_packed_sequences(kind: str, enforce_sorted: bool, device: str) -> None:
-    theirs, ours = pair(kind, 6, 5, 2, bidirectional=True, device=device)
-    lengths = [7, 5, 5, 2, 1] if enforce_sorted else [2, 7, 1, 5, 5]
-    x = torch.randn(7, 5, 6, device=device, requires_grad=True)
+def test_packed_sequences(kind: str, lengths: list[int], device: str) -> None:
+    theirs, ours = pair(kind, 24, 40, 2, bidirectional=True, device=device)
+    x = torch.randn(7, 5, 24, device=device)
     hx = states_for(theirs, (5,), torch.float32, device)
-    results = []
-    for layer in (theirs, ours):
-        packed = pack_padded_sequence(x, torch.tensor(lengths), enforce_sorted=enforce_sorted)
-        output = layer(packed, hx)
-        assert torch.equal(output[0].batch_sizes, packed.batch_sizes)
-        loss = sum(tensor.sin().sum() for tensor in tensors(output))
-        results.append(tensors(output) + list(torch.autograd.grad(loss, [x, *layer.parameters()])))
-    for expected, got in zip(*results, strict=True):
-        torch.testing.assert_close(got, expected)
+    given = packed(x, lengths)
+    assert torch.equal(ours(given, hx)[0].batch_sizes, given.batch_sizes)
+    compare(theirs, ours, x, hx, torch.float32, lengths)
 
 
 @pytest.mark.parametrize("kind", LAYERS)
 def test_dropout_draws_torchs_masks(kind: str, device: str) -> None:
-    theirs, ours = pair(kind, 6, 5, 3, dropout=0.4, device=device)
+    theirs, ours = pair(kind, 6, 40, 3, dropout=0.4, device=device)  # of which some unit of a ReLU is not 0
     x = torch.randn(4, 3, 6, device=device)
     torch.manual_seed(3)
     expected = theirs(x)[0]
@@ -172,10 +181,12 @@ def test_dropout_draws_torchs_masks(kind: str, device: str) -> None:
 @pytest.mark.parametrize("kind", LAYERS)
 def test_gradcheck(kind: str, device: str) -> None:
     """First derivatives by both modes, and second ones, of outputs and states in everything."""
-    _, layer = pair(kind, 2, 4, bidirectional=True, dtype=torch.float64, device=device)
+    theirs, layer = pair(kind, 2, 4, bidirectional=True, dtype=torch.float64, device=device)
     names = [name for name, _ in layer.named_parameters()]
     x = torch.randn(3, 2, 2, dtype=torch.float64, device=device, requires_grad=True)
-    hx = [state.requires_grad_() for state in tensors(states_for(layer, (2,), torch.float64, device))]
+    states = states_for(layer, (2,), torch.float64, device)
+    keep_from_kinks(lambda: theirs(x, states), STEP, theirs, layer)
+    hx = [state.requires_grad_() for state in tensors(states)]
 
     def run(x: Tensor, *rest: Tensor) -> tuple[Tensor, ...]:
         states = rest[: len(hx)]
@@ -191,12 +202,13 @@ def test_gradcheck(kind: str, device: str) -> None:
 
 @pytest.mark.parametrize("kind", LAYERS)
 def test_gradients_of_packed_sequences_can_be_differentiated(kind: str, device: str) -> None:
-    _, layer = pair(kind, 2, 4, bidirectional=True, dtype=torch.float64, device=device)
+    theirs, layer = pair(kind, 2, 4, bidirectional=True, dtype=torch.float64, device=device)
     x = torch.randn(3, 2, 2, dtype=torch.float64, device=device, requires_grad=True)
 
-    def run(x: Tensor) -> tuple[Tensor, ...]:
+    def run(x: Tensor, layer: nn.Module = layer) -> tuple[Tensor, ...]:
         return tuple(tensors(layer(pack_padded_sequence(x, torch.tensor([3, 2])))))
 
+    keep_from_kinks(lambda: run(x, theirs), STEP, theirs, layer)
     assert torch.autograd.gradcheck(run, (x,))
     assert torch.autograd.gradgradcheck(run, (x,))
 
@@ -309,6 +321,7 @@ def test_nothing_to_do(kind: str, device: str) -> None:
 def test_only_wanted_gradients(kind: str, device: str) -> None:
     theirs, ours = pair(kind, 6, 5, 2, device=device)
     x = torch.randn(4, 3, 6, device=device)
+    keep_from_kinks(lambda: theirs(x), ROUNDING, theirs, ours)
     for name in ("weight_hh_l1", "weight_ih_l0"):
         grads = []
         for layer in (theirs, ours):
@@ -333,6 +346,9 @@ def test_cells_match_torch(kind: str, dtype: torch.dtype, batch: tuple[int, ...]
     x = torch.randn(*batch, 60, device=device, dtype=dtype)
     states = [torch.randn(*batch, 50, device=device, dtype=dtype) for _ in range(2 if kind == "lstm" else 1)]
     for given in (None, states):
+        if kind == "rnn_relu":
+            run = partial(exact, *(t.double() for t in (x, *(given or []))))
+            keep_from_kinks(run, ROUNDING, theirs, ours, exact)
         runs = []
         for cell in (ours, theirs, exact):
             inputs = [t.detach().to(cell.weight_ih.dtype).requires_grad_() for t in (x, *(given or []))]
