@@ -78,7 +78,7 @@ def test_offsets(mode: str, padding_idx: int | None, sparse: bool, index: torch.
     offsets = torch.tensor([0, 0, 5, 5, 6, 20, 37], device=device, dtype=index)
     for include_last_offset in (False, True):
         options = {"padding_idx": padding_idx, "sparse": sparse, "include_last_offset": include_last_offset}
-        compare(*pair("EmbeddingBag", 20, 12, mode=mode, device=device, **options), ids, offsets)
+        compare(*pair("EmbeddingBag", 20, 44, mode=mode, device=device, **options), ids, offsets)
 
 
 @pytest.mark.parametrize("mode", ["mean", "sum", "max", "lookup"])
@@ -208,7 +208,8 @@ def test_per_sample_weights(layout: str, dtype: torch.dtype, device: str) -> Non
 def test_gradients_that_are_wanted(wanted: tuple[str, ...], sparse: bool, device: str) -> None:
     """Those of the table, of per_sample_weights, of both and of neither."""
     ids = torch.randint(9, (4, 6), device=device)
-    given = {"weight": torch.randn(9, 5, device=device), "factors": torch.randn(4, 6, device=device)}
+    shapes = {"weight": (9, 5), "factors": (4, 6)}
+    given = {name: torch.randn(shape, dtype=torch.float64, device=device) for name, shape in shapes.items()}
     runs = []
     for function in (functional.embedding_bag, nn.functional.embedding_bag):
         own = {name: tensor.clone().requires_grad_(name in wanted) for name, tensor in given.items()}

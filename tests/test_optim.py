@@ -106,8 +106,8 @@ def test_uses_of_one_backward_pass_are_summed(name: str, device: str) -> None:
 
 
 def test_per_sample_weights_have_their_gradient(device: str) -> None:
-    theirs, unfused, ours, fused = make("SGD", device, mode="sum")
-    ids, factors = torch.randint(V, (4, 5), device=device), torch.rand(4, 5, device=device)
+    theirs, unfused, ours, fused = make("SGD", device, torch.float64, mode="sum")
+    ids, factors = torch.randint(V, (4, 5), device=device), torch.rand(4, 5, dtype=torch.float64, device=device)
     gradients = []
     for module, optimizer in ((theirs, unfused), (ours, fused)):
         own = factors.clone().requires_grad_()
