@@ -7,27 +7,37 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from tolerances import rounding_devices
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-ROUNDING = 1e-6  # many times what float32 changes in what a ReLU of these tests reads
-STEP = 1e-4  # and many times what gradcheck's finite steps do
+STEP = 1e-4  # many times what gradcheck's finite steps change in what a ReLU of these tests reads
+ROUNDING = 1e-6  # many times what float32 does,
+ROUNDING_OF_STATES = {torch.bfloat16: 1e-3, torch.float16: 1.5e-4}  # and states that are rounded to these
+
+
+def rounding(dtype: torch.dtype, device: str) -> float:
+    """How far from a kink the rounding of a layer in that dtype decides nothing."""
+    return ROUNDING_OF_STATES.get(dtype, ROUNDING) if device in rounding_devices else ROUNDING
 
 
 class NearestKink(TorchDispatchMode):
-    """Sees how near to 0 any number comes that a ReLU of torch's reads."""
+    """Sees how near to 0 any number comes that a ReLU of torch's reads; 0 itself is what zeros give, in any dtype."""
 
     distance = math.inf
 
     def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if op is torch.ops.aten.relu.default and args[0].numel():
-            self.distance = min(self.distance, args[0].abs().min().item())
+        if op is torch.ops.aten.relu.default:
+            self.distance = min([self.distance, *args[0][args[0] != 0].abs().flatten().tolist()])
         return op(*args, **(kwargs or {}))
 
 
 def keep_from_kinks(run: Callable[[], Any], distance: float, theirs: nn.Module, *others: nn.Module) -> None:
-    """Draws the parameters of a layer of torch's, which `others` get too, anew while `run` comes nearer to a kink."""
-    while True:
+    """Draws the parameters of a layer of torch's, which `others` get too, anew while `run` comes nearer to a kink.
+
+    At most a hundred times: of many units one is always near enough for rounded states, and matters little.
+    """
+    for _ in range(100):
         with NearestKink() as nearest, torch.no_grad(), torch.backends.cudnn.flags(enabled=False):
             run()
         if nearest.distance >= distance:

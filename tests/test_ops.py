@@ -19,13 +19,8 @@ from nlpkernels import _ops, reference
 OPS = torch.ops.nlpkernels
 
 
-def wants_grad(*shape: int, device: str, dtype: torch.dtype = torch.float32) -> Tensor:
-    return torch.randn(*shape, device=device, dtype=dtype, requires_grad=True)
-
-
-def a_weight(*shape: int, device: str) -> Tensor:
-    """As small as those of a layer: steps do not magnify a rounding."""
-    return (torch.rand(*shape, device=device) - 0.5).requires_grad_()
+def wants_grad(*shape: int, device: str) -> Tensor:
+    return torch.randn(*shape, device=device, requires_grad=True)
 
 
 def recurrent_samples(device: str) -> list[tuple[Any, ...]]:
@@ -34,7 +29,7 @@ def recurrent_samples(device: str) -> list[tuple[Any, ...]]:
     for cell, facts in reference.CELLS.items():
         for directions in (1, 2):
             gates = facts.gates * 5
-            weights = [a_weight(*s, device=device) for s in ((gates, 3), (gates, 5), (gates,), (gates,))] * directions
+            weights = [wants_grad(*s, device=device) for s in ((gates, 3), (gates, 5), (gates,), (gates,))] * directions
             h0 = wants_grad(directions, 2, 5, device=device)
             c0 = wants_grad(directions, 2, 5, device=device) if facts.has_c else None
             x = wants_grad(4, 2, 3, device=device)
@@ -43,10 +38,10 @@ def recurrent_samples(device: str) -> list[tuple[Any, ...]]:
             samples.append((*packed, h0, c0, weights, cell, True, None))
             bare = [w for w in weights if w.dim() == 2]
             samples.append((x, None, h0.detach(), None if c0 is None else c0.detach(), bare, cell, False, None))
-            h_mask = torch.randint(3, (directions, 2, 5), device=device).float()
+            h_mask = torch.randint(3, (directions, 2, 5), device=device).to(x.dtype)
             samples.append((x, None, h0, c0, weights, cell, True, h_mask))
             samples.append((*packed, h0, c0, bare, cell, True, h_mask))
-    projected = [a_weight(*s, device=device) for s in ((20, 3), (20, 2), (20,), (20,), (2, 5))]
+    projected = [wants_grad(*s, device=device) for s in ((20, 3), (20, 2), (20,), (20,), (2, 5))]
     states = wants_grad(1, 2, 2, device=device), wants_grad(1, 2, 5, device=device)
     x = wants_grad(4, 2, 3, device=device)
     samples.append((x, None, *states, projected, "lstm", True, None))
@@ -154,6 +149,7 @@ def test_fake_kernel_of_states_backward(device: str) -> None:
 
 
 @pytest.mark.parametrize("name", ALL_OPS)
+@pytest.mark.usefixtures("doubles")
 def test_reference_agrees(name: str, device: str) -> None:
     """reference.py gives what the kernels give: all outputs, their shapes and dtypes, the workspace too."""
     for args in samples_of(name, device):

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 import torch
-from kinks import ROUNDING, STEP, keep_from_kinks
+from kinks import STEP, keep_from_kinks, rounding
 from tolerances import assert_as_exact, relative_error
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
@@ -93,7 +93,7 @@ def compare(
     relu = getattr(ours, "nonlinearity", "") == "relu"
     if relu:
         run = partial(exact, packed(x.double(), lengths), None if hx is None else hx[0].double())
-        keep_from_kinks(run, ROUNDING, theirs, ours, exact)
+        keep_from_kinks(run, rounding(dtype, x.device.type), theirs, ours, exact)
     cotangents: list[Tensor] = []
     runs = []
     for layer in layers:
@@ -347,7 +347,7 @@ def test_cells_match_torch(kind: str, dtype: torch.dtype, batch: tuple[int, ...]
     for given in (None, states):
         if kind == "rnn_relu":
             run = partial(exact, *(t.double() for t in (x, *(given or []))))
-            keep_from_kinks(run, ROUNDING, theirs, ours, exact)
+            keep_from_kinks(run, rounding(dtype, device), theirs, ours, exact)
         runs = []
         for cell in (ours, theirs, exact):
             inputs = [t.detach().to(cell.weight_ih.dtype).requires_grad_() for t in (x, *(given or []))]
@@ -520,11 +520,11 @@ def test_autocast(kind: str, dtype: torch.dtype, device: str) -> None:
     the parameters' dtype."""
     if kind.endswith("_cell"):
         name, own = CELLS[kind.removesuffix("_cell")]
-        ours = getattr(nlpkernels, name)(6, 5, **own, device=device)
-        x = torch.randn(3, 6, device=device, requires_grad=True)
+        ours = getattr(nlpkernels, name)(24, 40, **own, device=device)
+        x = torch.randn(3, 24, device=device, requires_grad=True)
     else:
-        _, ours = pair(kind, 6, 5, 2, bidirectional=True, device=device)
-        x = torch.randn(4, 3, 6, device=device, requires_grad=True)
+        _, ours = pair(kind, 24, 40, 2, bidirectional=True, device=device)
+        x = torch.randn(4, 3, 24, device=device, requires_grad=True)
     with torch.autocast(device, dtype=dtype):
         got = tensors(ours(x))
     assert {tensor.dtype for tensor in got} == {dtype}

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import copy
 import pickle
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
-from kinks import ROUNDING, STEP, keep_from_kinks
+from kinks import STEP, keep_from_kinks, rounding
 from test_recurrent import DTYPES, LAYERS, pair, states_for, tensors
 from tolerances import assert_as_exact
 from torch import Tensor, nn
@@ -92,7 +93,8 @@ def test_equals_masked_weights(kind: str, given: str, bidirectional: bool, dtype
     relu = kind == "rnn_relu"
     if relu:
         wide = [x.double(), hx[0].double()]
-        keep_from_kinks(lambda: one_by_one(exact, masks, *wide, lengths), ROUNDING, theirs, ours, exact)
+        run = partial(one_by_one, exact, masks, *wide, lengths)
+        keep_from_kinks(run, rounding(dtype, device), theirs, ours, exact)
 
     runs, cotangents = [], []
     for layer in (ours, theirs, exact):
