@@ -61,7 +61,8 @@ def load_emulated_cuda() -> None:
     build = root / "build" / f"emulated-cuda-torch-{torch.__version__}"
     for header in CUDA_HEADERS.split():  # emulated_cuda.h has what would stand there
         (build / "include" / header).parent.mkdir(parents=True, exist_ok=True)
-        (build / "include" / header).touch()
+        if not (build / "include" / header).exists():  # or all would be compiled anew each time
+            (build / "include" / header).touch()
     sources = []
     for source in sorted((root / "csrc" / "cuda").glob("*.cu")):
         sources.append(build / f"{source.stem}.cpp")
