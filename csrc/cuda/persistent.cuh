@@ -93,11 +93,11 @@ __device__ __forceinline__ void mma(float (&c)[4], unsigned a0, unsigned a1, uns
 // of rows g and g + 8: 16 bytes each, read without conflicts of banks. Of the same columns of the operand it needs 16
 // bytes of column g. To two calls of mma these are the columns that it wants: which k is which does not matter as long
 // as both operands agree.
-template <typename T>
+template <typename T, int most_tiles>
 struct Slice {
   static constexpr int kThreads = 256, kWarps = kThreads / kWarp;
-  static constexpr int kColumns = 32, kRows = 16;        // of a chunk, of a tile
-  static constexpr int kSequences = 32, kMostTiles = 4;  // that a warp has sums of at once
+  static constexpr int kColumns = 32, kRows = 16;                 // of a chunk, of a tile
+  static constexpr int kSequences = 32, kMostTiles = most_tiles;  // that a warp has sums of at once
   static constexpr int kSequenceTiles = kSequences / 8, kAhead = 4;
 
   uint4* weights;  // [chunks, tiles, 2, 32]
@@ -137,8 +137,7 @@ struct Slice {
   }
 
   // The parts of sums[row, b] = sum over k of weights[row, k] operand[b, k], for b < count <= kSequences. Rows of the
-  // operand are chunks * kColumns long, and there is one for b < count rounded up to 8. The block must wait before it
-  // reads the parts, and before it calls this again.
+  // operand are chunks * kColumns long. The block must wait before it reads the parts, and before it calls this again.
   __device__ void multiply(const T* operand, int count) const {
     const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp, group = lane / 4, quarter = lane % 4;
     float sums[kMostTiles][kSequenceTiles][4] = {};
@@ -151,9 +150,9 @@ struct Slice {
         const int chunk = first + ahead * kWarps;
 #pragma unroll
         for (int n = 0; n < kSequenceTiles; ++n) {
-          if (chunk < chunks && n * 8 < count) {
-            b[ahead][n] = __ldcg(reinterpret_cast<const uint4*>(from + n * 8 * columns + chunk * kColumns));
-          }
+          const bool is_there = chunk < chunks && n * 8 + group < count;
+          const T* at = from + n * 8 * columns + chunk * kColumns;
+          b[ahead][n] = is_there ? __ldcg(reinterpret_cast<const uint4*>(at)) : uint4{};
         }
       }
 #pragma unroll
