@@ -212,14 +212,16 @@ class Block {
   std::array<Shown, kMostThreads> lanes_{};
 };
 
-// A device of Hopper's shared memory and registers, with as many multiprocessors as a test wants.
-constexpr int kMostSharedMemory = 227 << 10;
+// A device of Hopper's shared memory and registers, of which a thread takes all that it can, with as many
+// multiprocessors as a test wants.
+constexpr int kMostSharedMemory = 227 << 10, kRegisters = 1 << 16, kMostRegisters = 256;
 inline int multiprocessors() {
   const char* given = std::getenv("EMULATED_CUDA_MULTIPROCESSORS");
   return given != nullptr ? std::atoi(given) : 132;
 }
 inline int blocks_per_multiprocessor(int threads, size_t shared) {
-  return std::min(2048 / threads, static_cast<int>((kMostSharedMemory + 1024) / (shared + 1024)));
+  return std::min(kRegisters / kMostRegisters / threads,
+                  static_cast<int>((kMostSharedMemory + 1024) / (shared + 1024)));
 }
 
 }  // namespace emulated_cuda

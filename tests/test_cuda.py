@@ -180,7 +180,7 @@ def kernels(request: pytest.FixtureRequest) -> str:
 PERSISTENT = "NLPKERNELS_CUDA_PERSISTENT"
 # T, B, I, H: one chunk of columns and several, of the warps' turns too; columns that are not whole 16 bytes; several
 # blocks, groups of sequences; and on a device of few multiprocessors several tiles of rows, several passes.
-SEQUENCES = [(3, 5, 4, 7, 132), (4, 67, 1, 40, 132), (3, 3, 8, 264, 132), (3, 5, 4, 40, 6), (2, 130, 4, 24, 12)]
+SEQUENCES = [(3, 5, 4, 7, 132), (4, 67, 1, 40, 132), (3, 3, 8, 264, 132), (3, 5, 4, 40, 6), (3, 130, 4, 24, 8)]
 SEQUENCES_OF_KINDS = [(kind, shape) for kind in ("rnn_tanh", "rnn_relu", "lstm", "gru") for shape in SEQUENCES]
 SEQUENCES_OF_KINDS += [("rnn_tanh", (2, 2, 3, 1100, 132))]  # a matter of the product alone
 
@@ -215,19 +215,67 @@ def test_one_kernel_gives_what_steps_give(
             assert relative_error(one, expected) <= FLOOR[dtype]  # of sums over k in another order, then rounded
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(("kind", "shape"), SEQUENCES_OF_KINDS, ids=str)
+def test_one_kernel_goes_back_as_steps_do(
+    kind: str, shape: tuple[int, ...], dtype: torch.dtype, kernels: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Given the same results of forward: of whole batches, and of packed ones, where sequences may have no step."""
+    steps, batch, inputs, hidden, multiprocessors = shape
+    monkeypatch.setenv("EMULATED_CUDA_MULTIPROCESSORS", str(multiprocessors))
+    gates, has_c = {"lstm": 4, "gru": 3}.get(kind, 1), kind == "lstm"
+
+    def random(*sizes: int) -> Tensor:
+        return torch.randn(*sizes, dtype=dtype, device=kernels)
+
+    weights = [
+        random(gates * hidden, *columns) / hidden**0.5 for _ in range(2) for columns in ((inputs,), (hidden,), (), ())
+    ]
+    sizes = torch.randint(batch + 1, (steps,)).sort(descending=True).values
+    sizes[0].clamp_(min=1)
+    for batch_sizes, masked, given, needed in (
+        (None, False, "y h c", (True, True)),
+        (None, True, "y", (False, False)),
+        (sizes, False, "h c", (False, True)),
+        (sizes, True, "y h c", (True, True)),
+    ):
+        x = random(steps, batch, inputs) if batch_sizes is None else random(int(batch_sizes.sum()), inputs)
+        h0, dh_n = random(2, batch, hidden), random(2, batch, hidden) if "h" in given else None
+        c0, dc_n = (random(2, batch, hidden) if has_c and part in given + "0" else None for part in "0c")
+        h_mask = torch.rand(2, batch, hidden, device=kernels).to(dtype) if masked else None
+        arguments = (x, batch_sizes, h0, c0, weights, kind)
+        monkeypatch.setenv(PERSISTENT, "never")
+        y, _, _, workspace = OPS.recurrent(*arguments, True, h_mask)
+        dy = torch.randn_like(y) if "y" in given else None
+        found = []
+        for when in ("never", "always"):
+            monkeypatch.setenv(PERSISTENT, when)
+            found.append(OPS.recurrent_backward(dy, dh_n, dc_n, *arguments, y, workspace, *needed, h_mask))
+        for one, expected in zip(tree_leaves(found[1]), tree_leaves(found[0]), strict=True):
+            assert one.dtype == expected.dtype
+            assert relative_error(one, expected) <= FLOOR[dtype]
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_one_kernel_gives_a_sequence_the_same_bits_in_any_batch(
     kind: str, kernels: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """And on any device; products of x have one term here, for they are not its own."""
+    """And on any device, back to its first state; products of x have one term here, for they are not its own."""
     monkeypatch.setenv(PERSISTENT, "always")
     layer = getattr(nlpkernels, kind)(1, 300, bidirectional=True, dtype=torch.bfloat16, device=kernels)
     x = torch.randn(3, 40, 1, dtype=torch.bfloat16, device=kernels)
-    with torch.no_grad():
-        expected = layer(x)[0]
-        for some, multiprocessors in ((slice(0, 1), 132), (slice(30, 40), 132), (slice(7, 8), 70)):
-            monkeypatch.setenv("EMULATED_CUDA_MULTIPROCESSORS", str(multiprocessors))
-            assert torch.equal(layer(x[:, some])[0], expected[:, some])
+    hx = states_for(layer, (40,), torch.bfloat16, kernels)
+
+    def run(some: slice) -> list[Tensor]:
+        states = [state[:, some].clone().requires_grad_() for state in tensors(hx)]
+        y = layer(x[:, some], states if kind == "LSTM" else states[0])[0]
+        return [y, *torch.autograd.grad(y.float().square().sum(), states)]
+
+    expected = run(slice(None))
+    for some, multiprocessors in ((slice(0, 1), 132), (slice(30, 40), 132), (slice(7, 8), 70)):
+        monkeypatch.setenv("EMULATED_CUDA_MULTIPROCESSORS", str(multiprocessors))
+        for one, of_all in zip(run(some), expected, strict=True):
+            assert torch.equal(one, of_all[:, some])
 
 
 def test_one_kernel_is_where_it_fits_and_where_it_is_wanted(kernels: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -247,11 +295,16 @@ def test_one_kernel_is_where_it_fits_and_where_it_is_wanted(kernels: str, monkey
         monkeypatch.setenv("EMULATED_CUDA_MULTIPROCESSORS", "1")
         with pytest.raises(RuntimeError, match="3 sequences and 1 directions of BFloat16 fits on this device"):
             large(x)
-        monkeypatch.setenv(PERSISTENT, "fits")
-        assert large(x)[0].isfinite().all()
-        monkeypatch.setenv(PERSISTENT, "often")
-        with pytest.raises(ValueError, match="'often', expected never, fits or always"):
-            wide(x.float())
+    monkeypatch.setenv(PERSISTENT, "fits")
+    y = large(x)[0]
+    y.sum().backward(retain_graph=True)
+    assert y.isfinite().all() and large.weight_hh_l0.grad.isfinite().all()
+    monkeypatch.setenv(PERSISTENT, "always")
+    with pytest.raises(RuntimeError, match="recurrent_backward: NLPKERNELS_CUDA_PERSISTENT is always, but no kernel"):
+        y.sum().backward()
+    monkeypatch.setenv(PERSISTENT, "often")
+    with pytest.raises(ValueError, match="'often', expected never, fits or always"):
+        wide(x.float())
 
 
 # --- On a GPU ---------------------------------------------------------------------------------------------------------
