@@ -90,7 +90,7 @@ def switched(when: str) -> Iterator[None]:
 
 
 def persistent(problem: Problem, case: Case) -> Prepared:
-    """Ours with one kernel for all steps, or Unsupported where it does not fit."""
+    """Ours with one kernel for all steps of a pass, in training of both; or Unsupported where one does not fit."""
     prepared = PROVIDERS[OURS](problem, case)
 
     def call() -> Any:

@@ -16,21 +16,26 @@
 // What it should be worth, by count and not by measurement: it has not run on a GPU. A kernel a step reads all of W_hh
 // anew, from L2 where it fits: 2 G H^2 bytes, 8.4 MB of an LSTM with H = 1024; here that happens once. Each step it
 // launches two kernels, which here are one wait, two passes through L2 (what a block stores, another reads) and three
-// __syncthreads; a block reads 2 H bytes of h for each of its sequences, 64 KB of 32 sequences at H = 1024, and sums
-// 2 G units H operations of each, by tensor cores. Launches and waits bound both, not operations: the fewer sequences,
-// the more one kernel should win, and products of hundreds of sequences, which fill the device by themselves, should
-// be left to cuBLAS: hence four passes at most (recurrent.cu, plan_sequence). Kernels of this sort have been measured
-// at 2 to 5 us a step on an H100 (cuDNN's 1.96 and FlashRNN's 4.8, of an LSTM with B = 16, H = 768; FlashRNN's
-// notebook).
+// __syncthreads; forward, a block reads 2 H bytes of h for each of its sequences, 64 KB of 32 sequences at H = 1024,
+// and sums 2 G units H operations of each, by tensor cores; backward, 2 G H bytes of dgates, 256 KB, for twice to four
+// times the units. Launches and waits bound both, and backward reads from L2, not operations: the fewer sequences, the
+// more one kernel should win, and products of hundreds of sequences, which fill the device by themselves, should be
+// left to cuBLAS: hence four passes at most (recurrent.cu, plan_sequence). Kernels of this sort have been measured at 2
+// to 5 us a step on an H100 (cuDNN's 1.96 and FlashRNN's 4.8, of an LSTM with B = 16, H = 768; FlashRNN's notebook).
 //
-// What fits. A block takes bytes(chunks, tiles) of shared memory and a few for its states, and by its registers (220 to
-// 245 of 256 threads) has a multiprocessor to itself. 128 blocks of 32 rows of an LSTM with H = 1024 take 101 KB each.
-// Sequences that fit, of one direction / of two; H in between fits as the larger one does:
+// What fits. A block takes bytes(chunks, tiles) of shared memory and a few for its states, and by its registers (187 to
+// 228 of 256 threads) has a multiprocessor to itself. 128 blocks of 32 rows of an LSTM with H = 1024 take 101 KB each;
+// backward, 64 blocks of 16 rows of W_hh^T, 150 KB. Sequences that fit, of one direction / of two; H in between fits as
+// the larger one does:
 //              sm_80: 108 multiprocessors, 163 KB         sm_90: 132 multiprocessors, 227 KB
 //      H       256        512        1024     1536        256         512        1024     1536     2048
 //      LSTM    768/384    384/128    128/0    0/0         1024/512    512/256    256/128  128/0    0/0
 //      GRU     1024/512   512/256    128/0    0/0         1280/640    640/256    256/128  128/0    0/0
-//      RNN     3456/1664  1248/576   384/128  256/128     4096/2048   2048/1024  768/384  512/256  256/128
+//      RNN     3456/1664  1248/576   384/128  256/128     4224/2048   2048/1024  768/384  512/256  256/128
+//      and backward:
+//      LSTM    1664/768   384/128    128/0    0/0         2048/1024   1024/512   256/128  128/0    0/0
+//      GRU     1664/768   768/384    128/0    0/0         2048/1024   1024/512   256/128  128/0    128/0
+//      RNN     1664/768   768/384    384/128  256/128     2048/1024   1024/512   512/256  256/128  256/128
 #pragma once
 
 #include "common.cuh"

@@ -11,11 +11,13 @@
 //   (with a mask of h, what stores h_t stores it once more, masked, for the next step's product)
 // Both directions take their i-th step side by side: the product is a batch of two, and the kernel's grid has two
 // layers. In packed data they hold different numbers of sequences, and the product is two.
-// Of bfloat16 and float16 all steps can be one kernel instead, whose weights stay on the chip: forward_sequence.
 //
 // Backward walks the steps the other way: dh_{t-1} = dgates W_hh. It stores dgates of all rows, and beside them
 // h_{t-1}, and with a projection the two factors of dW_hr, so that the gradients of the weights and of x are large
 // products.
+//
+// Of bfloat16 and float16 all steps of a pass can be one kernel instead, whose weights stay on the chip:
+// forward_sequence, backward_sequence.
 //
 // Of bfloat16 and float16 products take operands as they are and give float, so that gates, c, and the sums over time
 // of dh and dc never leave float; h and dgates are rounded to the tensors' dtype where a product reads them.
@@ -147,7 +149,7 @@ struct Sequence {
   static constexpr int kMostRagged = 1024;  // steps of packed data: all of this is one argument of a kernel
   static constexpr int kApart = 32;         // counters, so that they do not share a line of L2
 
-  T* exchange;         // [2, D, B, columns]: what the blocks of a group make for each other; zeros beyond
+  T* exchange;         // [2, D, B, columns]: what the blocks of a group make for each other; zeros where they do not
   unsigned* arrivals;  // [D, groups, kApart], from zero: blocks of a group that have stored their part, over all steps
   int64_t directions, batch, hidden, columns;
   int steps, units, sequences;  // of a block: hidden units, sequences of its group
@@ -458,8 +460,8 @@ __global__ void __launch_bounds__(kThreads) backward_step(const __grid_constant_
 }
 
 // A slice has the rows of W_hh^T of its units, whose dL/dh and states are the block's own. What changes hands is dgates
-// of W_hh's gates: dL/dh_{t-1} = dgates_t W_hh. The walk goes against the direction's own, and a step beyond its end,
-// to the gradients of h0 and c0.
+// of W_hh's gates: dL/dh_{t-1} = dgates_t W_hh. It lies in whole chunks, which those of all rows may not. The walk goes
+// against the direction's own, and a step beyond its end, to the gradients of h0 and c0.
 template <typename T>
 struct BackwardSequence : Sequence<T> {
   using W = Slice<T, 2>;  // not more, for the registers of what is read before the wait
