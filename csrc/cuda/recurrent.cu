@@ -16,8 +16,8 @@
 // h_{t-1}, and with a projection the two factors of dW_hr, so that the gradients of the weights and of x are large
 // products.
 //
-// Of bfloat16 and float16 all steps of a pass can be one kernel instead, whose weights stay on the chip:
-// forward_sequence, backward_sequence.
+// Of bfloat16 and float16, and of float32 where TF32 is allowed, all steps of a pass can be one kernel instead, whose
+// weights stay on the chip: forward_sequence, backward_sequence.
 //
 // Of bfloat16 and float16 products take operands as they are and give float, so that gates, c, and the sums over time
 // of dh and dc never leave float; h and dgates are rounded to the tensors' dtype where a product reads them.
@@ -294,7 +294,7 @@ __global__ void __launch_bounds__(ForwardSequence<T>::W::kThreads, 1)
         }
         float& c = state[(first + b) * units + unit];
         const float h_t = forward_unit<Cell>(step, d, first_row + sequence, j, from_x[own], from_h, c);
-        share.made(sequence)[j] = static_cast<T>(step.h_mask != nullptr ? h_t * mask[own] : h_t);
+        share.made(sequence)[j] = as_operand(static_cast<T>(step.h_mask != nullptr ? h_t * mask[own] : h_t));
         if (sequence >= stay_active) {
           run.h_n[(d * batch + sequence) * hidden + j] = static_cast<T>(h_t);
           if (Cell::has_c) run.c_n[(d * batch + sequence) * hidden + j] = static_cast<T>(c);
@@ -556,7 +556,9 @@ __global__ void __launch_bounds__(BackwardSequence<T>::W::kThreads, 1)
         T dgates[Cell::slots];
         backward_unit<Cell>(step, at, j, kept[own], dh, state, dgates);
 #pragma unroll
-        for (int gate = 0; gate < Cell::gates; ++gate) share.made(at.sequence)[gate * padded + j] = dgates[gate];
+        for (int gate = 0; gate < Cell::gates; ++gate) {
+          share.made(at.sequence)[gate * padded + j] = as_operand(dgates[gate]);
+        }
       }
       __syncthreads();
     }
@@ -692,10 +694,12 @@ Persistent wants_persistent() {
 
 // Where a pass goes step by step.
 void check_steps_are_wanted(const char* op, const Layer& layer) {
-  TORCH_CHECK(wants_persistent() != Persistent::kAlways || layer.rows == 0, op,
-              ": NLPKERNELS_CUDA_PERSISTENT is always, but no kernel for ", layer.hidden, " hidden units, ",
-              layer.batch, " sequences and ", layer.directions, " directions of ", layer.x.scalar_type(),
-              layer.has_projection ? " with a projection" : "", " fits on this device");
+  TORCH_CHECK(
+      wants_persistent() != Persistent::kAlways || layer.rows == 0, op,
+      ": NLPKERNELS_CUDA_PERSISTENT is always, but no kernel for ", layer.hidden, " hidden units, ", layer.batch,
+      " sequences and ", layer.directions, " directions of ", layer.x.scalar_type(),
+      layer.has_projection ? " with a projection" : "", " fits on this device",
+      layer.x.scalar_type() == at::kFloat && !allows_tf32() ? ", and none is there for float32 without TF32" : "");
 }
 
 // How a kernel of all steps splits a layer; of no blocks where it does not serve it.
@@ -716,7 +720,8 @@ SequencePlan plan_sequence(void (*kernel)(Run), const Layer& layer, int rows, in
   constexpr int64_t kMostPasses = 4;
   constexpr int64_t kMostSteps = 1 << 22;  // whose arrivals a counter holds
   const bool is_servable =
-      layer.rows > 0 && !layer.has_projection && layer.steps <= kMostSteps &&
+      (layer.x.scalar_type() != at::kFloat || allows_tf32()) && layer.rows > 0 && !layer.has_projection &&
+      layer.steps <= kMostSteps &&
       (layer.rows == layer.steps * layer.batch || (layer.steps <= Run::kMostRagged && layer.batch <= UINT16_MAX));
   if (!is_servable || wants_persistent() == Persistent::kNever) return {};
   const Residency residency;
@@ -777,7 +782,7 @@ bool run_as_one(const Layer& layer, const ForwardStep<T>& step, const Tensor& h_
   ForwardSequence<T> run{};
   run.step = step;
   run.w_hh = layer.all_w_hh.const_data_ptr<T>();
-  run.is_aligned = has_aligned_rows<8>(run.w_hh, layer.hidden);
+  run.is_aligned = has_aligned_rows<kPackOf16Bytes<T>>(run.w_hh, layer.hidden);
   run.start = (Cell::has_c ? *layer.c0 : layer.h0).template const_data_ptr<T>();
   run.h_n = h_n.mutable_data_ptr<T>();
   run.c_n = data_or_null<T>(c_n);
@@ -847,7 +852,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward(const Layer& layer, at::IntAr
 
   layer.blas.multiply(Matrix(from_x), Matrix(layer.x),
                       Matrix(layer.all_w_ih.view({directions * gate_rows, layer.inputs}).t()));
-  if constexpr (sizeof(T) == 2) {
+  if constexpr (!std::is_same_v<T, double>) {
     if (run_as_one<Cell>(layer, step, h_n, c_n)) return {y, h_n, c_n, workspace};
   }
   check_steps_are_wanted("recurrent", layer);
@@ -910,7 +915,7 @@ class Backward {
     step.h_mask = data_or_null<T>(layer_.h_mask);
     step.h_previous = data_or_null<T>(h_previous_);
     step.outputs = data_or_null<T>(outputs_);
-    if constexpr (sizeof(T) == 2) {
+    if constexpr (!std::is_same_v<T, double>) {
       if (run_as_one(step, dh_n, dc_n)) return;
     }
     check_steps_are_wanted("recurrent_backward", layer_);
