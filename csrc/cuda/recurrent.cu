@@ -265,8 +265,9 @@ __global__ void __launch_bounds__(ForwardSequence<T>::W::kThreads, 1)
     if (!is_up) first_row -= all_active;
     for (int first = 0; first < active; first += W::kSequences) {
       const int count = active - first < W::kSequences ? active - first : W::kSequences;
-      // What does not depend on h_{t-1} is read before the wait.
-      float from_x[kOwn][gates] = {}, mask[kOwn] = {};
+      // What does not depend on h_{t-1} is asked for before the wait, and used after it.
+      float from_x[kOwn][gates] = {};
+      T mask[kOwn] = {};
 #pragma unroll
       for (int own = 0; own < kOwn; ++own) {
         int b, unit;
@@ -275,9 +276,9 @@ __global__ void __launch_bounds__(ForwardSequence<T>::W::kThreads, 1)
 #pragma unroll
         for (int gate = 0; gate < gates; ++gate) {
           const int64_t at = (((first_row + sequence) * directions + d) * gates + gate) * hidden + j;
-          from_x[own][gate] = step.from_x[at] + b_ih[gate * units + unit];
+          from_x[own][gate] = step.from_x[at];
         }
-        if (step.h_mask != nullptr) mask[own] = static_cast<float>(step.h_mask[(d * batch + sequence) * hidden + j]);
+        if (step.h_mask != nullptr) mask[own] = step.h_mask[(d * batch + sequence) * hidden + j];
       }
       if (first == 0) share.wait();
       slice.multiply(share.given(share.first_sequence + first), count);
@@ -290,11 +291,13 @@ __global__ void __launch_bounds__(ForwardSequence<T>::W::kThreads, 1)
         float from_h[gates];
 #pragma unroll
         for (int gate = 0; gate < gates; ++gate) {
+          from_x[own][gate] += b_ih[gate * units + unit];
           from_h[gate] = slice.sum(gate * units + unit, b) + b_hh[gate * units + unit];
         }
         float& c = state[(first + b) * units + unit];
         const float h_t = forward_unit<Cell>(step, d, first_row + sequence, j, from_x[own], from_h, c);
-        share.made(sequence)[j] = as_operand(static_cast<T>(step.h_mask != nullptr ? h_t * mask[own] : h_t));
+        share.made(sequence)[j] =
+            as_operand(static_cast<T>(step.h_mask != nullptr ? h_t * static_cast<float>(mask[own]) : h_t));
         if (sequence >= stay_active) {
           run.h_n[(d * batch + sequence) * hidden + j] = static_cast<T>(h_t);
           if (Cell::has_c) run.c_n[(d * batch + sequence) * hidden + j] = static_cast<T>(c);
@@ -362,70 +365,77 @@ struct Place {
 };
 
 template <typename T>
-__device__ __forceinline__ const T* h_before(const BackwardStep<T>& step, const Place& at) {
+__device__ __forceinline__ T h_before(const BackwardStep<T>& step, const Place& at, int64_t j) {
   const Turn& turn = step.turn;
-  return at.previous_row >= 0 ? step.y + (at.previous_row * turn.directions + at.d) * turn.features
-                              : step.h0 + (at.d * turn.batch + at.sequence) * turn.features;
+  const T* h = at.previous_row >= 0 ? step.y + (at.previous_row * turn.directions + at.d) * turn.features
+                                    : step.h0 + (at.d * turn.batch + at.sequence) * turn.features;
+  return h[j];
+}
+
+// 1 without a mask.
+template <typename T>
+__device__ __forceinline__ T mask_of(const BackwardStep<T>& step, const Place& at, int64_t j) {
+  return step.h_mask != nullptr ? step.h_mask[(at.d * step.turn.batch + at.sequence) * step.turn.features + j] : T(1);
 }
 
 template <typename T>
-__device__ __forceinline__ void store_h_previous(const BackwardStep<T>& step, const Place& at, int64_t j) {
-  if (step.h_previous == nullptr) return;
-  const Turn& turn = step.turn;
-  T h = h_before(step, at)[j];
-  if (step.h_mask != nullptr) {
-    const T factor = step.h_mask[(at.d * turn.batch + at.sequence) * turn.features + j];
-    h = static_cast<T>(static_cast<acc_t<T>>(h) * static_cast<acc_t<T>>(factor));
-  }
-  step.h_previous[(at.row * turn.directions + at.d) * turn.features + j] = h;
+__device__ __forceinline__ void store_h_previous(const BackwardStep<T>& step, const Place& at, int64_t j, T h, T mask) {
+  using scalar = acc_t<T>;
+  const int64_t row = at.row * step.turn.directions + at.d;
+  step.h_previous[row * step.turn.features + j] = static_cast<T>(static_cast<scalar>(h) * static_cast<scalar>(mask));
 }
 
-// What a unit's backward step takes that no later step has made.
+// What a unit's backward step takes that no later step has made, as it lies in memory: who loads it need not wait.
 template <typename Cell, typename T>
 struct Kept {
-  acc_t<T> saved[Cell::saved > 0 ? Cell::saved : 1], h, h_prev, c_prev, dy;
+  T saved[Cell::saved > 0 ? Cell::saved : 1], h, h_prev, c_prev, dy;
 };
 
 template <typename Cell, typename T>
 __device__ __forceinline__ Kept<Cell, T> load_kept(const BackwardStep<T>& step, const Place& at, int64_t j) {
-  using scalar = acc_t<T>;
   const Turn& turn = step.turn;
   const int64_t hidden = turn.hidden, row = at.row * turn.directions + at.d;
-  const auto saved_at = [&](int64_t of_row, int s) {
-    return static_cast<scalar>(step.workspace[((at.d * turn.rows + of_row) * Cell::saved + s) * hidden + j]);
+  const auto workspace_of = [&](int64_t of_row, int s) {
+    return step.workspace + ((at.d * turn.rows + of_row) * Cell::saved + s) * hidden;
   };
   Kept<Cell, T> kept{};
 #pragma unroll
-  for (int s = 0; s < Cell::saved; ++s) kept.saved[s] = saved_at(at.row, s);
+  for (int s = 0; s < Cell::saved; ++s) kept.saved[s] = workspace_of(at.row, s)[j];
   if constexpr (Cell::has_c) {
-    kept.c_prev = at.previous_row >= 0 ? saved_at(at.previous_row, Cell::saved_c)
-                                       : static_cast<scalar>(step.c0[(at.d * turn.batch + at.sequence) * hidden + j]);
+    const T* c_before = at.previous_row >= 0 ? workspace_of(at.previous_row, Cell::saved_c)
+                                             : step.c0 + (at.d * turn.batch + at.sequence) * hidden;
+    kept.c_prev = c_before[j];
   } else {
-    kept.h = static_cast<scalar>(step.y[row * hidden + j]);
-    kept.h_prev = static_cast<scalar>(h_before(step, at)[j]);
+    kept.h = step.y[row * hidden + j];
+    kept.h_prev = h_before(step, at, j);
   }
-  if (step.dy != nullptr) kept.dy = static_cast<scalar>(step.dy[row * hidden + j]);
+  if (step.dy != nullptr) kept.dy = step.dy[row * hidden + j];
   return kept;
 }
 
-// One unit of one sequence, given what later steps bring to dL/dh_t by W_hh: makes its dgates, and stores them for the
-// gradients of the weights.
+// One unit of one sequence, given what later steps bring to dL/dh_t by W_hh: makes its dgates, and stores them, and h_t
+// before a projection, for the gradients of the weights.
 template <typename Cell, typename T>
 __device__ __forceinline__ void backward_unit(const BackwardStep<T>& step, const Place& at, int64_t j,
                                               const Kept<Cell, T>& kept, acc_t<T> dh, acc_t<T>& state,
                                               T (&dgates)[Cell::slots]) {
   using scalar = acc_t<T>;
-  scalar da[Cell::slots], dc = Cell::has_c ? state : scalar(0);
+  const int64_t hidden = step.turn.hidden, row = at.row * step.turn.directions + at.d;
+  scalar saved[Cell::saved > 0 ? Cell::saved : 1], da[Cell::slots], dc = Cell::has_c ? state : scalar(0);
+#pragma unroll
+  for (int s = 0; s < Cell::saved; ++s) saved[s] = static_cast<scalar>(kept.saved[s]);
   if constexpr (kHasDirect<Cell>) dh += state;
-  const scalar direct = Cell::backward(kept.saved, kept.h, kept.h_prev, kept.c_prev, dh + kept.dy, dc, da);
+  dh += static_cast<scalar>(kept.dy);
+  const scalar direct = Cell::backward(saved, static_cast<scalar>(kept.h), static_cast<scalar>(kept.h_prev),
+                                       static_cast<scalar>(kept.c_prev), dh, dc, da);
   if constexpr (kHasState<Cell>) state = Cell::has_c ? dc : direct;
 #pragma unroll
   for (int slot = 0; slot < Cell::slots; ++slot) {
     dgates[slot] = static_cast<T>(da[slot]);
-    if (step.dgates != nullptr) {
-      const int64_t row = at.row * step.turn.directions + at.d;
-      step.dgates[(row * Cell::slots + slot) * step.turn.hidden + j] = dgates[slot];
-    }
+    if (step.dgates != nullptr) step.dgates[(row * Cell::slots + slot) * hidden + j] = dgates[slot];
+  }
+  if constexpr (Cell::has_c) {
+    if (step.outputs != nullptr) step.outputs[row * hidden + j] = static_cast<T>(Cell::output(saved));
   }
 }
 
@@ -439,14 +449,11 @@ __global__ void __launch_bounds__(kThreads) backward_step(const __grid_constant_
   const Place at{d, b, turn.first_row[d] + b, b < turn.previous[d] ? turn.previous_row[d] + b : -1};
   const int64_t sequence = d * turn.batch + b;
   for (int64_t j = first_column(); j < hidden || j < features; j += column_step()) {
-    if (j < features) store_h_previous(step, at, j);
+    if (step.h_previous != nullptr && j < features) {
+      store_h_previous(step, at, j, h_before(step, at, j), mask_of(step, at, j));
+    }
     if (j >= hidden) continue;
     const Kept<Cell, T> kept = load_kept<Cell>(step, at, j);
-    if constexpr (Cell::has_c) {
-      if (step.outputs != nullptr) {
-        step.outputs[(at.row * turn.directions + d) * hidden + j] = static_cast<T>(Cell::output(kept.saved));
-      }
-    }
     scalar state(0);
     if constexpr (kHasState<Cell>) state = step.state[sequence * hidden + j];
     T dgates[Cell::slots];
@@ -513,19 +520,19 @@ __global__ void __launch_bounds__(BackwardSequence<T>::W::kThreads, 1)
         const int64_t sequence = share.first_sequence + first + b;
         return Place{d, sequence, first_row + sequence, sequence < all_previous ? previous_row + sequence : -1};
       };
-      // What does not depend on later steps is read before the wait.
+      // What does not depend on later steps is asked for before the wait, and used after it.
       Kept<Cell, T> kept[kOwn] = {};
-      float mask[kOwn] = {};
+      T mask[kOwn] = {};
 #pragma unroll
       for (int own = 0; own < kOwn; ++own) {
         int b, unit;
         if (!share.is_own(own, count, b, unit)) continue;
         const int64_t j = first_unit + unit;
         const Place at = place(b);
-        if (step.h_mask != nullptr) mask[own] = static_cast<float>(step.h_mask[(d * batch + at.sequence) * hidden + j]);
+        mask[own] = mask_of(step, at, j);
         if (first + b >= active) continue;
         kept[own] = load_kept<Cell>(step, at, j);
-        store_h_previous(step, at, j);
+        if (Cell::has_c && step.h_previous != nullptr) kept[own].h_prev = h_before(step, at, j);
       }
       if (first == 0) share.wait();
       if (first < later) {
@@ -545,8 +552,7 @@ __global__ void __launch_bounds__(BackwardSequence<T>::W::kThreads, 1)
         if (first + b >= later) {
           if (run.dh_n != nullptr) dh = static_cast<float>(run.dh_n[of_state]);
         } else {
-          dh = slice.sum(unit, b);
-          if (step.h_mask != nullptr) dh *= mask[own];
+          dh = slice.sum(unit, b) * static_cast<float>(mask[own]);
         }
         if (first + b >= active) {
           run.dh0[of_state] = static_cast<T>(kHasDirect<Cell> ? dh + state : dh);
@@ -559,6 +565,7 @@ __global__ void __launch_bounds__(BackwardSequence<T>::W::kThreads, 1)
         for (int gate = 0; gate < Cell::gates; ++gate) {
           share.made(at.sequence)[gate * padded + j] = as_operand(dgates[gate]);
         }
+        if (step.h_previous != nullptr) store_h_previous(step, at, j, kept[own].h_prev, mask[own]);
       }
       __syncthreads();
     }
