@@ -23,7 +23,7 @@
 // left to cuBLAS: hence four passes at most (recurrent.cu, plan_sequence). Kernels of this sort have been measured at 2
 // to 5 us a step on an H100 (cuDNN's 1.96 and FlashRNN's 4.8, of an LSTM with B = 16, H = 768; FlashRNN's notebook).
 //
-// What fits. A block takes bytes(chunks, tiles) of shared memory and a few for its states, and by its registers (187 to
+// What fits. A block takes bytes(chunks, tiles) of shared memory and a few for its states, and by its registers (195 to
 // 228 of 256 threads) has a multiprocessor to itself. 128 blocks of 32 rows of an LSTM with H = 1024 take 101 KB each;
 // backward, 64 blocks of 16 rows of W_hh^T, 150 KB. Sequences that fit, of one direction / of two; H in between fits as
 // the larger one does:
