@@ -47,7 +47,6 @@ PORTS = {tool: 49152 + 100 * i for i, tool in enumerate(TOOLS)}
 SLOWER = 0.95
 # One kernel for all steps, against one a step; and the tests that run with it, too.
 PERSISTENT, SWITCH = "persistent", "NLPKERNELS_CUDA_PERSISTENT"
-HALVES = DTYPES[1:]
 PERSISTENT_TESTS = ("cuda", "recurrent", "recurrent_dropout", "lengths_and_states")
 
 
@@ -90,7 +89,7 @@ def switched(when: str) -> Iterator[None]:
 
 
 def persistent(problem: Problem, case: Case) -> Prepared:
-    """Ours with one kernel for all steps, or Unsupported where it does not fit."""
+    """Ours with one kernel for all steps of a pass, in training of both; or Unsupported where one does not fit."""
     prepared = PROVIDERS[OURS](problem, case)
 
     def call() -> Any:
@@ -116,7 +115,7 @@ def benchmark(output: Path, seconds: float) -> None:
             print(f"{done} of {len(everything)} cases in {seconds:.0f} s")
             return
         names = [OURS, "torch"]
-        if case.workload.kind == "sequence" and case.dtype in HALVES:
+        if case.workload.kind == "sequence":
             names.append(PERSISTENT)
         try:
             if 0 < 0.5 * machine.free_memory(case.device) < problem_type(case).memory(case):
@@ -140,7 +139,7 @@ def smoke(device: str) -> None:
                            ("LSTM", {})):  # fmt: skip
             layer = getattr(nlpkernels, name)(20, 37, bidirectional=True, **more, **options)
             x = torch.randn(5, 3, 20, requires_grad=True, **options)
-            for when in ("never", "fits") if dtype in HALVES else ("never",):
+            for when in ("never", "fits") if dtype in DTYPES else ("never",):
                 packed = torch.nn.utils.rnn.pack_padded_sequence(x, torch.tensor([5, 3, 1]))
                 with switched(when):
                     (layer(x)[0].square().sum() + layer(packed)[0].data.square().sum()).backward()

@@ -14,6 +14,7 @@
 
 #include <algorithm>
 #include <array>
+#include <cmath>
 #include <cstdlib>
 #include <cstring>
 #include <memory>
@@ -212,14 +213,16 @@ class Block {
   std::array<Shown, kMostThreads> lanes_{};
 };
 
-// A device of Hopper's shared memory and registers, with as many multiprocessors as a test wants.
-constexpr int kMostSharedMemory = 227 << 10;
+// A device of Hopper's shared memory and registers, of which a thread takes all that it can, with as many
+// multiprocessors as a test wants.
+constexpr int kMostSharedMemory = 227 << 10, kRegisters = 1 << 16, kMostRegisters = 256;
 inline int multiprocessors() {
   const char* given = std::getenv("EMULATED_CUDA_MULTIPROCESSORS");
   return given != nullptr ? std::atoi(given) : 132;
 }
 inline int blocks_per_multiprocessor(int threads, size_t shared) {
-  return std::min(2048 / threads, static_cast<int>((kMostSharedMemory + 1024) / (shared + 1024)));
+  return std::min(kRegisters / kMostRegisters / threads,
+                  static_cast<int>((kMostSharedMemory + 1024) / (shared + 1024)));
 }
 
 }  // namespace emulated_cuda
@@ -341,24 +344,36 @@ inline void wait_acquire(const unsigned* at, unsigned least) {
   }
 }
 
-// mma.m16n8k16 by the layout of its fragments in the manual of PTX: c [16, 8] += a [16, 16] b [16, 8]. A lane is
-// thread `lane % 4` of group `lane / 4`, and words hold two neighbouring values of a row of a, or of a column of b.
+// Half of 13 bits and more away from 0, as cvt.rna.tf32 does.
+inline float rounded_operand(float value) {
+  unsigned bits;
+  std::memcpy(&bits, &value, sizeof(bits));
+  if (std::isfinite(value)) bits = (bits + 0x1000) & ~0x1fffu;
+  std::memcpy(&value, &bits, sizeof(bits));
+  return value;
+}
+
+// mma.m16n8k16, or of float m16n8k8 of TF32, by the layout of its fragments in the manual of PTX: c [16, 8] += a [16,
+// k] b [k, 8]. A lane is thread `lane % 4` of group `lane / 4`, and words hold two neighbouring values of a row of a,
+// or of a column of b; of float, one, of which the last 13 bits are not read.
 template <typename T>
 void mma(float (&c)[4], unsigned a0, unsigned a1, unsigned a2, unsigned a3, unsigned b0, unsigned b1) {
+  constexpr unsigned each = sizeof(unsigned) / sizeof(T), half = 4 * each;
   emulated_cuda::Block& block = *emulated_cuda::Block::current();
   const unsigned lane = block.lane(), words[6] = {a0, a1, a2, a3, b0, b1};
   std::copy(words, words + 6, block.lanes()[lane].words);
   block.wait_for(~0u);
-  const auto value = [&](unsigned from, unsigned word, unsigned half) {
-    T values[2];
-    std::memcpy(values, &block.lanes()[from].words[word], sizeof(values));
-    return static_cast<float>(values[half]);
+  const auto value = [&](unsigned from, unsigned word, unsigned k) {
+    const unsigned bits = block.lanes()[from].words[word] & (each == 1 ? ~0x1fffu : ~0u);
+    T values[each];
+    std::memcpy(values, &bits, sizeof(values));
+    return static_cast<float>(values[k % each]);
   };
   for (unsigned i = 0; i < 4; ++i) {
     const unsigned row = lane / 4 + i / 2 * 8, column = lane % 4 * 2 + i % 2;
-    for (unsigned k = 0; k < 16; ++k) {
-      c[i] +=
-          value(row % 8 * 4 + k % 8 / 2, row / 8 + k / 8 * 2, k % 2) * value(column * 4 + k % 8 / 2, 4 + k / 8, k % 2);
+    for (unsigned k = 0; k < 2 * half; ++k) {
+      const unsigned thread = k % half / each;
+      c[i] += value(row % 8 * 4 + thread, row / 8 + k / half * 2, k) * value(column * 4 + thread, 4 + k / half, k);
     }
   }
   block.wait_for(~0u);

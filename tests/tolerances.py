@@ -23,6 +23,8 @@ FLOOR = {
     torch.bfloat16: 4e-3,
     torch.float16: 5e-4,
 }
+# The error of float32 whose products are of TF32, where that is allowed: operands of 11 bits.
+TF32 = 2e-3
 # Where states are rounded to half a precision before a product reads them (CUDA; the CPU's kernels keep them in float),
 # a unit of a ReLU that is almost 0 may fall on the other side of it than in exact arithmetic, and its gradient with it.
 # torch.nn's units do so too, but they are others. In a small layer one unit is a tenth of a gradient; that equations

@@ -50,12 +50,14 @@ struct Matrix {
   }
 };
 
+// Whether products of float32 may be of TF32.
+inline bool allows_tf32() { return at::globalContext().allowTF32CuDNN(at::Float32Op::RNN); }
+
 class Blas {
  public:
   Blas() : handle_(at::cuda::getCurrentCUDABlasHandle()) {
     // torch sets the mode anew whenever it gives the handle to someone.
-    const bool allow_tf32 = at::globalContext().allowTF32CuDNN(at::Float32Op::RNN);
-    const int mode = (allow_tf32 ? CUBLAS_TF32_TENSOR_OP_MATH : CUBLAS_DEFAULT_MATH) |
+    const int mode = (allows_tf32() ? CUBLAS_TF32_TENSOR_OP_MATH : CUBLAS_DEFAULT_MATH) |
                      CUBLAS_MATH_DISALLOW_REDUCED_PRECISION_REDUCTION;
     check(cublasSetMathMode(handle_, static_cast<cublasMath_t>(mode)));
   }

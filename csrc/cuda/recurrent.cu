@@ -11,11 +11,13 @@
 //   (with a mask of h, what stores h_t stores it once more, masked, for the next step's product)
 // Both directions take their i-th step side by side: the product is a batch of two, and the kernel's grid has two
 // layers. In packed data they hold different numbers of sequences, and the product is two.
-// Of bfloat16 and float16 all steps can be one kernel instead, whose weights stay on the chip: forward_sequence.
 //
 // Backward walks the steps the other way: dh_{t-1} = dgates W_hh. It stores dgates of all rows, and beside them
 // h_{t-1}, and with a projection the two factors of dW_hr, so that the gradients of the weights and of x are large
 // products.
+//
+// Of bfloat16 and float16, and of float32 where TF32 is allowed, all steps of a pass can be one kernel instead, whose
+// weights stay on the chip: forward_sequence, backward_sequence.
 //
 // Of bfloat16 and float16 products take operands as they are and give float, so that gates, c, and the sums over time
 // of dh and dc never leave float; h and dgates are rounded to the tensors' dtype where a product reads them.
@@ -140,48 +142,105 @@ __global__ void __launch_bounds__(kThreads) forward_step(const __grid_constant__
   }
 }
 
-// All steps of the forward pass, where the weights fit on the chip (persistent.cuh). grid.x: slices of the hidden
-// units, of which a block computes all gates, so that its cells are its own; grid.y: groups of sequences; grid.z:
-// directions.
+// All steps of one pass over a layer, where the weights fit on the chip (persistent.cuh). grid.x: slices of the hidden
+// units, whose cells are a block's own; grid.y: groups of sequences; grid.z: directions.
 template <typename T>
-struct ForwardSequence {
+struct Sequence {
   static constexpr int kMostRagged = 1024;  // steps of packed data: all of this is one argument of a kernel
   static constexpr int kApart = 32;         // counters, so that they do not share a line of L2
 
-  ForwardStep<T> step;  // but for what changes from step to step
-  const T* w_hh;        // [D, G H, H]
-  const T* start;       // [D, B, H]: c0; of cells without c, h0
-  T* exchange;          // [2, D, B', H']: h_{t-1} (under the mask), and h0 until there is one; zeros beyond B and H
-  T *h_n, *c_n;         // [D, B, H]
-  unsigned* arrivals;   // [D, groups, kApart], from zero: blocks of a group that have stored h_t, over all steps
-  int64_t padded_batch;
+  T* exchange;         // [2, D, B, columns]: what the blocks of a group make for each other; zeros where they do not
+  unsigned* arrivals;  // [D, groups, kApart], from zero: blocks of a group that have stored their part, over all steps
+  int64_t directions, batch, hidden, columns;
   int steps, units, sequences;  // of a block: hidden units, sequences of its group
-  int chunks, tiles;            // of its slice of w_hh
-  bool is_aligned, is_ragged;
+  int chunks, tiles;            // of its slice of the weights
+  bool is_ragged;
   uint16_t active[kMostRagged];  // of packed data
 
-  __device__ int64_t active_at(int t) const { return is_ragged ? active[t] : step.turn.batch; }
+  // Sequences in the i-th step of a walk up or down the steps; none before the first, nor beyond the last.
+  __device__ int64_t active_at(int i, bool is_up) const {
+    if (i < 0 || i >= steps) return 0;
+    return is_ragged ? active[is_up ? i : steps - 1 - i] : batch;
+  }
+};
+
+// What a block has of it.
+template <typename T>
+struct Share {
+  const Sequence<T>& run;
+  const int64_t d = blockIdx.z, first_unit = static_cast<int64_t>(blockIdx.x) * run.units,
+                first_sequence = static_cast<int64_t>(blockIdx.y) * run.sequences;
+  unsigned taken = 0;  // steps, by this group
+
+  __device__ explicit Share(const Sequence<T>& run) : run(run) {}
+
+  // How many of the first `active` sequences of the batch are of this group.
+  __device__ int own_of(int64_t active) const {
+    return static_cast<int>(std::min<int64_t>(active - first_sequence, run.sequences));
+  }
+
+  // Whether this thread has an i-th unit of a sequence, of the next `count`, and which.
+  __device__ bool is_own(int i, int count, int& b, int& unit) const {
+    const int at = i * static_cast<int>(blockDim.x) + static_cast<int>(threadIdx.x);
+    b = at / run.units;
+    unit = at % run.units;
+    return b < count && first_unit + unit < run.hidden;
+  }
+
+  // A sequence's row of what the group made in the step before, and of what it makes in this one.
+  __device__ const T* given(int64_t sequence) const { return row_of(taken, sequence); }
+  __device__ T* made(int64_t sequence) const { return row_of(taken + 1, sequence); }
+
+  // Until all of the group have made what is given.
+  __device__ void wait() const {
+    if (threadIdx.x == 0) wait_acquire(arrivals(), taken * gridDim.x);
+    __syncthreads();
+  }
+  // Says that this block has made its part, all threads of which are through with it.
+  __device__ void arrive() {
+    if (threadIdx.x == 0) add_release(arrivals());
+    ++taken;
+  }
+
+ private:
+  __device__ unsigned* arrivals() const { return run.arrivals + (d * gridDim.y + blockIdx.y) * Sequence<T>::kApart; }
+  __device__ T* row_of(unsigned turn, int64_t sequence) const {
+    return run.exchange + ((turn % 2 * run.directions + d) * run.batch + sequence) * run.columns;
+  }
+};
+
+// Units of sequences that a thread has at most, of each kSequences.
+template <typename W>
+constexpr int own_units(int rows_of_unit) {
+  return (W::kSequences * (W::kMostTiles * W::kRows / rows_of_unit) + W::kThreads - 1) / W::kThreads;
+}
+
+// A slice has all gates of its units. What changes hands is h_{t-1} (under the mask), and h0 until there is one.
+template <typename T>
+struct ForwardSequence : Sequence<T> {
+  using W = Slice<T, 4>;
+
+  ForwardStep<T> step;  // but for what changes from step to step
+  const T* w_hh;        // [D, G H, H]
+  bool is_aligned;
+  const T* start;  // [D, B, H]: c0; of cells without c, h0
+  T *h_n, *c_n;    // [D, B, H]
 };
 
 template <typename Cell, typename T>
-__global__ void __launch_bounds__(Slice<T>::kThreads, 1)
+__global__ void __launch_bounds__(ForwardSequence<T>::W::kThreads, 1)
     forward_sequence(const __grid_constant__ ForwardSequence<T> run) {
-  using W = Slice<T>;
-  constexpr int gates = Cell::gates;
-  // Units of sequences that a thread has, of each kSequences.
-  constexpr int kOwn = (W::kSequences * (W::kMostTiles * W::kRows / gates) + W::kThreads - 1) / W::kThreads;
+  using W = typename ForwardSequence<T>::W;
+  constexpr int gates = Cell::gates, kOwn = own_units<W>(gates);
   const ForwardStep<T>& step = run.step;
-  const int64_t directions = step.turn.directions, batch = step.turn.batch, hidden = step.turn.hidden;
-  const int64_t d = blockIdx.z, first_unit = static_cast<int64_t>(blockIdx.x) * run.units;
-  const int64_t first_sequence = static_cast<int64_t>(blockIdx.y) * run.sequences;
-  const int64_t columns = static_cast<int64_t>(run.chunks) * W::kColumns;
+  const int64_t directions = run.directions, batch = run.batch, hidden = run.hidden;
   const int units = run.units;
+  Share<T> share(run);
+  const int64_t d = share.d, first_unit = share.first_unit;
 
   const W slice(shared_memory(), run.chunks, run.tiles);
   float* state = reinterpret_cast<float*>(shared_memory() + W::bytes(run.chunks, run.tiles));  // [sequences, units]
   float *b_ih = state + run.sequences * units, *b_hh = b_ih + gates * units;                   // [gates, units]
-  unsigned* arrivals = run.arrivals + (d * gridDim.y + blockIdx.y) * ForwardSequence<T>::kApart;
-
   slice.load(hidden, run.is_aligned, [&](int row) -> const T* {
     const int64_t gate = row / units, j = first_unit + row % units;
     return gate < gates && j < hidden ? run.w_hh + ((d * gates + gate) * hidden + j) * hidden : nullptr;
@@ -193,64 +252,52 @@ __global__ void __launch_bounds__(Slice<T>::kThreads, 1)
     b_hh[i] = is_there ? static_cast<float>(step.b_hh[at]) : 0.0f;
   }
   for (int i = threadIdx.x; i < run.sequences * units; i += W::kThreads) {
-    const int64_t sequence = first_sequence + i / units, j = first_unit + i % units;
+    const int64_t sequence = share.first_sequence + i / units, j = first_unit + i % units;
     if (sequence < batch && j < hidden) state[i] = static_cast<float>(run.start[(d * batch + sequence) * hidden + j]);
   }
   __syncthreads();
 
-  int64_t first_row = d == 0 ? 0 : step.turn.rows;
-  unsigned taken = 0;  // steps, by this group
+  const bool is_up = d == 0;
+  int64_t first_row = is_up ? 0 : step.turn.rows;
   for (int i = 0; i < run.steps; ++i) {
-    const int t = d == 0 ? i : run.steps - 1 - i;
-    const int64_t all_active = run.active_at(t);
-    const int64_t stay_active = i + 1 == run.steps ? 0 : run.active_at(d == 0 ? t + 1 : t - 1);
-    if (d == 1) first_row -= all_active;
-    const int active = static_cast<int>(std::min<int64_t>(all_active - first_sequence, run.sequences));
-    const auto buffer = [&](unsigned turn) {
-      return run.exchange + (turn % 2 * directions + d) * run.padded_batch * columns;
-    };
-    const T* h_previous = buffer(taken);
-    T* h = buffer(taken + 1);
+    const int64_t all_active = run.active_at(i, is_up), stay_active = run.active_at(i + 1, is_up);
+    const int active = share.own_of(all_active);
+    if (!is_up) first_row -= all_active;
     for (int first = 0; first < active; first += W::kSequences) {
       const int count = active - first < W::kSequences ? active - first : W::kSequences;
-      const auto is_own = [&](int own, int& b, int& unit) {
-        b = (own * W::kThreads + static_cast<int>(threadIdx.x)) / units;
-        unit = (own * W::kThreads + static_cast<int>(threadIdx.x)) % units;
-        return b < count && first_unit + unit < hidden;
-      };
-      // What does not depend on h_{t-1} is read before the wait.
-      float from_x[kOwn][gates] = {}, mask[kOwn] = {};
+      // What does not depend on h_{t-1} is asked for before the wait, and used after it.
+      float from_x[kOwn][gates] = {};
+      T mask[kOwn] = {};
 #pragma unroll
       for (int own = 0; own < kOwn; ++own) {
         int b, unit;
-        if (!is_own(own, b, unit)) continue;
-        const int64_t sequence = first_sequence + first + b, j = first_unit + unit;
+        if (!share.is_own(own, count, b, unit)) continue;
+        const int64_t sequence = share.first_sequence + first + b, j = first_unit + unit;
 #pragma unroll
         for (int gate = 0; gate < gates; ++gate) {
           const int64_t at = (((first_row + sequence) * directions + d) * gates + gate) * hidden + j;
-          from_x[own][gate] = step.from_x[at] + b_ih[gate * units + unit];
+          from_x[own][gate] = step.from_x[at];
         }
-        if (step.h_mask != nullptr) mask[own] = static_cast<float>(step.h_mask[(d * batch + sequence) * hidden + j]);
+        if (step.h_mask != nullptr) mask[own] = step.h_mask[(d * batch + sequence) * hidden + j];
       }
-      if (first == 0) {
-        if (threadIdx.x == 0) wait_acquire(arrivals, taken * gridDim.x);
-        __syncthreads();
-      }
-      slice.multiply(h_previous + (first_sequence + first) * columns, count);
+      if (first == 0) share.wait();
+      slice.multiply(share.given(share.first_sequence + first), count);
       __syncthreads();
 #pragma unroll
       for (int own = 0; own < kOwn; ++own) {
         int b, unit;
-        if (!is_own(own, b, unit)) continue;
-        const int64_t sequence = first_sequence + first + b, j = first_unit + unit;
+        if (!share.is_own(own, count, b, unit)) continue;
+        const int64_t sequence = share.first_sequence + first + b, j = first_unit + unit;
         float from_h[gates];
 #pragma unroll
         for (int gate = 0; gate < gates; ++gate) {
+          from_x[own][gate] += b_ih[gate * units + unit];
           from_h[gate] = slice.sum(gate * units + unit, b) + b_hh[gate * units + unit];
         }
         float& c = state[(first + b) * units + unit];
         const float h_t = forward_unit<Cell>(step, d, first_row + sequence, j, from_x[own], from_h, c);
-        h[sequence * columns + j] = static_cast<T>(step.h_mask != nullptr ? h_t * mask[own] : h_t);
+        share.made(sequence)[j] =
+            as_operand(static_cast<T>(step.h_mask != nullptr ? h_t * static_cast<float>(mask[own]) : h_t));
         if (sequence >= stay_active) {
           run.h_n[(d * batch + sequence) * hidden + j] = static_cast<T>(h_t);
           if (Cell::has_c) run.c_n[(d * batch + sequence) * hidden + j] = static_cast<T>(c);
@@ -258,11 +305,8 @@ __global__ void __launch_bounds__(Slice<T>::kThreads, 1)
       }
       __syncthreads();
     }
-    if (active > 0) {
-      if (threadIdx.x == 0) add_release(arrivals);
-      ++taken;
-    }
-    if (d == 0) first_row += all_active;
+    if (active > 0) share.arrive();
+    if (is_up) first_row += all_active;
   }
 }
 
@@ -290,14 +334,12 @@ __global__ void __launch_bounds__(kThreads) store_projected(const __grid_constan
   }
 }
 
-// Sequences from `previous` on have no step before this one, and come from h0 and c0.
 template <typename T>
 struct BackwardStep {
   Turn turn;
   const T* dy;         // [N, D, H], or nullptr; with a projection it is in dh already
-  const acc_t<T>* dh;  // [D, B, H]: dL/dh_t, but for dy and `direct`
-  acc_t<T>* direct;    // [D, B, H], GRU: what passed W_hh by; this step's takes its place
-  acc_t<T>* dc;        // [D, B, H], LSTM: dL/dc_t without h_t's share becomes dL/dc_{t-1}
+  const acc_t<T>* dh;  // [D, B, H]: dL/dh_t, but for dy and what `state` has of it
+  acc_t<T>* state;     // [D, B, H], of cells with a state of backward
   const T *y, *h0;     // [N, D, P], [D, B, P]
   const T* workspace;  // [D, N, S, H]
   const T* c0;         // [D, B, H], LSTM
@@ -312,56 +354,223 @@ struct BackwardStep {
 template <typename Cell>
 constexpr bool kHasDirect = std::is_same_v<Cell, Gru>;
 
+// The state of backward: of cells with c dL/dc_t without h_t's share, which becomes dL/dc_{t-1}; of the GRU what passed
+// W_hh by of dL/dh_t, which becomes that of dL/dh_{t-1}.
+template <typename Cell>
+constexpr bool kHasState = Cell::has_c || kHasDirect<Cell>;
+
+// A sequence at a step: its row, and that at the step before, or -1: it comes from h0 and c0.
+struct Place {
+  int64_t d, sequence, row, previous_row;
+};
+
+template <typename T>
+__device__ __forceinline__ T h_before(const BackwardStep<T>& step, const Place& at, int64_t j) {
+  const Turn& turn = step.turn;
+  const T* h = at.previous_row >= 0 ? step.y + (at.previous_row * turn.directions + at.d) * turn.features
+                                    : step.h0 + (at.d * turn.batch + at.sequence) * turn.features;
+  return h[j];
+}
+
+// 1 without a mask.
+template <typename T>
+__device__ __forceinline__ T mask_of(const BackwardStep<T>& step, const Place& at, int64_t j) {
+  return step.h_mask != nullptr ? step.h_mask[(at.d * step.turn.batch + at.sequence) * step.turn.features + j] : T(1);
+}
+
+template <typename T>
+__device__ __forceinline__ void store_h_previous(const BackwardStep<T>& step, const Place& at, int64_t j, T h, T mask) {
+  using scalar = acc_t<T>;
+  const int64_t row = at.row * step.turn.directions + at.d;
+  step.h_previous[row * step.turn.features + j] = static_cast<T>(static_cast<scalar>(h) * static_cast<scalar>(mask));
+}
+
+// What a unit's backward step takes that no later step has made, as it lies in memory: who loads it need not wait.
+template <typename Cell, typename T>
+struct Kept {
+  T saved[Cell::saved > 0 ? Cell::saved : 1], h, h_prev, c_prev, dy;
+};
+
+template <typename Cell, typename T>
+__device__ __forceinline__ Kept<Cell, T> load_kept(const BackwardStep<T>& step, const Place& at, int64_t j) {
+  const Turn& turn = step.turn;
+  const int64_t hidden = turn.hidden, row = at.row * turn.directions + at.d;
+  const auto workspace_of = [&](int64_t of_row, int s) {
+    return step.workspace + ((at.d * turn.rows + of_row) * Cell::saved + s) * hidden;
+  };
+  Kept<Cell, T> kept{};
+#pragma unroll
+  for (int s = 0; s < Cell::saved; ++s) kept.saved[s] = workspace_of(at.row, s)[j];
+  if constexpr (Cell::has_c) {
+    const T* c_before = at.previous_row >= 0 ? workspace_of(at.previous_row, Cell::saved_c)
+                                             : step.c0 + (at.d * turn.batch + at.sequence) * hidden;
+    kept.c_prev = c_before[j];
+  } else {
+    kept.h = step.y[row * hidden + j];
+    kept.h_prev = h_before(step, at, j);
+  }
+  if (step.dy != nullptr) kept.dy = step.dy[row * hidden + j];
+  return kept;
+}
+
+// One unit of one sequence, given what later steps bring to dL/dh_t by W_hh: makes its dgates, and stores them, and h_t
+// before a projection, for the gradients of the weights.
+template <typename Cell, typename T>
+__device__ __forceinline__ void backward_unit(const BackwardStep<T>& step, const Place& at, int64_t j,
+                                              const Kept<Cell, T>& kept, acc_t<T> dh, acc_t<T>& state,
+                                              T (&dgates)[Cell::slots]) {
+  using scalar = acc_t<T>;
+  const int64_t hidden = step.turn.hidden, row = at.row * step.turn.directions + at.d;
+  scalar saved[Cell::saved > 0 ? Cell::saved : 1], da[Cell::slots], dc = Cell::has_c ? state : scalar(0);
+#pragma unroll
+  for (int s = 0; s < Cell::saved; ++s) saved[s] = static_cast<scalar>(kept.saved[s]);
+  if constexpr (kHasDirect<Cell>) dh += state;
+  dh += static_cast<scalar>(kept.dy);
+  const scalar direct = Cell::backward(saved, static_cast<scalar>(kept.h), static_cast<scalar>(kept.h_prev),
+                                       static_cast<scalar>(kept.c_prev), dh, dc, da);
+  if constexpr (kHasState<Cell>) state = Cell::has_c ? dc : direct;
+#pragma unroll
+  for (int slot = 0; slot < Cell::slots; ++slot) {
+    dgates[slot] = static_cast<T>(da[slot]);
+    if (step.dgates != nullptr) step.dgates[(row * Cell::slots + slot) * hidden + j] = dgates[slot];
+  }
+  if constexpr (Cell::has_c) {
+    if (step.outputs != nullptr) step.outputs[row * hidden + j] = static_cast<T>(Cell::output(saved));
+  }
+}
+
+// Sequences from `previous` on have no step before this one.
 template <typename Cell, typename T>
 __global__ void __launch_bounds__(kThreads) backward_step(const __grid_constant__ BackwardStep<T> step) {
   using scalar = acc_t<T>;
   const Turn& turn = step.turn;
   const int64_t d = blockIdx.z, b = row_of_thread(), hidden = turn.hidden, features = turn.features;
   if (b >= turn.active[d]) return;
+  const Place at{d, b, turn.first_row[d] + b, b < turn.previous[d] ? turn.previous_row[d] + b : -1};
   const int64_t sequence = d * turn.batch + b;
-  const int64_t row = (turn.first_row[d] + b) * turn.directions + d;  // of tensors [N, D, ...]
-  const bool has_previous = b < turn.previous[d];
-  const int64_t previous_row = turn.previous_row[d] + b;
-  const T* h_before =
-      has_previous ? step.y + (previous_row * turn.directions + d) * features : step.h0 + sequence * features;
-  const T* workspace = step.workspace + (d * turn.rows + turn.first_row[d] + b) * Cell::saved * hidden;
   for (int64_t j = first_column(); j < hidden || j < features; j += column_step()) {
     if (step.h_previous != nullptr && j < features) {
-      T h_factor = h_before[j];
-      if (step.h_mask != nullptr) {
-        const T factor = step.h_mask[sequence * features + j];
-        h_factor = static_cast<T>(static_cast<scalar>(h_factor) * static_cast<scalar>(factor));
-      }
-      step.h_previous[row * features + j] = h_factor;
+      store_h_previous(step, at, j, h_before(step, at, j), mask_of(step, at, j));
     }
     if (j >= hidden) continue;
-    const int64_t at = sequence * hidden + j;
-    scalar saved[Cell::saved > 0 ? Cell::saved : 1], da[Cell::slots], h(0), h_prev(0), c_prev(0), dc(0);
+    const Kept<Cell, T> kept = load_kept<Cell>(step, at, j);
+    scalar state(0);
+    if constexpr (kHasState<Cell>) state = step.state[sequence * hidden + j];
+    T dgates[Cell::slots];
+    backward_unit<Cell>(step, at, j, kept, step.dh[sequence * hidden + j], state, dgates);
+    if constexpr (kHasState<Cell>) step.state[sequence * hidden + j] = state;
 #pragma unroll
-    for (int s = 0; s < Cell::saved; ++s) saved[s] = static_cast<scalar>(workspace[s * hidden + j]);
-    if constexpr (Cell::has_c) {
-      const T* c_before = has_previous
-                              ? step.workspace + ((d * turn.rows + previous_row) * Cell::saved + Cell::saved_c) * hidden
-                              : step.c0 + sequence * hidden;
-      c_prev = static_cast<scalar>(c_before[j]);
-      dc = step.dc[at];
-      if (step.outputs != nullptr) step.outputs[row * hidden + j] = static_cast<T>(Cell::output(saved));
-    } else {
-      h = static_cast<scalar>(step.y[row * hidden + j]);
-      h_prev = static_cast<scalar>(h_before[j]);
+    for (int gate = 0; gate < Cell::gates; ++gate) {
+      step.factor[(sequence * Cell::gates + gate) * hidden + j] = dgates[gate];
     }
-    scalar dh = step.dh[at];
-    if constexpr (kHasDirect<Cell>) dh += step.direct[at];
-    if (step.dy != nullptr) dh += static_cast<scalar>(step.dy[row * hidden + j]);
-    const scalar direct = Cell::backward(saved, h, h_prev, c_prev, dh, dc, da);
-    if constexpr (kHasDirect<Cell>) step.direct[at] = direct;
-    if constexpr (Cell::has_c) step.dc[at] = dc;
+  }
+}
+
+// A slice has the rows of W_hh^T of its units, whose dL/dh and states are the block's own. What changes hands is dgates
+// of W_hh's gates: dL/dh_{t-1} = dgates_t W_hh. It lies in whole chunks, which those of all rows may not. The walk goes
+// against the direction's own, and a step beyond its end, to the gradients of h0 and c0.
+template <typename T>
+struct BackwardSequence : Sequence<T> {
+  using W = Slice<T, 2>;  // not more, for the registers of what is read before the wait
+
+  BackwardStep<T> step;  // but for what changes from step to step
+  const T* w_hh;         // [D, H, columns]: transposed, its gates padded to whole chunks with zeros
+  const T *dh_n, *dc_n;  // [D, B, H], or nullptr
+  T *dh0, *dc0;          // [D, B, H]
+};
+
+template <typename Cell, typename T>
+__global__ void __launch_bounds__(BackwardSequence<T>::W::kThreads, 1)
+    backward_sequence(const __grid_constant__ BackwardSequence<T> run) {
+  using W = typename BackwardSequence<T>::W;
+  constexpr int kOwn = own_units<W>(1);
+  const BackwardStep<T>& step = run.step;
+  const int64_t batch = run.batch, hidden = run.hidden, padded = run.columns / Cell::gates;
+  const int units = run.units;
+  Share<T> share(run);
+  const int64_t d = share.d, first_unit = share.first_unit;
+
+  const W slice(shared_memory(), run.chunks, run.tiles);
+  float* states = reinterpret_cast<float*>(shared_memory() + W::bytes(run.chunks, run.tiles));  // [sequences, units]
+  slice.load(run.columns, /*is_aligned=*/true, [&](int row) -> const T* {
+    return first_unit + row < hidden ? run.w_hh + (d * hidden + first_unit + row) * run.columns : nullptr;
+  });
+  for (int i = threadIdx.x; i < run.sequences * units; i += W::kThreads) {
+    const int64_t sequence = share.first_sequence + i / units, j = first_unit + i % units;
+    const bool is_there = run.dc_n != nullptr && sequence < batch && j < hidden;
+    states[i] = is_there ? static_cast<float>(run.dc_n[(d * batch + sequence) * hidden + j]) : 0.0f;
+  }
+  __syncthreads();
+
+  const bool is_up = d == 1;
+  int64_t first_row = is_up ? 0 : step.turn.rows;
+  for (int i = 0; i <= run.steps; ++i) {
+    // In the step that was taken before, which is a later one of the direction's; in this; in the next to be taken.
+    const int64_t all_later = run.active_at(i - 1, is_up), all_active = run.active_at(i, is_up),
+                  all_previous = run.active_at(i + 1, is_up);
+    const int later = share.own_of(all_later), active = share.own_of(all_active);
+    // And at the direction's own first step those that have none: their gradients pass through.
+    const bool takes_all = i == (is_up ? 0 : run.steps);
+    const int both = share.own_of(takes_all ? batch : is_up ? all_later : all_active);
+    if (!is_up) first_row -= all_active;
+    const int64_t previous_row = is_up ? first_row + all_active : first_row - all_previous;
+    for (int first = 0; first < both; first += W::kSequences) {
+      const int count = both - first < W::kSequences ? both - first : W::kSequences;
+      const auto place = [&](int b) {
+        const int64_t sequence = share.first_sequence + first + b;
+        return Place{d, sequence, first_row + sequence, sequence < all_previous ? previous_row + sequence : -1};
+      };
+      // What does not depend on later steps is asked for before the wait, and used after it.
+      Kept<Cell, T> kept[kOwn] = {};
+      T mask[kOwn] = {};
 #pragma unroll
-    for (int slot = 0; slot < Cell::slots; ++slot) {
-      const T value = static_cast<T>(da[slot]);
-      if (slot < Cell::gates) step.factor[(sequence * Cell::gates + slot) * hidden + j] = value;
-      if (step.dgates != nullptr) step.dgates[(row * Cell::slots + slot) * hidden + j] = value;
+      for (int own = 0; own < kOwn; ++own) {
+        int b, unit;
+        if (!share.is_own(own, count, b, unit)) continue;
+        const int64_t j = first_unit + unit;
+        const Place at = place(b);
+        mask[own] = mask_of(step, at, j);
+        if (first + b >= active) continue;
+        kept[own] = load_kept<Cell>(step, at, j);
+        if (Cell::has_c && step.h_previous != nullptr) kept[own].h_prev = h_before(step, at, j);
+      }
+      if (first == 0) share.wait();
+      if (first < later) {
+        slice.multiply(share.given(share.first_sequence + first),
+                       later - first < W::kSequences ? later - first : W::kSequences);
+      }
+      __syncthreads();
+#pragma unroll
+      for (int own = 0; own < kOwn; ++own) {
+        int b, unit;
+        if (!share.is_own(own, count, b, unit)) continue;
+        const int64_t j = first_unit + unit;
+        const Place at = place(b);
+        const int64_t of_state = (d * batch + at.sequence) * hidden + j;
+        float& state = states[(first + b) * units + unit];
+        float dh = 0;
+        if (first + b >= later) {
+          if (run.dh_n != nullptr) dh = static_cast<float>(run.dh_n[of_state]);
+        } else {
+          dh = slice.sum(unit, b) * static_cast<float>(mask[own]);
+        }
+        if (first + b >= active) {
+          run.dh0[of_state] = static_cast<T>(kHasDirect<Cell> ? dh + state : dh);
+          if (Cell::has_c) run.dc0[of_state] = static_cast<T>(state);
+          continue;
+        }
+        T dgates[Cell::slots];
+        backward_unit<Cell>(step, at, j, kept[own], dh, state, dgates);
+#pragma unroll
+        for (int gate = 0; gate < Cell::gates; ++gate) {
+          share.made(at.sequence)[gate * padded + j] = as_operand(dgates[gate]);
+        }
+        if (step.h_previous != nullptr) store_h_previous(step, at, j, kept[own].h_prev, mask[own]);
+      }
+      __syncthreads();
     }
+    if (active > 0) share.arrive();
+    if (is_up) first_row += all_active;
   }
 }
 
@@ -480,15 +689,6 @@ T* data_or_null(const Tensor& tensor) {
   return tensor.defined() && tensor.numel() > 0 ? tensor.mutable_data_ptr<T>() : nullptr;
 }
 
-// Forward ------------------------------------------------------------------------------------------------------------
-
-// How forward_sequence splits a layer; of no blocks where it does not serve it.
-struct SequencePlan {
-  dim3 grid{0, 0, 0};
-  int tiles = 0, units = 0, sequences = 0;
-  size_t shared = 0;
-};
-
 // NLPKERNELS_CUDA_PERSISTENT: never (by default), where it fits, or always, with an error where it does not fit.
 enum class Persistent { kNever, kFits, kAlways };
 Persistent wants_persistent() {
@@ -499,62 +699,104 @@ Persistent wants_persistent() {
   return when == "never" ? Persistent::kNever : when == "fits" ? Persistent::kFits : Persistent::kAlways;
 }
 
-// The fewest passes over sequences, and of those the most blocks, that can be resident at once.
-template <typename Cell, typename T>
-SequencePlan plan_sequence(const Layer& layer) {
-  using W = Slice<T>;
+// Where a pass goes step by step.
+void check_steps_are_wanted(const char* op, const Layer& layer) {
+  TORCH_CHECK(
+      wants_persistent() != Persistent::kAlways || layer.rows == 0, op,
+      ": NLPKERNELS_CUDA_PERSISTENT is always, but no kernel for ", layer.hidden, " hidden units, ", layer.batch,
+      " sequences and ", layer.directions, " directions of ", layer.x.scalar_type(),
+      layer.has_projection ? " with a projection" : "", " fits on this device",
+      layer.x.scalar_type() == at::kFloat && !allows_tf32() ? ", and none is there for float32 without TF32" : "");
+}
+
+// How a kernel of all steps splits a layer; of no blocks where it does not serve it.
+struct SequencePlan {
+  dim3 grid{0, 0, 0};
+  int64_t columns = 0;
+  int tiles = 0, units = 0, sequences = 0;
+  size_t shared = 0;
+
+  explicit operator bool() const { return grid.x > 0; }
+};
+
+// The fewest passes over sequences, and of those the most blocks, that can be resident at once. A unit has `rows` of
+// the weights, of `columns` in whole chunks, and in shared memory a float for each sequence and `constants` beside.
+template <typename Run>
+SequencePlan plan_sequence(void (*kernel)(Run), const Layer& layer, int rows, int64_t columns, int constants) {
+  using W = typename Run::W;
   constexpr int64_t kMostPasses = 4;
   constexpr int64_t kMostSteps = 1 << 22;  // whose arrivals a counter holds
-  const bool is_servable = !layer.has_projection && layer.steps <= kMostSteps &&
-                           (layer.rows == layer.steps * layer.batch ||
-                            (layer.steps <= ForwardSequence<T>::kMostRagged && layer.batch <= UINT16_MAX));
+  const bool is_servable =
+      (layer.x.scalar_type() != at::kFloat || allows_tf32()) && layer.rows > 0 && !layer.has_projection &&
+      layer.steps <= kMostSteps &&
+      (layer.rows == layer.steps * layer.batch || (layer.steps <= Run::kMostRagged && layer.batch <= UINT16_MAX));
+  if (!is_servable || wants_persistent() == Persistent::kNever) return {};
   const Residency residency;
-  if (!is_servable || !residency.is_possible) return {};
-  const int64_t all_passes = ceil_div(layer.batch, W::kSequences), chunks = ceil_div(layer.hidden, W::kColumns);
+  if (!residency.is_possible) return {};
+  const int64_t all_passes = ceil_div(layer.batch, W::kSequences);
   for (int64_t passes = 1; passes <= kMostPasses; ++passes) {
     const int64_t groups = ceil_div(all_passes, passes);
     for (int tiles = 1; tiles <= W::kMostTiles; ++tiles) {
-      const int units = tiles * W::kRows / Cell::gates;
+      const int units = tiles * W::kRows / rows;
       const int64_t slices = ceil_div(layer.hidden, units), sequences = passes * W::kSequences;
-      const size_t shared = W::bytes(chunks, tiles) + sizeof(float) * units * (sequences + 2 * Cell::gates);
+      const size_t shared = W::bytes(columns / W::kColumns, tiles) + sizeof(float) * units * (sequences + constants);
       const int64_t blocks = slices * groups * layer.directions;
-      if (blocks <= residency.blocks(forward_sequence<Cell, T>, W::kThreads, shared)) {
-        return {dim3(slices, groups, layer.directions), tiles, units, static_cast<int>(sequences), shared};
+      if (blocks <= residency.blocks(kernel, W::kThreads, shared)) {
+        return {dim3(slices, groups, layer.directions), columns, tiles, units, static_cast<int>(sequences), shared};
       }
     }
   }
   return {};
 }
 
-// All steps in one launch. h_n and c_n are h0 and c0.
-template <typename Cell, typename T>
-void run_sequence(const Layer& layer, const SequencePlan& plan, ForwardStep<T> step, const Tensor& h_n,
-                  const Tensor& c_n) {
-  const int64_t directions = layer.directions, batch = layer.batch, hidden = layer.hidden;
-  const int64_t chunks = ceil_div(hidden, Slice<T>::kColumns), columns = chunks * Slice<T>::kColumns;
-  ForwardSequence<T> run{};
-  step.turn = layer.turn(0);
-  run.step = step;
-  run.w_hh = layer.all_w_hh.const_data_ptr<T>();
-  run.start = (Cell::has_c ? *layer.c0 : layer.h0).template const_data_ptr<T>();
-  run.padded_batch = ceil_div(batch, 8) * 8;
-  const Tensor exchange = at::zeros({2, directions, run.padded_batch, columns}, layer.x.options());
-  exchange.narrow(2, 0, batch).narrow(3, 0, hidden).copy_(layer.h_mask ? layer.h0.mul(*layer.h_mask) : layer.h0);
+// All steps in one launch, given what is the pass's own. What changes hands begins as `exchange`, [2, D, B, columns].
+template <typename Run, typename T>
+void run_sequence(void (*kernel)(Run), const Layer& layer, const SequencePlan& plan, Run& run, const Tensor& exchange) {
+  using W = typename Run::W;
+  const Tensor arrivals = at::zeros({layer.directions, plan.grid.y, Run::kApart}, exchange.options().dtype(at::kInt));
+  run.step.turn = layer.turn(0);
   run.exchange = exchange.mutable_data_ptr<T>();
-  run.h_n = h_n.mutable_data_ptr<T>();
-  run.c_n = data_or_null<T>(c_n);
-  const Tensor arrivals =
-      at::zeros({directions, plan.grid.y, ForwardSequence<T>::kApart}, layer.x.options().dtype(at::kInt));
   run.arrivals = reinterpret_cast<unsigned*>(arrivals.mutable_data_ptr<int>());
+  run.directions = layer.directions;
+  run.batch = layer.batch;
+  run.hidden = layer.hidden;
+  run.columns = plan.columns;
   run.steps = static_cast<int>(layer.steps);
   run.units = plan.units;
   run.sequences = plan.sequences;
-  run.chunks = static_cast<int>(chunks);
+  run.chunks = static_cast<int>(plan.columns / W::kColumns);
   run.tiles = plan.tiles;
-  run.is_aligned = has_aligned_rows<8>(run.w_hh, hidden);
-  run.is_ragged = layer.rows != layer.steps * batch;
+  run.is_ragged = layer.rows != layer.steps * layer.batch;
   if (run.is_ragged) std::copy(layer.active.begin(), layer.active.end(), run.active);
-  launch_together(forward_sequence<Cell, T>, {plan.grid, dim3(Slice<T>::kThreads)}, plan.shared, run);
+  launch_together(kernel, {plan.grid, dim3(W::kThreads)}, plan.shared, run);
+}
+
+// Hidden units in whole chunks of columns.
+template <typename W>
+int64_t padded_hidden(const Layer& layer) {
+  return ceil_div(layer.hidden, W::kColumns) * W::kColumns;
+}
+
+// Forward ------------------------------------------------------------------------------------------------------------
+
+// All steps by one kernel, if that is wanted and fits. h_n and c_n are h0 and c0.
+template <typename Cell, typename T>
+bool run_as_one(const Layer& layer, const ForwardStep<T>& step, const Tensor& h_n, const Tensor& c_n) {
+  const auto kernel = forward_sequence<Cell, T>;
+  const int64_t columns = padded_hidden<typename ForwardSequence<T>::W>(layer);
+  const SequencePlan plan = plan_sequence(kernel, layer, Cell::gates, columns, 2 * Cell::gates);
+  if (!plan) return false;
+  ForwardSequence<T> run{};
+  run.step = step;
+  run.w_hh = layer.all_w_hh.const_data_ptr<T>();
+  run.is_aligned = has_aligned_rows<kPackOf16Bytes<T>>(run.w_hh, layer.hidden);
+  run.start = (Cell::has_c ? *layer.c0 : layer.h0).template const_data_ptr<T>();
+  run.h_n = h_n.mutable_data_ptr<T>();
+  run.c_n = data_or_null<T>(c_n);
+  const Tensor exchange = at::zeros({2, layer.directions, layer.batch, columns}, layer.x.options());
+  exchange.narrow(3, 0, layer.hidden).copy_(layer.h_mask ? layer.h0.mul(*layer.h_mask) : layer.h0);
+  run_sequence<ForwardSequence<T>, T>(kernel, layer, plan, run, exchange);
+  return true;
 }
 
 // Step by step: h_n and c_n are h0 and c0.
@@ -617,18 +859,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward(const Layer& layer, at::IntAr
 
   layer.blas.multiply(Matrix(from_x), Matrix(layer.x),
                       Matrix(layer.all_w_ih.view({directions * gate_rows, layer.inputs}).t()));
-  const Persistent persistent = wants_persistent();
-  if (persistent != Persistent::kNever && rows > 0) {
-    if constexpr (sizeof(T) == 2) {
-      if (const SequencePlan plan = plan_sequence<Cell, T>(layer); plan.tiles > 0) {
-        run_sequence<Cell>(layer, plan, step, h_n, c_n);
-        return {y, h_n, c_n, workspace};
-      }
-    }
-    TORCH_CHECK(persistent == Persistent::kFits, "recurrent: NLPKERNELS_CUDA_PERSISTENT is always, but no kernel for ",
-                layer.hidden, " hidden units, ", layer.batch, " sequences and ", directions, " directions of ",
-                layer.x.scalar_type(), layer.has_projection ? " with a projection" : "", " fits on this device");
+  if constexpr (!std::is_same_v<T, double>) {
+    if (run_as_one<Cell>(layer, step, h_n, c_n)) return {y, h_n, c_n, workspace};
   }
+  check_steps_are_wanted("recurrent", layer);
   run_steps<Cell>(layer, step, y, h_n, c_n);
   return {y, h_n, c_n, workspace};
 }
@@ -669,37 +903,68 @@ class Backward {
 
   void run(const OptionalTensor& dy, const OptionalTensor& dh_n, const OptionalTensor& dc_n, const Tensor& y,
            const Tensor& workspace) const {
-    run_steps(contiguous(dy), dh_n, dc_n, y.contiguous(), workspace.contiguous());
+    run_loop(contiguous(dy), contiguous(dh_n), contiguous(dc_n), y.contiguous(), workspace.contiguous());
     if (need_dweights_) run_weights();
     if (need_dx_) run_inputs();
   }
 
  private:
   // dgates of all rows, dh0 and dc0.
-  void run_steps(const OptionalTensor& dy, const OptionalTensor& dh_n, const OptionalTensor& dc_n, const Tensor& y,
-                 const Tensor& workspace) const {
+  void run_loop(const OptionalTensor& dy, const OptionalTensor& dh_n, const OptionalTensor& dc_n, const Tensor& y,
+                const Tensor& workspace) const {
+    BackwardStep<T> step{};
+    step.dy = layer_.has_projection ? nullptr : data_or_null<T>(dy);
+    step.y = y.template const_data_ptr<T>();
+    step.h0 = layer_.h0.template const_data_ptr<T>();
+    step.workspace = workspace.template const_data_ptr<T>();
+    step.c0 = data_or_null<T>(layer_.c0);
+    step.dgates = data_or_null<T>(dgates_);
+    step.h_mask = data_or_null<T>(layer_.h_mask);
+    step.h_previous = data_or_null<T>(h_previous_);
+    step.outputs = data_or_null<T>(outputs_);
+    if constexpr (!std::is_same_v<T, double>) {
+      if (run_as_one(step, dh_n, dc_n)) return;
+    }
+    check_steps_are_wanted("recurrent_backward", layer_);
+    run_steps(step, dy, dh_n, dc_n);
+  }
+
+  // All steps by one kernel, if that is wanted and fits.
+  bool run_as_one(const BackwardStep<T>& step, const OptionalTensor& dh_n, const OptionalTensor& dc_n) const {
+    const auto kernel = backward_sequence<Cell, T>;
+    const int64_t directions = layer_.directions, hidden = layer_.hidden, gates = Cell::gates;
+    const int64_t padded = padded_hidden<typename BackwardSequence<T>::W>(layer_), columns = gates * padded;
+    const SequencePlan plan = plan_sequence(kernel, layer_, 1, columns, 0);
+    if (!plan) return false;
+    const Tensor w_hh = at::zeros({directions, hidden, gates, padded}, options_);
+    w_hh.narrow(3, 0, hidden).copy_(layer_.all_w_hh.view({directions, gates, hidden, hidden}).permute({0, 3, 1, 2}));
+    BackwardSequence<T> run{};
+    run.step = step;
+    run.w_hh = w_hh.template const_data_ptr<T>();
+    run.dh_n = data_or_null<T>(dh_n);
+    run.dc_n = data_or_null<T>(dc_n);
+    run.dh0 = dh0.template mutable_data_ptr<T>();
+    run.dc0 = data_or_null<T>(dc0);
+    const Tensor exchange = at::zeros({2, directions, layer_.batch, columns}, options_);
+    run_sequence<BackwardSequence<T>, T>(kernel, layer_, plan, run, exchange);
+    return true;
+  }
+
+  void run_steps(BackwardStep<T> step, const OptionalTensor& dy, const OptionalTensor& dh_n,
+                 const OptionalTensor& dc_n) const {
     const int64_t directions = layer_.directions, batch = layer_.batch, hidden = layer_.hidden;
-    const Tensor dh = start(dh0, dh_n), dc = Cell::has_c ? start(dc0, dc_n) : Tensor();
-    const Tensor direct = kHasDirect<Cell> ? at::zeros({directions, batch, hidden}, wide_options_) : Tensor();
+    const Tensor dh = start(dh0, dh_n);
+    const Tensor state = Cell::has_c        ? start(dc0, dc_n)
+                         : kHasDirect<Cell> ? at::zeros({directions, batch, hidden}, wide_options_)
+                                            : Tensor();
     const Tensor factor = at::empty({directions, batch, Cell::gates * hidden}, options_);
     const bool has_projection = layer_.has_projection;
     const Tensor cell_dh = has_projection ? at::empty({directions, batch, hidden}, wide_options_) : dh;
     const Tensor projected_factor = has_projection ? at::empty(dh.sizes(), options_) : Tensor();
 
-    BackwardStep<T> step{};
-    step.dy = has_projection ? nullptr : data_or_null<T>(dy);
     step.dh = cell_dh.template const_data_ptr<scalar>();
-    step.direct = data_or_null<scalar>(direct);
-    step.dc = data_or_null<scalar>(dc);
-    step.y = y.template const_data_ptr<T>();
-    step.h0 = layer_.h0.template const_data_ptr<T>();
-    step.workspace = workspace.template const_data_ptr<T>();
-    step.c0 = data_or_null<T>(layer_.c0);
+    step.state = data_or_null<scalar>(state);
     step.factor = factor.template mutable_data_ptr<T>();
-    step.dgates = data_or_null<T>(dgates_);
-    step.h_mask = data_or_null<T>(layer_.h_mask);
-    step.h_previous = data_or_null<T>(h_previous_);
-    step.outputs = data_or_null<T>(outputs_);
     const Matrix sum(dh), product(cell_dh), left(factor), w_hh(layer_.all_w_hh);
     for (int64_t i = layer_.steps - 1; i >= 0; --i) {
       step.turn = layer_.turn(i);
@@ -718,10 +983,10 @@ class Backward {
       }
     }
 
-    if (kHasDirect<Cell>) dh.add_(direct);
+    if (kHasDirect<Cell>) dh.add_(state);
     if (!kIsWide) {
       dh0.copy_(dh);
-      if (Cell::has_c) dc0.copy_(dc);
+      if (Cell::has_c) dc0.copy_(state);
     }
   }
 
