@@ -195,7 +195,10 @@ SEQUENCES_OF_KINDS = [
 def test_one_kernel_gives_what_steps_give(
     kind: str, shape: tuple[int, ...], dtype: torch.dtype, kernels: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Whole batches, and packed ones under a mask: results, and what is kept for gradients."""
+    """Whole batches, and packed ones under a mask: results, and, by gradients, what is kept for them.
+
+    Not a ReLU's gradients: a unit that is almost 0 has one or not by how it was rounded.
+    """
     steps, batch, inputs, hidden, multiprocessors = shape
     monkeypatch.setenv("EMULATED_CUDA_MULTIPROCESSORS", str(multiprocessors))
     tolerance = TF32 if dtype == torch.float32 else FLOOR[dtype]
@@ -215,8 +218,10 @@ def test_one_kernel_gives_what_steps_give(
             monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", when == "always")
             torch.manual_seed(seed)
             results = tensors(module(given, hx))
-            total = sum(result.float().square().sum() for result in results)
-            found.append([*results, *torch.autograd.grad(total, list(module.parameters()))])
+            found.append(results)
+            if kind != "rnn_relu":
+                total = sum(result.float().square().sum() for result in results)
+                found[-1] = [*results, *torch.autograd.grad(total, list(module.parameters()))]
         for one, expected in zip(found[1], found[0], strict=True):
             assert one.dtype == expected.dtype
             assert relative_error(one, expected) <= tolerance  # of sums over k in another order, then rounded
