@@ -10,7 +10,10 @@
 #include <ATen/ops/empty.h>
 #include <c10/core/impl/LocalDispatchKeySet.h>
 #include <c10/util/irange.h>
+#include <pybind11/pybind11.h>
 #include <torch/csrc/autograd/custom_function.h>
+#include <torch/csrc/autograd/graph_task.h>
+#include <torch/csrc/utils/pybind.h>
 
 #include <optional>
 #include <string>
@@ -189,6 +192,7 @@ struct PoolingSettings {
   std::string mode;
   int64_t padding_idx;
   bool include_last_offset, scale_grad_by_freq, sparse;
+  bool updated;  // in backward, by an optimizer: the table gets no gradient
 };
 
 inline std::tuple<Tensor, Tensor> call_embedding_bag(const Tensor& weight, const Tensor& indices,
@@ -232,6 +236,26 @@ inline Tensor embedding_bag_gradient(const Tensor& grad, const c10::SymInt& rows
                                                              /*is_coalesced=*/true);
 }
 
+// Whether the backward pass at work adds to table.grad: not to a frozen table's, nor for `inputs` without it.
+inline bool accumulates(Context* ctx, const Tensor& table) {
+  if (!ctx->needs_input_grad(0) || !table.requires_grad()) return false;
+  const auto& plan = *torch::autograd::get_current_graph_task_exec_info();
+  const auto planned = plan.find(torch::autograd::impl::grad_accumulator(table).get());
+  TORCH_CHECK(planned == plan.end() || !planned->second.captures_,
+              "torch.autograd.grad wants the gradient of a table that is updated in backward (nlpkernels.optim): there "
+              "is none, expected backward()");
+  return true;
+}
+
+// Hands a table's optimizer what the table's gradient is made of.
+inline void collect(const Tensor& table, const Tensor& grad, const Tensor& indices, const OptionalTensor& offsets,
+                    const OptionalTensor& per_sample_weights, const Tensor& aux, const PoolingSettings& settings) {
+  const pybind11::gil_scoped_acquire gil;
+  pybind11::module_::import("nlpkernels._ops")
+      .attr("collect")(table, grad, indices, offsets, per_sample_weights, aux, settings.mode, settings.padding_idx,
+                       settings.include_last_offset, settings.scale_grad_by_freq);
+}
+
 class EmbeddingBagFunction : public torch::autograd::Function<EmbeddingBagFunction> {
  public:
   static Tensor forward(Context* ctx, const Tensor& weight, const OptionalTensor& per_sample_weights,
@@ -245,23 +269,30 @@ class EmbeddingBagFunction : public torch::autograd::Function<EmbeddingBagFuncti
     ctx->saved_data["settings"] = std::make_tuple(settings.mode, settings.padding_idx, settings.include_last_offset,
                                                   settings.scale_grad_by_freq, settings.sparse);
     ctx->saved_data["rows"] = weight.sym_size(0);
+    if (settings.updated) ctx->saved_data["table"] = weight;
     return out;
   }
 
   static variable_list backward(Context* ctx, const variable_list& grads) {
     variable_list result(5);
+    const bool updated = ctx->saved_data.count("table") != 0;
+    TORCH_CHECK(!updated || !at::GradMode::is_enabled(),
+                "a gradient that is applied in backward (nlpkernels.optim) cannot be differentiated");
+    TORCH_CHECK(ctx->saved_data.count("used") == 0,
+                "a second backward pass through one graph: the first one has updated the table (nlpkernels.optim), and "
+                "this one's gradient would be that of the table as it was");
     if (!grads[0].defined()) return result;
     const auto saved = ctx->get_saved_variables();
     const Tensor &weight = saved[0], &aux = saved[4];
     const OptionalTensor per_sample_weights = optional(saved[1]), offsets = optional(saved[3]);
     const auto stored = ctx->saved_data["settings"].toTuple()->elements().vec();
     const PoolingSettings settings{stored[0].toStringRef(), stored[1].toInt(), stored[2].toBool(), stored[3].toBool(),
-                                   stored[4].toBool()};
+                                   stored[4].toBool(), updated};
     const bool lookup = settings.mode == "lookup";
     const Tensor indices = lookup ? saved[2].reshape({-1, 1}) : saved[2];
     const Tensor grad = lookup ? grads[0].reshape_symint({indices.sym_size(0), grads[0].sym_size(-1)}) : grads[0];
     const BackwardGuard guard;
-    if (ctx->needs_input_grad(0)) {
+    if (ctx->needs_input_grad(0) && !updated) {
       result[0] = embedding_bag_gradient(grad, ctx->saved_data["rows"].toSymInt(), indices, offsets, per_sample_weights,
                                          aux, settings);
     }
@@ -270,18 +301,40 @@ class EmbeddingBagFunction : public torch::autograd::Function<EmbeddingBagFuncti
       static const auto per_sample = op<Signature>("embedding_bag_per_sample_backward");
       result[1] = per_sample.call(grad, weight, indices, offsets, settings.padding_idx, settings.include_last_offset);
     }
+    if (updated && accumulates(ctx, ctx->saved_data["table"].toTensor())) {
+      collect(ctx->saved_data["table"].toTensor(), grad, indices, offsets, per_sample_weights, aux, settings);
+      ctx->saved_data["used"] = true;
+    }
     return result;
   }
 };
 
 inline Tensor embedding_bag(const Tensor& weight, const Tensor& indices, const OptionalTensor& offsets,
                             const OptionalTensor& per_sample_weights, std::string mode, int64_t padding_idx,
-                            bool include_last_offset, bool scale_grad_by_freq, bool sparse) {
-  const PoolingSettings settings{std::move(mode), padding_idx, include_last_offset, scale_grad_by_freq, sparse};
+                            bool include_last_offset, bool scale_grad_by_freq, bool sparse, bool updated) {
+  const PoolingSettings settings{std::move(mode),    padding_idx, include_last_offset,
+                                 scale_grad_by_freq, sparse,      updated};
   const bool wants_derivative =
       at::GradMode::is_enabled() && (weight.requires_grad() || requires_grad(per_sample_weights));
   if (wants_derivative) return EmbeddingBagFunction::apply(weight, per_sample_weights, indices, offsets, settings);
   return std::get<0>(call_embedding_bag(weight, indices, offsets, per_sample_weights, settings));
+}
+
+// The op of this name, of which autograd is told that the table has changed.
+inline void embedding_bag_update(const Tensor& grad, const Tensor& weight, const OptionalTensor& first,
+                                 const OptionalTensor& second, const Tensor& indices, const OptionalTensor& offsets,
+                                 const OptionalTensor& per_sample_weights, const Tensor& aux, const std::string& mode,
+                                 int64_t padding_idx, bool include_last_offset, bool scale_grad_by_freq,
+                                 const std::string& rule, const std::vector<double>& settings) {
+  using Signature =
+      void(const Tensor&, const Tensor&, const OptionalTensor&, const OptionalTensor&, const Tensor&,
+           const OptionalTensor&, const OptionalTensor&, const Tensor&, c10::string_view, int64_t, bool, bool,
+           c10::string_view, at::ArrayRef<double>);
+  static const auto update = op<Signature>("embedding_bag_update");
+  const at::AutoDispatchBelowADInplaceOrView below_autograd;
+  update.call(grad, weight, first, second, indices, offsets, per_sample_weights, aux, mode, padding_idx,
+              include_last_offset, scale_grad_by_freq, rule, settings);
+  torch::autograd::impl::bump_version(weight);
 }
 
 }  // namespace nlpkernels

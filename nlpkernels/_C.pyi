@@ -23,4 +23,21 @@ def embedding_bag(
     include_last_offset: bool,
     scale_grad_by_freq: bool,
     sparse: bool,
+    updated: bool,
 ) -> Tensor: ...
+def embedding_bag_update(
+    grad: Tensor,
+    weight: Tensor,
+    first: Tensor | None,
+    second: Tensor | None,
+    indices: Tensor,
+    offsets: Tensor | None,
+    per_sample_weights: Tensor | None,
+    aux: Tensor,
+    mode: str,
+    padding_idx: int,
+    include_last_offset: bool,
+    scale_grad_by_freq: bool,
+    rule: str,
+    settings: list[float],
+) -> None: ...

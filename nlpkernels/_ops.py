@@ -521,70 +521,12 @@ def optimizer_of(table: Tensor) -> Any:
     return None if found is None else found()
 
 
-def _accumulates(table: Tensor, accumulator: Any) -> bool:
-    """Whether the backward pass at work adds to table.grad: not to a frozen table's, nor for `inputs` without it."""
-    if accumulator is None or not table.requires_grad:
-        return False
-    try:
-        return bool(torch._C._will_engine_execute_node(accumulator))
-    except RuntimeError:
-        raise RuntimeError(
-            "torch.autograd.grad wants the gradient of a table that is updated in backward (nlpkernels.optim): "
-            "there is none, expected backward()"
-        ) from None
-
-
-class _EmbeddingBagWithUpdate(torch.autograd.Function):
-    """An embedding_bag whose table gets no gradient: backward hands what it is made of to the table's optimizer."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        weight: Tensor,
-        per_sample_weights: Tensor | None,
-        indices: Tensor,
-        offsets: Tensor | None,
-        *settings: Any,
-    ) -> Tensor:
-        ctx.set_materialize_grads(False)
-        output: Tensor
-        output, aux = _ops.embedding_bag(weight, indices, offsets, per_sample_weights, *settings, False)
-        needs_weight = per_sample_weights is not None and per_sample_weights.requires_grad
-        ctx.save_for_backward(weight if needs_weight else None, indices, offsets, per_sample_weights, aux)
-        ctx.table, ctx.settings, ctx.used = weight, settings, False
-        return output
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor | None) -> Any:
-        if torch.is_grad_enabled():
-            raise RuntimeError("a gradient that is applied in backward (nlpkernels.optim) cannot be differentiated")
-        if ctx.used:
-            raise RuntimeError(
-                "a second backward pass through one graph: the first one has updated the table (nlpkernels.optim), "
-                "and this one's gradient would be that of the table as it was"
-            )
-        if grad is None:
-            return (None,) * 8
-        weight, indices, offsets, per_sample_weights, aux = ctx.saved_tensors
-        _, padding_idx, include_last_offset, _ = ctx.settings
-        dfactors = None
-        if ctx.needs_input_grad[1]:
-            dfactors = _ops.embedding_bag_per_sample_backward(
-                grad, weight, indices, offsets, padding_idx, include_last_offset
-            )
-        if _accumulates(ctx.table, ctx.next_functions[0][0]):
-            optimizer = optimizer_of(ctx.table)
-            if optimizer is None:
-                raise RuntimeError("the optimizer (nlpkernels.optim) that was to update a table in backward is gone")
-            optimizer.collect(ctx.table, grad, indices, offsets, per_sample_weights, aux, *ctx.settings)
-            ctx.used = True
-        return (None, dfactors, *(None,) * 6)
-
-
-def embedding_bag_update(grad: Tensor, table: Tensor, *args: Any) -> None:
-    """`reference.embedding_bag_update`, of which autograd is told that the table has changed."""
-    _ops.embedding_bag_update(grad, table.detach(), *args)
-    torch.autograd.graph.increment_version(table)
+def collect(table: Tensor, *use: Any) -> None:
+    """What csrc/autograd.h calls in backward, with all that a table's gradient is made of."""
+    optimizer = optimizer_of(table)
+    if optimizer is None:
+        raise RuntimeError("the optimizer (nlpkernels.optim) that was to update a table in backward is gone")
+    optimizer.collect(table, *use)
 
 
 # --- What the rest of the package calls ------------------------------------------------------------------------------
@@ -677,20 +619,11 @@ def embedding_bag(
     """
     settings = (mode, padding_idx, include_last_offset, scale_grad_by_freq)
     if not torch.compiler.is_compiling():
-        if UPDATED_IN_BACKWARD and optimizer_of(weight) is not None:
-            table = (weight, per_sample_weights)
-            return _of_flat_lookup(
-                lambda i: _EmbeddingBagWithUpdate.apply(*table, i, offsets, *settings), mode, indices
-            )
+        updated = bool(UPDATED_IN_BACKWARD) and optimizer_of(weight) is not None
         if not _is_transformed():
-            return _C.embedding_bag(weight, indices, offsets, per_sample_weights, *settings, sparse)
-    return _of_flat_lookup(
-        lambda i: _embedding_bag(weight, i, offsets, per_sample_weights, *settings, sparse)[0], mode, indices
-    )
-
-
-def _of_flat_lookup(pool: Callable[[Tensor], Tensor], mode: str, indices: Tensor) -> Tensor:
-    if mode != "lookup":
-        return pool(indices)
-    rows = pool(indices.reshape(-1, 1))
-    return rows.reshape(*indices.shape, rows.shape[1])
+            return _C.embedding_bag(weight, indices, offsets, per_sample_weights, *settings, sparse, updated)
+        if updated:
+            raise RuntimeError("a table that is updated in backward (nlpkernels.optim) cannot be used in torch.func")
+    flat = indices.reshape(-1, 1) if mode == "lookup" else indices
+    rows: Tensor = _embedding_bag(weight, flat, offsets, per_sample_weights, *settings, sparse)[0]
+    return rows.reshape(*indices.shape, rows.shape[1]) if mode == "lookup" else rows

@@ -34,6 +34,7 @@ compiled layer's gradient is refused by step().
 
 from __future__ import annotations
 
+import functools
 import math
 import weakref
 from collections.abc import Iterable
@@ -42,7 +43,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
-from nlpkernels import _ops
+from nlpkernels import _C, _ops
 
 __all__ = ["SGD", "Adagrad", "RowWiseAdagrad", "SparseAdam"]
 
@@ -57,6 +58,11 @@ class _Applied(Tensor):
             "GradScaler and other optimizers cannot take part: leave the table out of them, or train it with "
             "sparse=True and torch.optim; zero_grad() removes this placeholder"
         )
+
+
+@functools.lru_cache(maxsize=256)
+def _stand_in(shape: torch.Size, dtype: torch.dtype, device: torch.device) -> _Applied:
+    return torch.zeros((), dtype=dtype, device=device).expand(shape).as_subclass(_Applied)
 
 
 def _dtype_of_states(table: Tensor) -> torch.dtype:
@@ -140,7 +146,6 @@ class _InBackward(torch.optim.Optimizer):
             torch.autograd.Variable._execution_engine.queue_callback(self._apply)
         self._pending.setdefault(table, []).append(use)
 
-    @torch.no_grad()
     def _apply(self) -> None:
         pending, self._pending, self._task = self._pending, {}, None
         for table in pending:
@@ -153,11 +158,11 @@ class _InBackward(torch.optim.Optimizer):
             step = int(state.get("step", 0)) + 1
             first, second, *_ = (*(state[name] for name in self.states), None, None)
             use = uses[0] if len(uses) == 1 else self._merge(table, uses)
-            _ops.embedding_bag_update(use[0], table, first, second, *use[1:], self.rule, self._settings(group, step))
+            _C.embedding_bag_update(use[0], table, first, second, *use[1:], self.rule, self._settings(group, step))
             if state:
                 state["step"] += 1
             if table.grad is None:
-                table.grad = table.new_zeros(()).expand(table.shape).as_subclass(_Applied)
+                table.grad = _stand_in(table.shape, table.dtype, table.device)
 
     @staticmethod
     def _merge(table: Tensor, uses: list[tuple[Any, ...]]) -> tuple[Any, ...]:
