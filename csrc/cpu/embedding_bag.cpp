@@ -26,6 +26,7 @@
 #include <array>
 #include <cmath>
 #include <cstdlib>
+#include <memory>
 #include <tuple>
 #include <utility>
 #include <vector>
@@ -329,90 +330,164 @@ int bits(int64_t count) {
   return needed;
 }
 
+// Room for values that are written before they are read.
+template <typename T>
+std::unique_ptr<T[]> room(int64_t count) {
+  return std::unique_ptr<T[]>(new T[count]);
+}
+
 // All uses of rows, but of the padding's, sorted by row and then by position in the flattened indices.
 class SortedUses {
  public:
   // Positions are kept only if they are wanted: without them a use's bag is at hand.
   SortedUses(const char* op, const Tensor& indices, const Bags& bags, int64_t rows, int64_t padding_idx,
              bool wants_positions)
-      : shift_(bits(wants_positions ? indices.numel() : bags.count())), keys_(bags.total()) {
-    TORCH_CHECK_VALUE(bits(rows) + shift_ <= 64, op, ": a table of ", rows, " rows and ", indices.numel(),
-                      " indices are too many together");
-    if (wants_positions) bag_of_.resize(bags.total());
+      : wants_positions_(wants_positions), row_bits_(bits(rows)), shift_(bits(wants_positions ? bags.total() : bags.count())) {
+    TORCH_CHECK_VALUE(row_bits_ + shift_ <= 64 && bags.total() < int64_t(1) << 32, op, ": a table of ", rows,
+                      " rows and ", indices.numel(), " indices are too many together");
     AT_DISPATCH_INDEX_TYPES(indices.scalar_type(), "embedding_bag_backward", [&] {
       const Indices<index_t> checked(op, indices, rows);
-      uint64_t* key = keys_.data();
-      for (const auto bag : c10::irange(bags.count())) {
-        for (const auto i : c10::irange(bags.begin(bag), bags.end(bag))) {
-          const int64_t row = checked[i];
-          if (wants_positions) bag_of_[i] = bag;
-          *key = static_cast<uint64_t>(row) << shift_ | static_cast<uint64_t>(wants_positions ? i : bag);
-          key += row != padding_idx;
-        }
+      if (row_bits_ + shift_ < 32) {
+        sort<uint32_t>(checked, bags, padding_idx);
+      } else {
+        sort<uint64_t>(checked, bags, padding_idx);
       }
-      keys_.resize(key - keys_.data());
     });
-    sort(bits(rows));
-    start_.resize(keys_.size() + 1);
-    size_t count = 0;
-    for (size_t i = 0; i < keys_.size(); ++i) {  // without a branch that nobody could predict
-      start_[count] = static_cast<int64_t>(i);
-      count += i == 0 || keys_[i] >> shift_ != keys_[i - 1] >> shift_;
-    }
-    start_[count] = static_cast<int64_t>(keys_.size());
-    start_.resize(count + 1);
   }
 
-  int64_t uses() const { return static_cast<int64_t>(keys_.size()); }
+  int64_t uses() const { return uses_; }
   // Rows in use; the i-th one's uses are [start(i), start(i + 1)).
-  int64_t rows() const { return static_cast<int64_t>(start_.size()) - 1; }
+  int64_t rows() const { return count_; }
   int64_t start(int64_t i) const { return start_[i]; }
-  int64_t row(int64_t i) const { return static_cast<int64_t>(keys_[start_[i]] >> shift_); }
-  // The first row whose uses begin at or after `use`.
-  int64_t row_from(int64_t use) const {
-    return std::lower_bound(start_.begin(), start_.end() - 1, use) - start_.begin();
+  int64_t row(int64_t i) const { return rows_[i]; }
+  const int64_t* rows_begin() const { return rows_.get(); }
+  int64_t position(int64_t use) const { return low_[use]; }  // if they are wanted
+  int64_t bag(int64_t use) const { return wants_positions_ ? bag_of_[low_[use]] : low_[use]; }
+
+  // What a gradient of all rows before the i-th one takes: to write a row takes as long as to read some.
+  int64_t work(int64_t i) const { return start_[i] + 3 * i; }
+  // The first row before which there is so much work, or rows().
+  int64_t row_from(int64_t work_before) const {
+    int64_t first = 0, last = count_;
+    while (first < last) {
+      const int64_t middle = (first + last) / 2;
+      if (work(middle) < work_before) {
+        first = middle + 1;
+      } else {
+        last = middle;
+      }
+    }
+    return first;
   }
-  int64_t position(int64_t use) const { return low(use); }  // if they are wanted
-  int64_t bag(int64_t use) const { return bag_of_.empty() ? low(use) : bag_of_[low(use)]; }
 
  private:
-  int64_t low(int64_t use) const { return static_cast<int64_t>(keys_[use] & ((uint64_t(1) << shift_) - 1)); }
+  static constexpr int kDigit = 11;          // bits, at most
+  static constexpr int64_t kShare = 1 << 12;  // keys that a thread takes at least
 
-  // Stable, by row, at most kDigit bits at a time.
-  void sort(int row_bits) {
-    constexpr int kDigit = 11;
-    // The keys rise as they come but for the rows, so that any sort of them is stable.
-    if (keys_.size() < 128) return std::sort(keys_.begin(), keys_.end());
-    const int passes = (row_bits + kDigit - 1) / kDigit,
-              digit_bits = passes == 0 ? 0 : (row_bits + passes - 1) / passes;
-    const uint64_t mask = (uint64_t(1) << digit_bits) - 1;
-    // Both halves at once, each with counters of its own: a frequent digit's next key would wait for its counter.
-    const size_t half = keys_.size() / 2;
+  template <typename Key>
+  struct Share {  // of a thread
+    Key *keys, *end;
+    // Of both halves, each with counters of its own: a frequent digit's next key would wait for its counter.
     std::array<std::array<uint32_t, 2>, 1 << kDigit> place;
-    std::vector<uint64_t> buffer(keys_.size());
-    for (int pass = 0; pass < passes; ++pass) {
-      const int low = shift_ + pass * digit_bits;
-      const auto for_each_key = [&](const auto& body) {
-        for (size_t i = 0; i < half; ++i) {
-          body(keys_[i], place[keys_[i] >> low & mask][0]);
-          body(keys_[half + i], place[keys_[half + i] >> low & mask][1]);
-        }
-        if (keys_.size() % 2 != 0) body(keys_.back(), place[keys_.back() >> low & mask][1]);
-      };
-      std::fill_n(place.begin(), mask + 1, std::array<uint32_t, 2>{});
-      for_each_key([](uint64_t, uint32_t& count) { ++count; });
-      uint32_t total = 0;
-      for (uint64_t digit = 0; digit <= mask; ++digit) {
-        for (uint32_t& count : place[digit]) total += std::exchange(count, total);
+
+    template <typename Body>
+    void for_each_key(int low, Key mask, const Body& body) {
+      const int64_t half = (end - keys) / 2;
+      for (int64_t i = 0; i < half; ++i) {
+        body(keys[i], place[keys[i] >> low & mask][0]);
+        body(keys[half + i], place[keys[half + i] >> low & mask][1]);
       }
-      for_each_key([&](uint64_t key, uint32_t& next) { buffer[next++] = key; });
-      keys_.swap(buffer);
+      if (keys + 2 * half < end) body(end[-1], place[end[-1] >> low & mask][1]);
     }
+  };
+
+  // Keys of a row and its use, in the order of the rows: a stable sort, a digit at a time.
+  template <typename Key, typename Checked>
+  void sort(const Checked& indices, const Bags& bags, int64_t padding_idx) {
+    const int64_t total = bags.total();
+    auto keys = room<Key>(total), buffer = room<Key>(total);
+    if (wants_positions_) bag_of_ = room<uint32_t>(total);
+    std::vector<Share<Key>> shares(std::clamp<int64_t>(total / kShare, 1, at::get_num_threads()));
+    const auto for_each_share = [&](const auto& body) {
+      at::parallel_for(0, shares.size(), 1, [&](int64_t first, int64_t last) {
+        for (const auto i : c10::irange(first, last)) body(i, shares[i]);
+      });
+    };
+    const int64_t count = shares.size();
+    const int shift = shift_;
+    uint32_t* const bag_of = bag_of_.get();
+    for_each_share([&](int64_t i, Share<Key>& share) {
+      const int64_t first = bags.count() * i / count, last = bags.count() * (i + 1) / count;
+      share.keys = keys.get() + (first < bags.count() ? bags.begin(first) : total);
+      Key* end = share.keys;
+      for (int64_t bag = first; bag < last; ++bag) {
+        for (int64_t position = bags.begin(bag), past = bags.end(bag); position < past; ++position) {
+          const int64_t row = indices[position];
+          if (bag_of != nullptr) bag_of[position] = bag;
+          *end = static_cast<Key>(row) << shift | static_cast<Key>(bag_of != nullptr ? position : bag);
+          end += row != padding_idx;
+        }
+      }
+      share.end = end;
+    });
+    for (const Share<Key>& share : shares) uses_ += share.end - share.keys;
+
+    // The keys rise as they come but for the rows, so that any sort of them is stable.
+    if (total < 128) {
+      std::sort(shares[0].keys, shares[0].end);
+    } else {
+      const int passes = (row_bits_ + kDigit - 1) / kDigit,
+                digit_bits = passes == 0 ? 0 : (row_bits_ + passes - 1) / passes;
+      const Key mask = (Key(1) << digit_bits) - 1;
+      for (int pass = 0; pass < passes; ++pass) {
+        const int low = shift + pass * digit_bits;
+        for_each_share([&](int64_t, Share<Key>& share) {
+          std::fill_n(share.place.begin(), mask + 1, std::array<uint32_t, 2>{});
+          share.for_each_key(low, mask, [](Key, uint32_t& counter) { ++counter; });
+        });
+        uint32_t before = 0;
+        for (Key digit = 0; digit <= mask; ++digit) {
+          for (Share<Key>& share : shares) {
+            for (uint32_t& counter : share.place[digit]) before += std::exchange(counter, before);
+          }
+        }
+        for_each_share([&](int64_t, Share<Key>& share) {
+          share.for_each_key(low, mask, [&](Key key, uint32_t& next) { buffer[next++] = key; });
+        });
+        keys.swap(buffer);
+        for (const auto i : c10::irange(count)) {
+          shares[i].keys = keys.get() + uses_ * i / count;
+          shares[i].end = keys.get() + uses_ * (i + 1) / count;
+        }
+      }
+    }
+
+    low_ = room<uint32_t>(uses_);
+    start_ = room<uint32_t>(uses_ + 1);
+    rows_ = room<int64_t>(uses_);
+    const Key* sorted = keys.get();
+    uint32_t *low = low_.get(), *end = start_.get();
+    int64_t* row = rows_.get();
+    const int64_t uses = uses_;
+    const Key mask = (Key(1) << shift) - 1;
+    Key previous = uses == 0 ? 0 : sorted[0] >> shift;
+    *end = 0;
+    for (int64_t i = 0; i < uses; ++i) {  // without a branch that nobody could predict
+      const Key next = sorted[i] >> shift;
+      low[i] = static_cast<uint32_t>(sorted[i] & mask);
+      row += next != previous;
+      end += next != previous;
+      *row = previous = next;
+      end[1] = i + 1;
+    }
+    count_ = uses_ == 0 ? 0 : row + 1 - rows_.get();
   }
 
-  const int shift_;
-  std::vector<uint64_t> keys_;
-  std::vector<int64_t> start_, bag_of_;
+  const bool wants_positions_;
+  const int row_bits_, shift_;
+  int64_t uses_ = 0, count_ = 0;
+  std::unique_ptr<uint32_t[]> low_, start_, bag_of_;
+  std::unique_ptr<int64_t[]> rows_;
 };
 
 // What the gradient of weight is made of, checked and contiguous.
@@ -441,6 +516,7 @@ struct Gradient {
   template <typename T, typename Rows>
   void for_each_row(const Rows& rows_of_thread) const {
     using scalar = acc_t<T>;
+    using V = Vec<T>;
     const int64_t columns = grad.size(1);
     const T* grad_data = grad.const_data_ptr<T>();
     const T* factor_data = factors ? factors->const_data_ptr<T>() : nullptr;
@@ -449,11 +525,12 @@ struct Gradient {
     for (const auto bag : c10::irange(share_of_bag.size())) {
       share_of_bag[bag] = scalar(1) / static_cast<scalar>(aux_data[bag]);
     }
-    at::parallel_for(0, sorted.uses(), grain(2 * columns), [&](int64_t first, int64_t last) {
+    at::parallel_for(0, sorted.work(sorted.rows()), grain(columns), [&](int64_t first, int64_t last) {
       auto rows = rows_of_thread();
       RowSum<T> sum(columns);
       std::vector<scalar> best(mode == Mode::max ? columns : 0);
-      for (int64_t i = sorted.row_from(first); i < sorted.rows() && sorted.start(i) < last; ++i) {
+      const int64_t end_of_rows = sorted.row_from(last);
+      for (int64_t i = sorted.row_from(first); i < end_of_rows; ++i) {
         const int64_t begin = sorted.start(i), end = sorted.start(i + 1);
         const scalar share = scale_grad_by_freq ? scalar(1) / static_cast<scalar>(end - begin) : scalar(1);
         auto* out = rows.destination(i);
@@ -468,16 +545,22 @@ struct Gradient {
           }
           for (const auto j : c10::irange(columns)) out[j] = static_cast<std::decay_t<decltype(*out)>>(best[j] * share);
         } else {
-          sum(
-              begin, end,
-              [&](int64_t use, bool) -> typename RowSum<T>::Term {
-                const int64_t bag = sorted.bag(use);
-                scalar scale = share;
-                if (mode == Mode::mean) scale *= share_of_bag[bag];
-                if (factor_data != nullptr) scale *= static_cast<scalar>(factor_data[sorted.position(use)]);
-                return {grad_data + bag * columns, scale};
-              },
-              false, out);
+          const auto term = [&](int64_t use, bool) -> typename RowSum<T>::Term {
+            const int64_t bag = sorted.bag(use);
+            scalar scale = share;
+            if (mode == Mode::mean) scale *= share_of_bag[bag];
+            if (factor_data != nullptr) scale *= static_cast<scalar>(factor_data[sorted.position(use)]);
+            return {grad_data + bag * columns, scale};
+          };
+          if (end - begin == 1) {
+            const auto only = term(begin, true);
+            const V factor(only.factor);
+            for_each_vector<T>(columns, [&](int64_t j, int64_t n) {
+              store_vector(out + j, load_vector(only.row + j, n) * factor, n);
+            });
+          } else {
+            sum(begin, end, term, false, out);
+          }
         }
         rows.done(i);
       }
@@ -548,7 +631,7 @@ std::tuple<Tensor, Tensor> embedding_bag_sparse_backward(const Tensor& grad, int
   const Tensor rows = at::empty({sorted.rows()}, grad.options().dtype(at::kLong));
   const Tensor values = at::empty({sorted.rows(), grad.size(1)}, grad.options());
   int64_t* row_data = rows.mutable_data_ptr<int64_t>();
-  for (const auto i : c10::irange(sorted.rows())) row_data[i] = sorted.row(i);
+  std::copy_n(sorted.rows_begin(), sorted.rows(), row_data);
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, grad.scalar_type(), "embedding_bag_backward", [&] {
     const auto row = [](int64_t i) { return i; };
     const Written<scalar_t, decltype(row)> written{values.mutable_data_ptr<scalar_t>(), grad.size(1), row};
