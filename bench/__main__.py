@@ -31,11 +31,11 @@ from . import machine
 from .measure import QUICK, Effort, Row, append_rows, blank_row, explain, measure
 from .problems import Case, Problem, make_problem, problem_type
 from .providers import OURS, PROVIDERS, availability, concerned
-from .workloads import RNNS, SUBJECTS, WORKLOADS, Workload
+from .workloads import RNNS, STEP_MODES, SUBJECTS, WORKLOADS, Workload
 
 RESULTS = Path(__file__).resolve().parent / "results"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-MODES = ("inference", "train", "sparse", "update")
+MODES = ("inference", "train", "sparse", *STEP_MODES)
 console = Console(stderr=True, highlight=False, markup=False)
 
 
@@ -282,7 +282,7 @@ def parser() -> argparse.ArgumentParser:
     add = runs.add_argument
     add("--workload", metavar="NAMES", help="which workloads (names or patterns, see `list`)")
     add("--cell", metavar="NAMES", help="rnn, gru, lstm: in place of the cells that each workload names")
-    add("--mode", metavar="NAMES", help="inference, train; of embeddings sparse (train with a sparse gradient), update")
+    add("--mode", metavar="NAMES", help=f"inference, train; of embeddings sparse (its gradient), {', '.join(STEP_MODES)}")
     add("--device", default="cpu", metavar="NAMES", help="cpu, cuda")
     add("--dtype", default="float32", metavar="NAMES", help="float32, bfloat16, float16")
     add("--threads", metavar="N,N", help="CPU threads; by default 1 and the number of cores")

@@ -24,7 +24,8 @@ from .workloads import RNNS, Workload, draw_indices, draw_lengths
 Results = dict[str, Tensor]
 GATES = {"rnn": 1, "gru": 3, "lstm": 4}
 PADDING = 0  # the row of padding_idx
-RATE = 0.1  # of SGD, in mode "update"
+RATE = 0.1  # of the optimizers in modes with whole steps
+OPTIMIZERS = {"update": torch.optim.SGD, "sparse-sgd": torch.optim.SGD, "sparse-adam": torch.optim.SparseAdam}
 
 
 class WrongResult(Exception):
@@ -304,10 +305,10 @@ class PoolProblem(Problem):
         return self.layer(kind, self.table if dtype is None else self.table[self.touched].to(dtype))
 
     def layer(self, kind: Any, table: Tensor, sparse: bool | None = None) -> torch.nn.Module:
-        """In mode "update" over a copy of the table, with sparse gradients unless told otherwise."""
-        sparse = self.mode in ("sparse", "update") if sparse is None else sparse
+        """Where it is updated over a copy of the table, with sparse gradients unless told otherwise."""
+        sparse = self.mode in ("sparse", *OPTIMIZERS) if sparse is None else sparse
         options: dict[str, Any] = {"freeze": not self.train, "sparse": sparse}
-        table = table.clone() if self.mode == "update" else table
+        table = table.clone() if self.mode in OPTIMIZERS else table
         idiom = kind.__name__ == "Embedding"
         if self.workload.padding or (idiom and self.masked):
             options["padding_idx"] = PADDING
@@ -318,9 +319,9 @@ class PoolProblem(Problem):
         self,
         module: torch.nn.Module,
         run: Callable[..., Any] | None = None,
-        optimizer: Callable[..., torch.optim.Optimizer] = torch.optim.SGD,
+        optimizer: Callable[..., torch.optim.Optimizer] | None = None,
     ) -> Bound:
-        """In mode "update", `optimizer` makes the step; what is right of the table is its rows after the first one."""
+        """In modes with a whole step, right is how the rows in use are after the first one, made by `optimizer`."""
         run = module if run is None else run  # a compiled module has a truth value of its own, and it raises
         weight = next(module.parameters())
         compact = weight.shape[0] != self.workload.V
@@ -337,8 +338,8 @@ class PoolProblem(Problem):
             output = forward()
             return output, torch.autograd.grad(output, weight, gradient)
 
-        if self.mode == "update":
-            steps = optimizer(module.parameters(), lr=RATE)
+        if self.mode in OPTIMIZERS:
+            steps = (optimizer or OPTIMIZERS[self.mode])(module.parameters(), lr=RATE)
 
             def update() -> Any:
                 steps.zero_grad()
@@ -408,8 +409,9 @@ class PoolProblem(Problem):
         forward = touched + self.flat.nbytes + self.gradient.nbytes
         if self.mode == "inference":
             return forward
-        if self.mode == "update":
-            return forward + self.flat.nbytes + self.gradient.nbytes + touched
+        if self.mode in OPTIMIZERS:
+            states = 2 if self.mode == "sparse-adam" else 0
+            return forward + self.flat.nbytes + self.gradient.nbytes + (1 + 2 * states) * touched
         written = touched if self.mode == "sparse" else self.table.nbytes
         return forward + self.flat.nbytes + self.gradient.nbytes + written
 
@@ -418,7 +420,8 @@ class PoolProblem(Problem):
         work, size = case.workload, case.dtype.itemsize
         table = work.V * work.D * size
         gathered = work.B * work.L * work.D * (size + 8)
-        return table * {"train": 3, "update": 5}.get(case.mode, 1) + 2 * gathered + work.V * 16
+        tables = {"train": 3, "update": 5, "sparse-sgd": 3, "sparse-adam": 7}
+        return table * tables.get(case.mode, 1) + 2 * gathered + work.V * 16
 
 
 def make_problem(case: Case) -> Problem:

@@ -240,14 +240,14 @@ PROVIDERS: dict[str, Provider] = {
 PACKAGES = {OURS: "nlpkernels", "onnxruntime": "onnxruntime", "openvino": "openvino", "fbgemm": "fbgemm_gpu"}
 BAG_ONLY = ("idiom", "idiom-compile", "fbgemm")  # an Embedding and a mean: as a subject of its own, that is `torch`
 
-
-UPDATE = (OURS, "torch", "dense", "fbgemm")  # who makes a step with an optimizer; `dense` does nothing else
+# Who makes a whole step with an optimizer; `dense` does nothing else.
+STEPS = {"update": (OURS, "torch", "dense", "fbgemm"), "sparse-sgd": (OURS, "torch"), "sparse-adam": (OURS, "torch")}
 
 
 def concerned(name: str, kind: str, mode: str) -> bool:
     """Whether a provider has anything to do with a kind of layer in a mode."""
-    if mode == "update":
-        return name in UPDATE
+    if mode in STEPS:
+        return name in STEPS[mode]
     return name != "dense" and (kind == "bag" or name not in BAG_ONLY)
 
 

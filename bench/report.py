@@ -28,6 +28,8 @@ MODES = {
     "train": "training step",
     "sparse": "training step, sparse gradient",
     "update": "training step with SGD",
+    "sparse-sgd": "sparse gradient and torch's SGD",
+    "sparse-adam": "sparse gradient and torch's SparseAdam",
 }
 # Each summarised on its own: of whole layers, not of what is too little work to tell, nor of grids around one point.
 SUMMARISED = {

@@ -14,7 +14,9 @@ import numpy as np
 RNNS = ("rnn", "gru", "lstm")
 RECURRENT_MODES = ("inference", "train")
 POOL_MODES = ("inference", "train", "sparse")  # train: a dense gradient; sparse: a sparse one
-UPDATE_MODES = ("inference", "sparse", "update")  # update: a training step with SGD, where a table is large
+# Whole training steps, where a table is large. update: with SGD, however that is best done; the others: with a sparse
+# gradient and an optimizer of torch.optim, for which uses of a row have to be summed, in the layer or by the optimizer.
+STEP_MODES = ("update", "sparse-sgd", "sparse-adam")
 
 
 @dataclass(frozen=True)
@@ -148,11 +150,11 @@ BAGS = (
     ),
     _pool(
         "bag", "recommender", "items of a user's history, two million of them: what an update costs beside the table",
-        V=2_000_000, D=64, B=512, L=25, draw="words", modes=UPDATE_MODES,
+        V=2_000_000, D=64, B=512, L=25, draw="words", modes=("inference", "sparse", *STEP_MODES),
     ),
     _pool(
         "bag", "small recommender", "the same from a hundredth of the items: an update's cost should not differ much",
-        V=20_000, D=64, B=512, L=25, draw="words", modes=("update",),
+        V=20_000, D=64, B=512, L=25, draw="words", modes=STEP_MODES,
     ),
 )
 

@@ -286,8 +286,8 @@ class EmbeddingBagFunction : public torch::autograd::Function<EmbeddingBagFuncti
     const Tensor &weight = saved[0], &aux = saved[4];
     const OptionalTensor per_sample_weights = optional(saved[1]), offsets = optional(saved[3]);
     const auto stored = ctx->saved_data["settings"].toTuple()->elements().vec();
-    const PoolingSettings settings{stored[0].toStringRef(), stored[1].toInt(), stored[2].toBool(), stored[3].toBool(),
-                                   stored[4].toBool(), updated};
+    const PoolingSettings settings{stored[0].toStringRef(), stored[1].toInt(),  stored[2].toBool(),
+                                   stored[3].toBool(),      stored[4].toBool(), updated};
     const bool lookup = settings.mode == "lookup";
     const Tensor indices = lookup ? saved[2].reshape({-1, 1}) : saved[2];
     const Tensor grad = lookup ? grads[0].reshape_symint({indices.sym_size(0), grads[0].sym_size(-1)}) : grads[0];
@@ -326,10 +326,9 @@ inline void embedding_bag_update(const Tensor& grad, const Tensor& weight, const
                                  const OptionalTensor& per_sample_weights, const Tensor& aux, const std::string& mode,
                                  int64_t padding_idx, bool include_last_offset, bool scale_grad_by_freq,
                                  const std::string& rule, const std::vector<double>& settings) {
-  using Signature =
-      void(const Tensor&, const Tensor&, const OptionalTensor&, const OptionalTensor&, const Tensor&,
-           const OptionalTensor&, const OptionalTensor&, const Tensor&, c10::string_view, int64_t, bool, bool,
-           c10::string_view, at::ArrayRef<double>);
+  using Signature = void(const Tensor&, const Tensor&, const OptionalTensor&, const OptionalTensor&, const Tensor&,
+                         const OptionalTensor&, const OptionalTensor&, const Tensor&, c10::string_view, int64_t, bool,
+                         bool, c10::string_view, at::ArrayRef<double>);
   static const auto update = op<Signature>("embedding_bag_update");
   const at::AutoDispatchBelowADInplaceOrView below_autograd;
   update.call(grad, weight, first, second, indices, offsets, per_sample_weights, aux, mode, padding_idx,

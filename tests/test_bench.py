@@ -21,7 +21,7 @@ from bench import gpu_report, machine, measure, providers, report
 from bench.machine import Floor
 from bench.problems import Case, PoolProblem, Problem, Results, make_problem
 from bench.providers import OURS, Prepared
-from bench.workloads import WORKLOADS, Workload
+from bench.workloads import STEP_MODES, WORKLOADS, Workload
 
 pytestmark = pytest.mark.usefixtures("restored_threads")
 
@@ -322,7 +322,7 @@ def test_gpu_report_stops_what_takes_too_long(tmp_path: Path) -> None:
 def test_gpu_report_without_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What it runs on a GPU runs on the CPU, small; what it makes of the rows is a table with a line for each kind."""
     gpu_report.smoke("cpu")
-    assert {case.mode for case in gpu_report.cases()} == {"inference", "train", "sparse", "update"}
+    assert {case.mode for case in gpu_report.cases()} == {"inference", "train", "sparse", *STEP_MODES}
     update = dataclasses.replace(BAG, modes=("update",))
     small = [case_of(work, mode) for work, mode in ((SMALL, "inference"), (SMALL, "train"), (update, "update"))]
     small.append(dataclasses.replace(small[0], dtype=torch.bfloat16))

@@ -1,19 +1,18 @@
 // Embedding-bag pooling on the CPU: forward, backward, and backward with the optimizer's step in it.
 //
-// Forward: a thread takes whole bags, reads each index, checks it, skips it if it is the padding, and adds its row to
-// sums that are in registers: kGroup rows, kBlock vectors of their columns at a time. The error of a sum of n rows thus
-// grows with sqrt(kGroup + n / kGroup). The row that comes kAhead indices later, in whichever bag, is asked for, to
-// come into the second-level cache: many more lines can be on their way there than to the first (51,200 random rows of
-// 512 bytes, Zen 4: 0.64 of the time of asking 8 rows ahead for the first level). Half a row at a time, kGroup rows,
+// Forward: a thread takes whole bags, reads kGroup indices, checks them, skips those that are the padding, and adds
+// their rows to sums that are in registers, up to kBlock vectors of the columns at a time. The error of a sum of n rows
+// thus grows with sqrt(kGroup + n / kGroup). The row that comes kAhead indices later, in whichever bag, is asked for,
+// to come into the second-level cache: many more lines can be on their way there than to the first (51,200 random rows
+// of 512 bytes, Zen 4: 0.64 of the time of asking 8 rows ahead for the first level). Half a row at a time, kGroup rows,
 // belongs to that: of whole rows, one by one, the hardware goes on to fetch what lies behind them.
 //
-// Backward: uses are sorted by row (radix sort of 8-byte keys, as many bits as the table needs; the bag stands in the
-// key, so that neither a table of bags nor a division is needed), and a thread takes whole rows. Every gradient row is
-// written once, by one thread, its terms added in the order of the indices: no atomics, and the same bits for any
-// number of threads. The sorted rows are the coalesced sparse gradient as they are, and what an optimizer's step fused
-// into backward (embedding_bag_update) goes over, kCollected rows' gradients at a time. Rows of the table are asked for
-// as in the forward pass, those of a whole collection together (0.59 of the time for 50,000 rows of 512 bytes; one by
-// one, between the sums, 0.84).
+// Backward: uses are sorted by row (radix sort of keys of 4 or 8 bytes, as many bits as the table needs; the bag stands
+// in the key, so that neither a table of bags nor a division is needed), and a thread takes whole rows. Every gradient
+// row is written once, by one thread, its terms added in the order of the indices: no atomics, and the same bits for
+// any number of threads. The sorted rows are the coalesced sparse gradient as they are, and what an optimizer's step
+// fused into backward (embedding_bag_update) goes over: rows of the table are asked for as in the forward pass, but to
+// be written, which takes them from the other cores' caches, and kTogether at a time.
 #include <ATen/Dispatch.h>
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
@@ -38,10 +37,10 @@ namespace nlpkernels {
 inline namespace CPU_CAPABILITY {
 namespace {
 
-// Rows that are added up together, vectors of columns, and rows whose gradients an update collects.
-constexpr int kGroup = 64, kBlock = 8, kCollected = 16;
-// How many rows ahead a row is asked for.
-constexpr int64_t kAhead = 32;
+// Rows that are added up together, vectors of columns, and rows that an update asks for together.
+constexpr int kGroup = 64, kBlock = 8, kTogether = 16;
+// How many rows ahead a row is asked for, and how many bytes of it: the hardware goes on from there.
+constexpr int64_t kAhead = 32, kBegun = 512;
 // Values that a thread takes at least.
 constexpr int64_t kGrain = 1 << 14;
 
@@ -53,6 +52,19 @@ template <typename T>
 NLPKERNELS_INLINE void prefetch_row(const T* row, int64_t columns) {
   const char* end = reinterpret_cast<const char*>(row + columns);
   for (const char* line = reinterpret_cast<const char*>(row); line < end; line += 64) __builtin_prefetch(line, 0, 2);
+}
+
+// Asks for a row that will be changed: the other cores' caches give it up.
+template <typename T>
+NLPKERNELS_INLINE void prefetch_row_to_write(const T* row, int64_t columns) {
+  const char* end = reinterpret_cast<const char*>(row + columns);
+  for (const char* line = reinterpret_cast<const char*>(row); line < end; line += 64) {
+#ifdef __x86_64__
+    asm volatile("prefetchw %0" : : "m"(*line));  // what the builtin makes only where a flag of the compiler says so
+#else
+    __builtin_prefetch(line, 1, 2);
+#endif
+  }
 }
 
 // Where each bag begins and ends in the flattened indices.
@@ -117,7 +129,7 @@ class Indices {
     if (position >= count_) return;
     const int64_t index = data_[position];
     if (C10_UNLIKELY(index < 0 || index >= rows_)) return;
-    prefetch_row(table + index * columns, columns);
+    prefetch_row(table + index * columns, std::min<int64_t>(columns, kBegun / sizeof(T)));
   }
 
  private:
@@ -160,17 +172,17 @@ class RowSum {
   explicit RowSum(int64_t columns)
       : columns_(columns), slots_(std::max<int64_t>(1, (columns + kSize - 1) / kSize)), sums_(slots_ * kSize) {}
 
-  // The sum or mean of the terms begin to end to out; returns how many counted. term(i, is_first) is asked for once
-  // for every block of columns, and told whether that is the first.
+  // The sum or mean of the terms begin to end to out; returns how many counted. Asks for term(i) once.
   template <typename Out, typename TermOf>
   int64_t operator()(int64_t begin, int64_t end, const TermOf& term, bool is_mean, Out* out) {
-    count_ = 0;
+    counted_ = 0;
     for (int64_t first = begin; first == begin || first < end; first += kGroup) {
       const Part part{first, std::min(first + kGroup, end), first == begin, first + kGroup >= end, is_mean};
       int64_t slot = 0;
-      for (; slot + kBlock < slots_; slot += kBlock) add_block<kBlock>(part, slot, term, out);
-      switch (slots_ - slot) {
-          // clang-format off
+      for (int64_t blocks = (slots_ + kBlock - 1) / kBlock; blocks > 0; --blocks) {
+        const int64_t vectors = (slots_ - slot + blocks - 1) / blocks;
+        switch (vectors) {
+            // clang-format off
         case 1: add_block<1>(part, slot, term, out); break;
         case 2: add_block<2>(part, slot, term, out); break;
         case 3: add_block<3>(part, slot, term, out); break;
@@ -179,10 +191,12 @@ class RowSum {
         case 6: add_block<6>(part, slot, term, out); break;
         case 7: add_block<7>(part, slot, term, out); break;
         case 8: add_block<8>(part, slot, term, out); break;
-          // clang-format on
+            // clang-format on
+        }
+        slot += vectors;
       }
     }
-    return count_;
+    return counted_;
   }
 
  private:
@@ -200,18 +214,28 @@ class RowSum {
     V total[kVectors];
 #pragma GCC unroll 8
     for (int v = 0; v < kVectors; ++v) total[v] = V(0);
-    int64_t count = 0;
-    for (int64_t i = part.first; i < part.last; ++i) {
-      const Term next = term(i, slot == 0);
-      if (next.row == nullptr) continue;
-      ++count;
+    const auto add = [&](const Term& next) {
+      const T *row = next.row + begin, *row_end = next.row + end;
       const V factor(next.factor);
 #pragma GCC unroll 8
-      for (int v = 0; v < kVectors; ++v) {
-        total[v] = at::vec::fmadd(load_vector(next.row + column(v), size), factor, total[v]);
+      for (int v = 0; v < kVectors - 1; ++v) {
+        total[v] = at::vec::fmadd(load_vector(row + v * kSize), factor, total[v]);
       }
+      total[kVectors - 1] = at::vec::fmadd(load_vector(row_end, size), factor, total[kVectors - 1]);
+    };
+    if (slot == 0) {
+      int count = 0;
+      for (int64_t i = part.first; i < part.last; ++i) {
+        const Term next = term(i);
+        if (next.row == nullptr) continue;
+        terms_[count++] = next;  // for the blocks to come
+        add(next);
+      }
+      count_ = count;
+      counted_ += count;
+    } else {
+      for (int i = 0; i < count_; ++i) add(terms_[i]);
     }
-    if (slot == 0) count_ += count;
     if (!part.begins) {
 #pragma GCC unroll 8
       for (int v = 0; v < kVectors; ++v) total[v] = V::loadu(sum + v * kSize) + total[v];
@@ -222,7 +246,7 @@ class RowSum {
       return;
     }
     if (part.is_mean) {
-      const V divisor(static_cast<scalar>(std::max<int64_t>(1, count_)));
+      const V divisor(static_cast<scalar>(std::max<int64_t>(1, counted_)));
 #pragma GCC unroll 8
       for (int v = 0; v < kVectors; ++v) total[v] = total[v] / divisor;
     }
@@ -232,7 +256,9 @@ class RowSum {
 
   const int64_t columns_, slots_;
   std::vector<scalar> sums_;
-  int64_t count_ = 0;
+  std::array<Term, kGroup> terms_;
+  int count_ = 0;  // of terms_
+  int64_t counted_ = 0;
 };
 
 // Forward ------------------------------------------------------------------------------------------------------------
@@ -278,9 +304,9 @@ void pool(const Tensor& weight, const Indices<index_t>& indices, const Bags& bag
       return;
     }
     RowSum<T> sum(columns);
-    const auto term = [&](int64_t i, bool is_first) -> typename RowSum<T>::Term {
+    const auto term = [&](int64_t i) -> typename RowSum<T>::Term {
       const int64_t index = indices[i];
-      if (is_first) indices.prefetch(table, columns, i + kAhead);
+      indices.prefetch(table, columns, i + kAhead);
       if (index == padding_idx) return {nullptr, 0};
       return {table + index * columns, kWeighted ? static_cast<scalar>(factors[i]) : scalar(1)};
     };
@@ -342,7 +368,9 @@ class SortedUses {
   // Positions are kept only if they are wanted: without them a use's bag is at hand.
   SortedUses(const char* op, const Tensor& indices, const Bags& bags, int64_t rows, int64_t padding_idx,
              bool wants_positions)
-      : wants_positions_(wants_positions), row_bits_(bits(rows)), shift_(bits(wants_positions ? bags.total() : bags.count())) {
+      : wants_positions_(wants_positions),
+        row_bits_(bits(rows)),
+        shift_(bits(wants_positions ? bags.total() : bags.count())) {
     TORCH_CHECK_VALUE(row_bits_ + shift_ <= 64 && bags.total() < int64_t(1) << 32, op, ": a table of ", rows,
                       " rows and ", indices.numel(), " indices are too many together");
     AT_DISPATCH_INDEX_TYPES(indices.scalar_type(), "embedding_bag_backward", [&] {
@@ -381,7 +409,7 @@ class SortedUses {
   }
 
  private:
-  static constexpr int kDigit = 11;          // bits, at most
+  static constexpr int kDigit = 11;           // bits, at most
   static constexpr int64_t kShare = 1 << 12;  // keys that a thread takes at least
 
   template <typename Key>
@@ -512,11 +540,11 @@ struct Gradient {
         mode(parse_mode(mode_name)),
         scale_grad_by_freq(by_freq) {}
 
-  // The gradient of the i-th row in use to destination(i), then done(i), for all rows; finish() after a thread's last.
+  // For the i-th row in use, in order: begin(i); then put(i, g, factor) where its gradient is factor * g, or else the
+  // gradient to destination(i), and done(i).
   template <typename T, typename Rows>
   void for_each_row(const Rows& rows_of_thread) const {
     using scalar = acc_t<T>;
-    using V = Vec<T>;
     const int64_t columns = grad.size(1);
     const T* grad_data = grad.const_data_ptr<T>();
     const T* factor_data = factors ? factors->const_data_ptr<T>() : nullptr;
@@ -533,8 +561,9 @@ struct Gradient {
       for (int64_t i = sorted.row_from(first); i < end_of_rows; ++i) {
         const int64_t begin = sorted.start(i), end = sorted.start(i + 1);
         const scalar share = scale_grad_by_freq ? scalar(1) / static_cast<scalar>(end - begin) : scalar(1);
-        auto* out = rows.destination(i);
+        rows.begin(i);
         if (mode == Mode::max) {
+          auto* out = rows.destination(i);
           std::fill(best.begin(), best.end(), scalar(0));
           for (const auto use : c10::irange(begin, end)) {
             const int64_t bag = sorted.bag(use), position = sorted.position(use);
@@ -544,8 +573,9 @@ struct Gradient {
             }
           }
           for (const auto j : c10::irange(columns)) out[j] = static_cast<std::decay_t<decltype(*out)>>(best[j] * share);
+          rows.done(i);
         } else {
-          const auto term = [&](int64_t use, bool) -> typename RowSum<T>::Term {
+          const auto term = [&](int64_t use) -> typename RowSum<T>::Term {
             const int64_t bag = sorted.bag(use);
             scalar scale = share;
             if (mode == Mode::mean) scale *= share_of_bag[bag];
@@ -553,18 +583,14 @@ struct Gradient {
             return {grad_data + bag * columns, scale};
           };
           if (end - begin == 1) {
-            const auto only = term(begin, true);
-            const V factor(only.factor);
-            for_each_vector<T>(columns, [&](int64_t j, int64_t n) {
-              store_vector(out + j, load_vector(only.row + j, n) * factor, n);
-            });
+            const auto only = term(begin);
+            rows.put(i, only.row, only.factor);
           } else {
-            sum(begin, end, term, false, out);
+            sum(begin, end, term, false, rows.destination(i));
+            rows.done(i);
           }
         }
-        rows.done(i);
       }
-      rows.finish();
     });
   }
 
@@ -588,9 +614,14 @@ struct Written {
   int64_t columns;
   Row row;
 
+  void begin(int64_t) const {}
   T* destination(int64_t i) const { return data + row(i) * columns; }
   void done(int64_t) const {}
-  void finish() const {}
+  void put(int64_t i, const T* gradient, acc_t<T> factor) const {
+    for_each_vector<T>(columns, [&, out = destination(i)](int64_t j, int64_t n) {
+      store_vector(out + j, load_vector(gradient + j, n) * Vec<T>(factor), n);
+    });
+  }
 };
 
 // Zeros. Beyond what malloc keeps for itself, memory comes from the system, and comes as zeros that take up nothing
@@ -640,8 +671,7 @@ std::tuple<Tensor, Tensor> embedding_bag_sparse_backward(const Tensor& grad, int
   return {rows, values};
 }
 
-// A step of an optimizer, row by row, for kCollected rows at a time whose gradients have been collected: several rows
-// are then under way at once.
+// A step of an optimizer, row by row.
 template <typename T>
 struct Step {
   using scalar = acc_t<T>;
@@ -653,59 +683,54 @@ struct Step {
   scalar *first, *second;  // the optimizer's states, or nullptr
   const UpdateSettings<scalar> settings;
   const int64_t columns;
-  std::vector<scalar> gradients;
-  int64_t end = 0, waiting = 0;  // the gradients of the rows in use from end - waiting to end are collected
+  std::vector<scalar> sum;  // of a row's gradients
 
-  scalar* destination(int64_t i) {
-    const int64_t ahead = i + kAhead;
-    if (waiting == 0) {
-      for (int64_t k = ahead; k < std::min(ahead + kCollected, sorted.rows()); ++k) prefetch(sorted.row(k));
+  NLPKERNELS_INLINE void begin(int64_t i) const {
+    if (i % kTogether != 0) return;
+    for (int64_t k = i + kAhead; k < std::min(i + kAhead + kTogether, sorted.rows()); ++k) prefetch(sorted.row(k));
+  }
+  scalar* destination(int64_t) { return sum.data(); }
+  void done(int64_t i) const { put(i, sum.data(), 1); }
+
+  // The step of a row whose gradient is this times the factor.
+  template <typename G>
+  void put(int64_t i, const G* gradient, scalar factor) const {
+    const int64_t row = sorted.row(i);
+    if (rule == Rule::sgd) return change_row<Sgd>(row, gradient, factor, settings);
+    if (rule == Rule::adagrad) return change_row<Adagrad>(row, gradient, factor, settings);
+    if (rule == Rule::adam) return change_row<Adam>(row, gradient, factor, settings);
+    scalar squares = 0;
+    for (int64_t j = 0; j < columns; ++j) {
+      const scalar g = static_cast<scalar>(gradient[j]) * factor;
+      squares += g * g;
     }
-    return gradients.data() + waiting * columns;
+    UpdateSettings<scalar> of_row = settings;
+    of_row.rate = RowwiseAdagrad::rate(settings, squares / static_cast<scalar>(columns), first[row]);
+    change_row<Sgd>(row, gradient, factor, of_row);
   }
 
+ private:
   NLPKERNELS_INLINE void prefetch(int64_t row) const {
-    prefetch_row(table + row * columns, columns);
-    if (rule == Rule::rowwise_adagrad) __builtin_prefetch(first + row, 1);
-    if (rule == Rule::adagrad || rule == Rule::adam) prefetch_row(first + row * columns, columns);
-    if (rule == Rule::adam) prefetch_row(second + row * columns, columns);
+    prefetch_row_to_write(table + row * columns, columns);
+    if (rule == Rule::rowwise_adagrad) prefetch_row_to_write(first + row, 1);
+    if (rule == Rule::adagrad || rule == Rule::adam) prefetch_row_to_write(first + row * columns, columns);
+    if (rule == Rule::adam) prefetch_row_to_write(second + row * columns, columns);
   }
 
-  void done(int64_t i) {
-    end = i + 1;
-    if (++waiting == kCollected) finish();
-  }
-
-  void finish() {
-    for (int64_t k = 0; k < waiting; ++k) update(sorted.row(end - waiting + k), gradients.data() + k * columns);
-    waiting = 0;
-  }
-
-  // The step of every value of a row.
-  template <typename Update>
-  void change_row(int64_t row, const scalar* gradient, const UpdateSettings<scalar>& given) const {
+  template <typename Update, typename G>
+  void change_row(int64_t row, const G* gradient, scalar factor, const UpdateSettings<scalar>& given) const {
     const UpdateSettings<V> numbers{V(given.rate), V(given.eps), V(given.rest1), V(given.rest2)};
     for_each_vector<T>(columns, [&](int64_t j, int64_t n) {
       const int64_t at = row * columns + j;
       V state(0), state_of_squares(0);
       if constexpr (Update::states > 0) state = load_vector(first + at, n);
       if constexpr (Update::states > 1) state_of_squares = load_vector(second + at, n);
-      const V change = Update::change(numbers, load_vector(gradient + j, n), state, state_of_squares);
+      const V g = load_vector(gradient + j, n) * V(factor);
+      const V change = Update::change(numbers, g, state, state_of_squares);
       if constexpr (Update::states > 0) store_vector(first + at, state, n);
       if constexpr (Update::states > 1) store_vector(second + at, state_of_squares, n);
       store_vector(table + at, load_vector(table + at, n) - change, n);
     });
-  }
-
-  void update(int64_t row, const scalar* gradient) const {
-    if (rule == Rule::sgd) return change_row<Sgd>(row, gradient, settings);
-    if (rule == Rule::adagrad) return change_row<Adagrad>(row, gradient, settings);
-    if (rule == Rule::adam) return change_row<Adam>(row, gradient, settings);
-    scalar squares = 0;
-    for (int64_t j = 0; j < columns; ++j) squares += gradient[j] * gradient[j];
-    UpdateSettings<scalar> of_row = settings;
-    of_row.rate = RowwiseAdagrad::rate(settings, squares / static_cast<scalar>(columns), first[row]);
-    change_row<Sgd>(row, gradient, of_row);
   }
 };
 
@@ -729,7 +754,7 @@ void embedding_bag_update(const Tensor& grad, const Tensor& weight, const Option
     gradient.for_each_row<scalar_t>([&] {
       const int64_t columns = weight.size(1);
       return Step<scalar_t>{gradient.sorted, rule,    table,   first_data,
-                            second_data,     numbers, columns, std::vector<scalar>(kCollected * columns)};
+                            second_data,     numbers, columns, std::vector<scalar>(columns)};
     });
   });
 }
