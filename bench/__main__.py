@@ -282,7 +282,11 @@ def parser() -> argparse.ArgumentParser:
     add = runs.add_argument
     add("--workload", metavar="NAMES", help="which workloads (names or patterns, see `list`)")
     add("--cell", metavar="NAMES", help="rnn, gru, lstm: in place of the cells that each workload names")
-    add("--mode", metavar="NAMES", help=f"inference, train; of embeddings sparse (its gradient), {', '.join(STEP_MODES)}")
+    add(
+        "--mode",
+        metavar="NAMES",
+        help=f"inference, train; of embeddings sparse (its gradient), {', '.join(STEP_MODES)}",
+    )
     add("--device", default="cpu", metavar="NAMES", help="cpu, cuda")
     add("--dtype", default="float32", metavar="NAMES", help="float32, bfloat16, float16")
     add("--threads", metavar="N,N", help="CPU threads; by default 1 and the number of cores")

@@ -158,7 +158,8 @@ class _InBackward(torch.optim.Optimizer):
             step = int(state.get("step", 0)) + 1
             first, second, *_ = (*(state[name] for name in self.states), None, None)
             use = uses[0] if len(uses) == 1 else self._merge(table, uses)
-            _C.embedding_bag_update(use[0], table, first, second, *use[1:], self.rule, self._settings(group, step))
+            rest: tuple[Any, ...] = (*use[1:], self.rule, self._settings(group, step))
+            _C.embedding_bag_update(use[0], table, first, second, *rest)
             if state:
                 state["step"] += 1
             if table.grad is None:

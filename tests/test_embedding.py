@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from tolerances import FLOOR, assert_as_exact, relative_error
+from tolerances import FEW, FLOOR, assert_as_exact, relative_error
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
@@ -592,6 +592,33 @@ def test_bits_do_not_depend_on_threads(mode: str, sparse: bool, restored_threads
         output = ours(ids)
         runs.append((output, torch.autograd.grad(output.sin().sum(), ours.weight)[0].to_dense()))
     assert all(torch.equal(a, b) for run in runs[1:] for a, b in zip(run, runs[0], strict=True))
+
+
+@pytest.mark.parametrize("rows", [5_000, 3_000_000], ids=["short keys", "long keys"])
+@pytest.mark.parametrize("weighted", [False, True], ids=["", "weighted"])
+def test_sparse_gradients_sorted_by_several_threads(rows: int, weighted: bool, restored_threads: None) -> None:
+    """Ragged bags with padding, some empty, and enough uses that every thread sorts some: the same bits, and right."""
+    ids = torch.randint(rows, (20_000,))
+    ids[torch.rand(20_000) < 0.3] = 7
+    ids[torch.rand(20_000) < 0.1] = 3
+    offsets = torch.cat([torch.zeros(2, dtype=torch.long), torch.randint(20_000, (900,)).sort().values])
+    factors = torch.rand(20_000) if weighted else None
+    weight = torch.randn(rows, 2, requires_grad=True)
+    grad, found = torch.randn(902, 2), []
+    options = {"mode": "sum", "sparse": True, "per_sample_weights": factors, "padding_idx": 3}
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        output = functional.embedding_bag(ids, weight, offsets, **options)
+        found.append(torch.autograd.grad(output, weight, grad)[0])
+    bags = torch.bucketize(torch.arange(20_000), offsets, right=True) - 1
+    terms = grad.double()[bags] * (1.0 if factors is None else factors.double().unsqueeze(1))
+    touched, place = ids[ids != 3].unique(return_inverse=True)
+    expected = torch.zeros(len(touched), 2, dtype=torch.float64).index_add_(0, place, terms[ids != 3])
+    for gradient in found:
+        assert gradient.is_coalesced()
+        assert torch.equal(gradient.indices()[0], touched)
+        assert torch.equal(gradient.values(), found[0].values())
+    assert relative_error(found[0].values(), expected) <= FEW[torch.float32]
 
 
 OPTIONS: list[dict[str, Any]] = [

@@ -180,6 +180,12 @@ def test_bits_do_not_depend_on_threads(name: str, restored_threads: None) -> Non
     assert all(torch.equal(a, b) for run in runs[1:] for a, b in zip(run, runs[0], strict=True))
 
 
+def test_refuses_torch_func(device: str) -> None:
+    _, _, bag, _ = make("SGD", device)
+    with refusing("cannot be used in torch.func"):
+        torch.func.vmap(bag)(torch.randint(V, (3, 6, 7), device=device))
+
+
 @pytest.mark.parametrize("how", [copy.deepcopy, lambda both: pickle.loads(pickle.dumps(both))], ids=["copy", "pickle"])
 @pytest.mark.parametrize("name", SETTINGS)
 def test_goes_on_from_a_copy(name: str, how: Any, device: str) -> None:

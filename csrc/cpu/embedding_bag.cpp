@@ -1,11 +1,11 @@
 // Embedding-bag pooling on the CPU: forward, backward, and backward with the optimizer's step in it.
 //
-// Forward: a thread takes whole bags, reads kGroup indices, checks them, skips those that are the padding, and adds
-// their rows to sums that are in registers, up to kBlock vectors of the columns at a time. The error of a sum of n rows
-// thus grows with sqrt(kGroup + n / kGroup). The row that comes kAhead indices later, in whichever bag, is asked for,
-// to come into the second-level cache: many more lines can be on their way there than to the first (51,200 random rows
-// of 512 bytes, Zen 4: 0.64 of the time of asking 8 rows ahead for the first level). Half a row at a time, kGroup rows,
-// belongs to that: of whole rows, one by one, the hardware goes on to fetch what lies behind them.
+// Forward: a thread takes whole bags, reads each index, checks it, skips it if it is the padding, and adds its row to
+// sums that are in registers: kGroup rows, up to kBlock vectors of their columns at a time. The error of a sum of n
+// rows thus grows with sqrt(kGroup + n / kGroup). The row that comes kAhead indices later, in whichever bag, is asked
+// for, to come into the second-level cache: many more lines can be on their way there than to the first (51,200 random
+// rows of 512 bytes, Zen 4: 0.64 of the time of asking 8 rows ahead for the first level). Only its first kBegun bytes:
+// of rows that are in a cache already, as frequent words' are, every line asked for costs time.
 //
 // Backward: uses are sorted by row (radix sort of keys of 4 or 8 bytes, as many bits as the table needs; the bag stands
 // in the key, so that neither a table of bags nor a division is needed), and a thread takes whole rows. Every gradient
@@ -39,7 +39,7 @@ namespace {
 
 // Rows that are added up together, vectors of columns, and rows that an update asks for together.
 constexpr int kGroup = 64, kBlock = 8, kTogether = 16;
-// How many rows ahead a row is asked for, and how many bytes of it: the hardware goes on from there.
+// How many rows ahead a row is asked for, and how many of its bytes: the hardware goes on from there.
 constexpr int64_t kAhead = 32, kBegun = 512;
 // Values that a thread takes at least.
 constexpr int64_t kGrain = 1 << 14;
