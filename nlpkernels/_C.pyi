@@ -13,6 +13,16 @@ def recurrent(
     cell: str,
     h_mask: Tensor | None,
 ) -> list[Tensor]: ...
+def recurrent_step(x: Tensor, states: tuple[Tensor, ...], weights: list[Tensor], cell: str) -> list[Tensor] | None: ...
+def recurrent_layers(
+    input: Tensor,
+    states: tuple[Tensor, ...],
+    weights: list[Tensor],
+    cell: str,
+    layers: int,
+    directions: int,
+    batch_first: bool,
+) -> list[Tensor] | None: ...
 def embedding_bag(
     weight: Tensor,
     indices: Tensor,
