@@ -130,6 +130,10 @@ inline variable_list recurrent(const Tensor& x, const OptionalTensor& batch_size
   return {y, h_n, c_n};
 }
 
+inline bool has_matrices(const variable_list& weights) {
+  return weights.size() >= 2 && weights[0].dim() == 2 && weights[1].dim() == 2;
+}
+
 inline bool has_shape(const Tensor& tensor, std::initializer_list<c10::SymInt> shape) {
   return tensor.sym_sizes() == c10::SymIntArrayRef(shape.begin(), shape.size());
 }
@@ -137,7 +141,7 @@ inline bool has_shape(const Tensor& tensor, std::initializer_list<c10::SymInt> s
 // One step of a cell: x [B, I] and states (h,) or (h, c), [B, H], to such states. Nothing where shapes are others.
 inline std::optional<variable_list> recurrent_step(const Tensor& x, const variable_list& states,
                                                    const variable_list& weights, const std::string& cell) {
-  if (x.dim() != 2 || !has_shape(x, {x.sym_size(0), weights[0].sym_size(1)})) return std::nullopt;
+  if (!has_matrices(weights) || x.dim() != 2 || x.sym_size(1) != weights[0].sym_size(1)) return std::nullopt;
   for (const Tensor& state : states) {
     if (!has_shape(state, {x.sym_size(0), weights[1].sym_size(1)})) return std::nullopt;
   }
@@ -153,7 +157,7 @@ inline std::optional<variable_list> recurrent_step(const Tensor& x, const variab
 inline std::optional<variable_list> recurrent_layers(const Tensor& input, variable_list states,
                                                      const variable_list& weights, const std::string& cell,
                                                      int64_t layers, int64_t directions, bool batch_first) {
-  if (input.dim() != 3 || input.scalar_type() != weights[0].scalar_type() ||
+  if (!has_matrices(weights) || input.dim() != 3 || input.scalar_type() != weights[0].scalar_type() ||
       input.sym_size(2) != weights[0].sym_size(1)) {
     return std::nullopt;
   }

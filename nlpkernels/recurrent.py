@@ -76,8 +76,9 @@ class _Layers(RNNBase):
     ) -> tuple[Tensor | PackedSequence, tuple[Tensor, ...]]:
         """Output and final states, or those of all steps; `states` are (h_0,), or (h_0, c_0), or None for zeros."""
         weights = _parameters_of(self, self._flat_weights_names)
+        is_whole = len(weights) == len(self._flat_weights_names)
         draws = self.training and (self.dropout or self.recurrent_dropout)
-        if isinstance(input, Tensor) and lengths is None and not (return_state_sequence or draws):
+        if isinstance(input, Tensor) and is_whole and lengths is None and not (return_state_sequence or draws):
             directions = 2 if self.bidirectional else 1
             results = _ops.recurrent_layers(
                 input, states, weights, self.mode.lower(), self.num_layers, directions, self.batch_first

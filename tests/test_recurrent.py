@@ -513,6 +513,23 @@ def test_cells_refuse_bad_input(device: str) -> None:
                 ours(x, hx)
 
 
+@pytest.mark.parametrize("name", ["RNN", "GRU", "LSTM", "RNNCell", "GRUCell", "LSTMCell"])
+def test_replaced_weights_that_do_not_fit_are_refused(name: str, device: str) -> None:
+    ours = getattr(nlpkernels, name)(4, 5, bias=False, device=device)
+    x, h = torch.randn(3, 4, device=device), torch.zeros(3, 5, device=device)
+    if "Cell" not in name:
+        x, h = x[None], h[None]
+    suffix = "" if "Cell" in name else "_l0"
+    for which in ("weight_ih", "weight_hh"):
+        good = getattr(ours, which + suffix)
+        for bad in (None, good[0], good[:, :3], good[:3]):
+            setattr(ours, which + suffix, None if bad is None else nn.Parameter(bad))
+            with pytest.raises((ValueError, RuntimeError, IndexError)):
+                ours(x, (h, h) if "LSTM" in name else h)
+        setattr(ours, which + suffix, good)
+    ours(x, (h, h) if "LSTM" in name else h)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("kind", [*LAYERS, *(f"{kind}_cell" for kind in CELLS)])
 def test_autocast(kind: str, dtype: torch.dtype, device: str) -> None:
