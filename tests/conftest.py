@@ -24,6 +24,7 @@ c10/cuda/CUDAGraphsC10Utils.h c10/cuda/CUDAGuard.h c10/cuda/CUDAStream.h
 OF_CPU_KERNELS = (
     "test_bits_depend_on_neither",
     "test_bits_of_few_sequences",
+    "test_bits_in_a_ragged_batch",
     "test_other_instruction_sets",
     "test_instruction_set",
     "test_long_sums_are_exact",
