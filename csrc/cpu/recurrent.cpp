@@ -56,8 +56,8 @@ constexpr int64_t kGateBytes = 256 * 1024;
 constexpr int64_t kMinBlockRows = 128;
 // Sequences of one thread that are taken through the steps together: a panel's gates stay in the first-level cache.
 constexpr int64_t kMaxRows = 64;
-// Multiply-adds of a step below which a barrier costs more than another thread gives.
-constexpr int64_t kMinStepWork = 1 << 13;
+// Multiply-adds of a step, for each thread, below which a barrier costs more than another thread gives.
+constexpr int64_t kMinStepWork = 1 << 14;
 
 template <typename T>
 const T* data(const OptionalTensor& tensor) {
