@@ -50,7 +50,9 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if config.getoption("emulated_cuda"):
         for item in items:
             if item.name.startswith(OF_CPU_KERNELS):
-                item.add_marker(pytest.mark.skip(reason="a promise of csrc/cpu"))
+                item.add_marker(
+                    pytest.mark.skip(reason="promised of the kernels of csrc/cpu alone, which --emulated-cuda replaces")
+                )
 
 
 def load_emulated_cuda() -> None:
