@@ -22,7 +22,8 @@ def main() -> None:
     """Print it."""
     built = [name for name in _ops.INSTRUCTION_SETS if _ops._library(f"_cpu_{name}")]
     built_for = f"kernels built for {_ops.CUDA_ARCHS}" if _ops.CUDA_ARCHS else "no kernels built"
-    used = "in use: NLPKERNELS_CUDA=1" if _ops.USES_CUDA_KERNELS else "not in use: ATen ops serve CUDA tensors"
+    others = "torch's layers and ATen ops" if _ops.LEFT_TO_TORCH else "ATen ops"
+    used = "in use: NLPKERNELS_CUDA=1" if _ops.USES_CUDA_KERNELS else f"not in use: {others} serve CUDA tensors"
     cuda = f"{built_for}, {used}"
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "none visible"
     facts = {

@@ -2,7 +2,7 @@
 
 csrc holds schemas (`library.cpp` says what each argument is) and kernels. Here stands what is better said in Python:
 
-- A device without kernels of its own runs `reference.py`.
+- A device without kernels of its own runs `reference.py`; on CUDA, torch's own layers go first where they can do it.
 - Derivatives come in two forms made from the same functions. Compiled code calls the op, whose formula is registered
   with the dispatcher. Eager code calls an `autograd.Function`, because only that knows forward mode and torch.func;
   where no derivative is wanted it calls the op as well. The ops of a layer's forward pass do not come here in eager
@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses import FakeTensor
 from torch.utils.weak import WeakIdKeyDictionary
 
 from nlpkernels import _C, reference  # _C registers the schemas
@@ -58,11 +59,16 @@ def _pick_instruction_set() -> tuple[str, str]:
 INSTRUCTION_SET, INSTRUCTION_SET_REASON = _pick_instruction_set()
 torch.ops.load_library(_library(f"_cpu_{INSTRUCTION_SET}"))
 # Not by default: these kernels compile, and their code agrees with the CPU's when it is run there, but they have not
-# yet run on a GPU. Without them CUDA tensors are served by reference.py.
+# yet run on a GPU. Without them torch's own layers serve CUDA tensors where they can, and reference.py the rest; with
+# NLPKERNELS_CUDA=0 reference.py serves all.
 CUDA_ARCHS: str = _C.cuda_archs
 USES_CUDA_KERNELS = bool(CUDA_ARCHS) and os.environ.get("NLPKERNELS_CUDA") == "1"
 if USES_CUDA_KERNELS:
     torch.ops.load_library(_library("_cuda"))
+LEFT_TO_TORCH: frozenset[str] = frozenset(
+    () if USES_CUDA_KERNELS or os.environ.get("NLPKERNELS_CUDA") == "0" or not torch.cuda._is_compiled() else ("cuda",)
+)
+"""The types of device whose tensors torch's own layers serve."""
 COMPILER: str = _C.compiler
 BUILT_WITH_TORCH: str = _C.torch_version
 
@@ -574,9 +580,21 @@ def recurrent(
     return y, h_n, c_n, c.reshape(c.shape[0], *x.shape[:-1], c.shape[-1])
 
 
-def _is_plain() -> bool:
+def _is_plain(x: Tensor) -> bool:
     """Whether a call may go to C++ at once: no torch.compile, autocast or transform."""
-    return not (torch.compiler.is_compiling() or torch._C._is_any_autocast_enabled() or _is_transformed())
+    return not (
+        torch.compiler.is_compiling()
+        or torch._C._is_any_autocast_enabled()
+        or _is_transformed()
+        or (LEFT_TO_TORCH and x.device.type in LEFT_TO_TORCH)
+    )
+
+
+def is_left_to_torch(tensor: Tensor) -> bool:
+    """Whether torch's own layers are to serve a tensor; torch.compile, torch.func and fakes are for our ops."""
+    return tensor.device.type in LEFT_TO_TORCH and not (
+        torch.compiler.is_compiling() or _is_transformed() or isinstance(tensor, FakeTensor)
+    )
 
 
 def recurrent_step(x: Tensor, states: tuple[Tensor, ...], weights: list[Tensor], cell: str) -> list[Tensor] | None:
@@ -584,7 +602,7 @@ def recurrent_step(x: Tensor, states: tuple[Tensor, ...], weights: list[Tensor],
 
     In Python the way to the kernel takes longer than a small step.
     """
-    return _C.recurrent_step(x, states, weights, cell) if _is_plain() else None
+    return _C.recurrent_step(x, states, weights, cell) if _is_plain(x) else None
 
 
 def recurrent_layers(
@@ -597,7 +615,7 @@ def recurrent_layers(
     batch_first: bool,
 ) -> list[Tensor] | None:
     """Output, h_n and, for an LSTM, c_n of all layers; None where they are to be run one by one, or do not fit."""
-    if not _is_plain():
+    if not _is_plain(x):
         return None
     return _C.recurrent_layers(x, states or (), weights, cell, num_layers, directions, batch_first)
 

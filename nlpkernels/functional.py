@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
-from nlpkernels import _ops
+from nlpkernels import _ops, reference
 
 __all__ = ["embedding", "embedding_bag", "gru", "lstm", "rnn_relu", "rnn_tanh"]
 
@@ -50,6 +50,12 @@ def _layers(
                 f"{cell}: expected {name} of shape [{num_layers * directions}, batch, features], "
                 f"got {list(state.shape)}"
             )
+    draws = train and recurrent_dropout > 0
+    if _ops.is_left_to_torch(input) and input.numel() > 0 and not (return_state_sequence or draws):
+        return _by_torch(
+            cell, input, (h0,) if c0 is None else (h0, c0), params, has_biases, num_layers, dropout, train,
+            bidirectional, batch_first, batch_sizes,
+        )  # fmt: skip
     transposed = batch_first and batch_sizes is None
     x = input.transpose(0, 1) if transposed else input
     h_ns, c_ns = [], []
@@ -59,7 +65,7 @@ def _layers(
         own = slice(layer * directions, (layer + 1) * directions)
         weights = list(params[layer * per_layer : (layer + 1) * per_layer])
         h_mask = None
-        if train and recurrent_dropout > 0:
+        if draws:
             h_mask = torch.dropout(torch.ones_like(h0[own]), recurrent_dropout, True)
         x, h_n, c_n, c = _ops.recurrent(
             x, batch_sizes, h0[own], None if c0 is None else c0[own], weights, cell, return_state_sequence, h_mask
@@ -74,6 +80,54 @@ def _layers(
     if num_layers == 1:
         return y, h_ns[0], c_ns[0]
     return y, torch.cat(h_ns), torch.cat(c_ns) if c0 is not None else c_ns[0]
+
+
+def _by_torch(
+    cell: str,
+    input: Tensor,
+    states: tuple[Tensor, ...],
+    params: Sequence[Tensor],
+    has_biases: bool,
+    num_layers: int,
+    dropout: float,
+    train: bool,
+    bidirectional: bool,
+    batch_first: bool,
+    batch_sizes: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What torch's own function gives, which wants every step and every sequence to be there."""
+    check_shapes(cell, params, input.shape[-1], has_biases, num_layers, 2 if bidirectional else 1)
+    wants_derivative = torch.is_grad_enabled() and any(t.requires_grad for t in (input, *states, *params))
+    # cuDNN goes back only where it was told to train; without dropout that is the same.
+    rest = (list(params), has_biases, num_layers, dropout if train else 0.0, train or wants_derivative, bidirectional)
+    batch = states[0].shape[1] if batch_sizes is None else int(batch_sizes[0])
+    running = tuple(state[:, :batch].contiguous() for state in states)
+    hx = running if cell == "lstm" else running[0]
+    function = getattr(torch, cell)
+    if batch_sizes is None:
+        y, *final = function(input, hx, *rest, batch_first)
+    else:
+        y, *final = function(input, batch_sizes[batch_sizes > 0], hx, *rest)
+        final = [torch.cat([state, initial[:, batch:]], 1) for state, initial in zip(final, states, strict=True)]
+    return y, final[0], final[-1]
+
+
+def check_shapes(
+    cell: str, params: Sequence[Tensor], inputs: int, has_biases: bool, num_layers: int = 1, directions: int = 1
+) -> None:
+    """Refuse parameters that do not fit one another, or that many inputs, before torch's own functions see them."""
+    rows = params[1].shape[0] if len(params) > 1 else 0
+    hidden = rows // reference.CELLS[cell].gates
+    per_direction = len(params) // (num_layers * directions)
+    projected = per_direction % 2 == 1
+    features = params[per_direction - 1].shape[0] if projected else hidden
+    expected: list[tuple[int, ...]] = []
+    for place in range(num_layers * directions):
+        expected += [(rows, inputs if place < directions else directions * features), (rows, features)]
+        expected += [(rows,)] * 2 * has_biases + [(features, hidden)] * projected
+    got = [tuple(param.shape) for param in params]
+    if got != expected:
+        raise RuntimeError(f"{cell}: expected parameters of shapes {expected}, got {got}")
 
 
 def lstm(
@@ -276,7 +330,11 @@ def embedding(
     _check_ids("embedding", input)
     _check_table("embedding", weight)
     padding = _wrap_padding("embedding", padding_idx, weight.shape[0])
-    if weight.dtype not in _DTYPES or input.is_nested:
+    is_left = weight.dtype not in _DTYPES or input.is_nested
+    if not (is_left or sparse) and _ops.is_left_to_torch(weight) and input.device == weight.device:
+        is_left = _ops.optimizer_of(weight) is None
+        reference.refuse_wrong_indices(input.reshape(-1), weight.shape[0])
+    if is_left:
         return torch.nn.functional.embedding(
             input, weight, padding_idx, max_norm, norm_type, scale_grad_by_freq, sparse
         )

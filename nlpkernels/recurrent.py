@@ -65,7 +65,9 @@ class _Layers(RNNBase):
         return super().extra_repr() + dropout
 
     def flatten_parameters(self) -> None:
-        """Do nothing: the kernels need no flat copy of the parameters."""
+        """Nothing, for our kernels need no flat copy of the parameters; cuDNN does, where it serves a layer."""
+        if any(isinstance(weight, Tensor) and _ops.is_left_to_torch(weight) for weight in self._flat_weights):
+            super().flatten_parameters()
 
     def _run(
         self,
@@ -517,10 +519,16 @@ class _Cell(RNNCellBase):
             self._refuse(cell, input, states)
         if dim == 1:
             input, states = input.unsqueeze(0), tuple(state.unsqueeze(0) for state in states)
-        h0 = states[0].unsqueeze(0)
-        c0 = states[1].unsqueeze(0) if cell == "lstm" else None
-        h, _, c, _ = _ops.recurrent(input, None, h0, c0, weights, cell)
-        final = (h,) if c0 is None else (h, c.squeeze(0))
+        h0, c0 = states[0], states[1] if cell == "lstm" else None
+        if _ops.is_left_to_torch(input):
+            functional.check_shapes(cell, weights, self.input_size, self.bias)
+            stepped = getattr(torch, f"{cell}_cell")(input, h0 if c0 is None else states, *weights)
+            final = (stepped,) if c0 is None else stepped
+        else:
+            h, _, c, _ = _ops.recurrent(
+                input, None, h0.unsqueeze(0), None if c0 is None else c0.unsqueeze(0), weights, cell
+            )
+            final = (h,) if c0 is None else (h, c.squeeze(0))
         return final if dim == 2 else tuple(state.squeeze(0) for state in final)
 
     def _refuse(self, cell: str, input: Tensor, states: tuple[Tensor, ...]) -> None:

@@ -1,7 +1,7 @@
 """The equations in plain torch, differentiable to any order and on any device.
 
-They are the tests' oracle, the source of second derivatives, what a device without kernels of its own runs, and the
-place to read what the kernels compute. Each function stands for the op of its name (`csrc/library.cpp` says what the
+They are the tests' oracle, the source of second derivatives, what runs where there is no kernel, and the place to read
+what the kernels compute. Each function stands for the op of its name (`csrc/library.cpp` says what the
 arguments are) and returns the same outputs. The gate equations are those of `torch.nn.RNN`, `torch.nn.LSTM` and
 `torch.nn.GRU`; `cell_step` is the only place in Python where they stand.
 
@@ -227,8 +227,8 @@ class _Uses(NamedTuple):
     bags: int
 
 
-def _uses(indices: Tensor, offsets: Tensor | None, rows: int, padding_idx: int, include_last_offset: bool) -> _Uses:
-    flat = indices.reshape(-1).long()
+def refuse_wrong_indices(flat: Tensor, rows: int) -> None:
+    """Raise an IndexError if one of the flattened indices is not a row of a table of so many."""
     wrong = (flat < 0) | (flat >= rows)
     if wrong.any():  # on CUDA this waits for the device, and saves it from an assertion that would end the process
         first = int(wrong.nonzero()[0])
@@ -236,6 +236,11 @@ def _uses(indices: Tensor, offsets: Tensor | None, rows: int, padding_idx: int, 
             f"embedding_bag: flattened indices[{first}] is {int(flat[first])}, "
             f"expected a row from 0 to {rows - 1} of a table of {rows}"
         )
+
+
+def _uses(indices: Tensor, offsets: Tensor | None, rows: int, padding_idx: int, include_last_offset: bool) -> _Uses:
+    flat = indices.reshape(-1).long()
+    refuse_wrong_indices(flat, rows)
     position = torch.arange(flat.shape[0], device=flat.device)
     if offsets is None:
         bags = indices.shape[0]
@@ -250,10 +255,12 @@ def _uses(indices: Tensor, offsets: Tensor | None, rows: int, padding_idx: int, 
                 f"indices, got {offsets.tolist()}"
             )
         bag = torch.bucketize(position, starts[:bags], right=True) - 1
-        inside = position < (ends[-1] if bags else 0)
-        flat, bag, position = flat[inside], bag[inside], position[inside]
-    counts = flat != padding_idx
-    return _Uses(flat[counts], bag[counts], position[counts], bags)
+        inside = int(ends[-1]) if bags else 0
+        flat, bag, position = flat[:inside], bag[:inside], position[:inside]
+    if padding_idx >= 0:
+        counts = (flat != padding_idx).nonzero().squeeze(1)
+        flat, bag, position = flat[counts], bag[counts], position[counts]
+    return _Uses(flat, bag, position, bags)
 
 
 def embedding_bag(

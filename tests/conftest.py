@@ -105,6 +105,12 @@ def poisoned_memory() -> Iterator[None]:
 
 
 @pytest.fixture
+def without_cudnn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For second derivatives, which it has not: it serves torch.nn's layers, and ours while our kernels are off."""
+    monkeypatch.setattr(torch.backends.cudnn, "enabled", False)
+
+
+@pytest.fixture
 def doubles() -> Iterator[None]:
     """Everything is float64, unless it says otherwise: rounding is far below what assert_close allows."""
     torch.set_default_dtype(torch.float64)

@@ -340,6 +340,7 @@ def test_function_transforms_of_cells(name: str, device: str) -> None:
     torch.testing.assert_close(per_sample, torch.stack([torch.func.grad(loss(theirs))(one) for one in many]))
 
 
+@pytest.mark.usefixtures("without_cudnn")
 @pytest.mark.parametrize("kind", KINDS)
 def test_gradient_penalty(kind: str, device: str) -> None:
     """A loss on the norm of the input's gradient (Gulrajani et al. 2017), in training and in eval mode."""

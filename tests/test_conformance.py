@@ -79,6 +79,7 @@ def test_inputs(name: str, dtype: torch.dtype, device: str, count_conformance: A
             count_conformance("inputs")
 
 
+@pytest.mark.usefixtures("without_cudnn")
 @pytest.mark.parametrize("name", NAMES)
 def test_derivatives(name: str, device: str, count_conformance: Any, pytestconfig: pytest.Config) -> None:
     """gradcheck for all; forward mode and second derivatives, which take minutes, for a random few or --thorough."""

@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from test_ops import ALL_OPS, OPS, WITH_KERNELS, samples_of
-from test_recurrent import pair, states_for, tensors
+from test_recurrent import CELLS, LAYERS, pair, states_for, tensors
 from tolerances import FLOOR, TF32, relative_error
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -91,6 +92,112 @@ def test_traces_to_one_op_a_layer(kind: str) -> None:
         layer = getattr(nlpkernels, kind)(6, 5, 2, bidirectional=True, device="cuda")
         traced = make_fx(lambda x: layer(x)[0])(torch.randn(4, 3, 6, device="cuda"))
     assert sum(node.target is OPS.recurrent.default for node in traced.graph.nodes) == 2
+
+
+# --- Left to torch ----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def left_to_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The CPU is treated as CUDA is while our kernels are off; a recurrent op of ours would fail."""
+
+    def refuse(*args: Any) -> None:
+        raise AssertionError("an op of ours is called")
+
+    monkeypatch.setattr(_ops, "LEFT_TO_TORCH", frozenset({"cpu"}))
+    monkeypatch.setattr(_ops, "_C", SimpleNamespace(embedding_bag=_ops._C.embedding_bag))
+    monkeypatch.setattr(_ops, "recurrent", refuse)
+
+
+@pytest.mark.usefixtures("left_to_torch")
+@pytest.mark.filterwarnings("ignore:LSTM with projections")
+@pytest.mark.parametrize("training", [True, False], ids=["training", "evaluating"])
+@pytest.mark.parametrize("given", ["padded", "unbatched", "packed", "lengths"])
+@pytest.mark.parametrize("kind", LAYERS)
+def test_torchs_layers_serve(kind: str, given: str, training: bool) -> None:
+    """Everything that torch.nn takes, and lengths, of sequences without a step too; gradients in eval mode."""
+    theirs, ours = (layer.train(training) for layer in pair(kind, 6, 5, 2, bidirectional=True, batch_first=True))
+    x, lengths = torch.randn(4, 7, 6), torch.tensor([3, 5, 2, 5])
+    hx = states_for(ours, () if given == "unbatched" else (4,), torch.float32, "cpu")
+    packed = nn.utils.rnn.pack_padded_sequence(x, lengths, batch_first=True, enforce_sorted=False)
+    x = {"packed": packed, "unbatched": x[0]}.get(given, x)
+    if given != "lengths":
+        expected, results = theirs(x, hx), ours(x, hx)
+        if given == "packed":
+            assert all(map(torch.equal, results[0][1:], expected[0][1:]))
+    else:
+        expected, results = theirs(packed, hx), ours(x, hx, lengths=lengths)
+        unpacked = nn.utils.rnn.pad_packed_sequence(expected[0], batch_first=True, total_length=7)[0]
+        expected = (unpacked, expected[1])
+        lengths[2] = 0
+        without, *final = tensors(ours(x, hx, lengths=lengths))
+        assert all(torch.equal(state[:, 2], initial[:, 2]) for state, initial in zip(final, tensors(hx), strict=True))
+        torch.testing.assert_close(without[[0, 1, 3]], unpacked[[0, 1, 3]])
+        assert not without[2].any()
+    for one, other in zip(tensors(results), tensors(expected), strict=True):
+        torch.testing.assert_close(one, other)
+    gradients = [
+        torch.autograd.grad(sum(tensor.sin().sum() for tensor in tensors(found)), list(layer.parameters()))
+        for layer, found in ((theirs, expected), (ours, results))
+    ]
+    for one, other in zip(*gradients, strict=True):
+        torch.testing.assert_close(one, other)
+
+
+@pytest.mark.usefixtures("left_to_torch")
+@pytest.mark.parametrize("bias", [True, False], ids=["biased", "unbiased"])
+@pytest.mark.parametrize("kind", CELLS)
+def test_torchs_cells_serve(kind: str, bias: bool) -> None:
+    name, own = CELLS[kind]
+    theirs, ours = (getattr(library, name)(6, 5, bias, **own) for library in (nn, nlpkernels))
+    ours.load_state_dict(theirs.state_dict())
+    for shape in ((4, 6), (6,)):
+        x, h = torch.randn(shape), torch.randn(*shape[:-1], 5)
+        for hx in (None, (h, h.sin()) if kind == "lstm" else h):
+            for one, other in zip(tensors(ours(x, hx)), tensors(theirs(x, hx)), strict=True):
+                torch.testing.assert_close(one, other)
+
+
+@pytest.mark.usefixtures("left_to_torch")
+@pytest.mark.parametrize("name", [*KINDS, "RNNCell", "LSTMCell", "GRUCell"])
+def test_torchs_layers_get_no_parameters_that_do_not_fit(name: str) -> None:
+    ours, suffix = getattr(nlpkernels, name)(4, 5), "" if "Cell" in name else "_l0"
+    for which in ("weight_ih", "weight_hh", "bias_ih"):
+        good = getattr(ours, which + suffix)
+        for bad in (good[:3], good[None], good[..., :3]):
+            setattr(ours, which + suffix, nn.Parameter(bad))
+            with pytest.raises(RuntimeError, match="expected parameters of shapes"):
+                ours(torch.randn(3, 4))
+        setattr(ours, which + suffix, good)
+    ours(torch.randn(3, 4))
+
+
+def test_what_torchs_layers_cannot_do_is_done(left_to_torch: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No steps, states of all steps, one mask for all steps, transforms: by ops of ours."""
+    monkeypatch.undo()
+    monkeypatch.setattr(_ops, "LEFT_TO_TORCH", frozenset({"cpu"}))
+    layer = nlpkernels.GRU(6, 5, recurrent_dropout=0.5)
+    h0, x = torch.randn(1, 3, 5), torch.randn(4, 3, 6)
+    assert torch.equal(layer(x[:0], h0)[1], h0)
+    assert torch.equal(layer(x, h0, lengths=[0, 0, 0])[1], h0)
+    assert layer(x, return_state_sequence=True)[1].shape == (1, 4, 3, 5)
+    monkeypatch.setattr(torch, "gru", None)
+    layer(x)
+    rows = torch.func.vmap(lambda one: layer.eval()(one)[0], 1, 1)(x)
+    monkeypatch.undo()
+    torch.testing.assert_close(rows, layer(x)[0])
+
+
+def test_torchs_lookup_is_told_of_wrong_indices(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_ops, "LEFT_TO_TORCH", frozenset({"cpu"}))
+    monkeypatch.setattr(_ops, "embedding_bag", None)
+    table = nlpkernels.Embedding(10, 4, padding_idx=1)
+    ids = torch.tensor([[1, 2], [3, 1]])
+    assert torch.equal(table(ids), table.weight[ids])
+    (gradient,) = torch.autograd.grad(table(ids).sum(), table.weight)
+    assert gradient.any(1).nonzero().squeeze(1).tolist() == [2, 3]
+    with pytest.raises(IndexError, match=r"flattened indices\[2\] is 10, expected a row from 0 to 9"):
+        table(torch.tensor([[1, 2], [10, 1]]))
 
 
 # --- The check of indices ---------------------------------------------------------------------------------------------

@@ -178,6 +178,7 @@ def test_dropout_draws_torchs_masks(kind: str, device: str) -> None:
     assert not torch.equal(ours(x)[0], expected)
 
 
+@pytest.mark.usefixtures("without_cudnn")
 @pytest.mark.parametrize("kind", LAYERS)
 def test_gradcheck(kind: str, device: str) -> None:
     """First derivatives by both modes, and second ones, of outputs and states in everything."""
@@ -200,6 +201,7 @@ def test_gradcheck(kind: str, device: str) -> None:
     assert torch.autograd.gradgradcheck(run, inputs, fast_mode=True)
 
 
+@pytest.mark.usefixtures("without_cudnn")
 @pytest.mark.parametrize("kind", LAYERS)
 def test_gradients_of_packed_sequences_can_be_differentiated(kind: str, device: str) -> None:
     theirs, layer = pair(kind, 2, 4, bidirectional=True, dtype=torch.float64, device=device)
