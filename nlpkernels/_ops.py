@@ -89,6 +89,14 @@ for _name in (
 # --- Fake kernels: shapes and dtypes without data --------------------------------------------------------------------
 
 
+def _check_data(op: str, like_name: str, like: Tensor, **tensors: Tensor | Sequence[Tensor] | None) -> None:
+    """Refuse tensors without data beside `like` that has some: a fake kernel would return memory as it is found."""
+    for name, given in tensors.items():
+        for tensor in (given,) if isinstance(given, Tensor) else given or ():
+            if tensor.is_meta and not like.is_meta:
+                raise RuntimeError(f"{op}: expected {name} on {like.device} like {like_name}, got {tensor.device}")
+
+
 @torch.library.register_fake("nlpkernels::recurrent")
 def _(
     x: Tensor,
@@ -100,6 +108,8 @@ def _(
     keep: bool,
     h_mask: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    _check_data("recurrent", "x", x, batch_sizes=batch_sizes, h0=h0, c0=c0, weights=weights, h_mask=h_mask)
+    _check_data("recurrent", "the weights", weights[0], x=x)
     facts = reference.CELLS[cell]
     directions, _, features = h0.shape
     rows = x.shape[0] * x.shape[1] if x.dim() == 3 else x.shape[0]
@@ -177,9 +187,9 @@ def _(
     scale_grad_by_freq: bool,
     sparse: bool,
 ) -> tuple[Tensor, Tensor]:
-    for name, tensor in (("indices", indices), ("offsets", offsets), ("per_sample_weights", per_sample_weights)):
-        if tensor is not None and tensor.is_meta and not weight.is_meta:  # there would be no data to read
-            raise RuntimeError(f"embedding_bag: expected {name} on {weight.device} like weight, got {tensor.device}")
+    _check_data(
+        "embedding_bag", "weight", weight, indices=indices, offsets=offsets, per_sample_weights=per_sample_weights
+    )
     shape = (_number_of_bags(indices, offsets, include_last_offset), weight.shape[1])
     aux = {"mean": shape[:1], "max": shape}.get(mode, (0,))
     return weight.new_empty(shape), weight.new_empty(aux, dtype=torch.long)

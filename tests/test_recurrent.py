@@ -532,6 +532,27 @@ def test_replaced_weights_that_do_not_fit_are_refused(name: str, device: str) ->
     ours(x, (h, h) if "LSTM" in name else h)
 
 
+@pytest.mark.parametrize("name", ["RNN", "GRU", "LSTM", "RNNCell", "GRUCell", "LSTMCell"])
+def test_tensors_without_data_beside_some_with_it_are_refused(name: str) -> None:
+    """They would be read as memory is found."""
+    ours = getattr(nlpkernels, name)(4, 5)
+    x, h = torch.randn(3, 4), torch.zeros(3, 5)
+    if "Cell" not in name:
+        x, h = x[None], h[None]
+    hx, hx_meta = ((h, h), (h, h.to("meta"))) if "LSTM" in name else (h, h.to("meta"))
+    with pytest.raises(RuntimeError, match="recurrent: expected x on cpu like the weights, got meta"):
+        ours(x.to("meta"), hx)
+    with pytest.raises(RuntimeError, match=r"recurrent: expected [hc]0 on cpu like x, got meta"):
+        ours(x, hx_meta)
+    for weight in list(ours._parameters):
+        good = getattr(ours, weight)
+        setattr(ours, weight, nn.Parameter(good.to("meta")))
+        with pytest.raises(RuntimeError, match="recurrent: expected weights on cpu like x, got meta"):
+            ours(x, hx)
+        setattr(ours, weight, good)
+    ours(x, hx)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("kind", [*LAYERS, *(f"{kind}_cell" for kind in CELLS)])
 def test_autocast(kind: str, dtype: torch.dtype, device: str) -> None:
