@@ -13,12 +13,22 @@ PY_FILES := setup.py $(wildcard nlpkernels tests bench examples)
 # What was built depends on these; when one changes, it is built again.
 SETTINGS := $(TORCH) $(FORCE_CUDA) $(TORCH_CUDA_ARCH_LIST)
 
+# Every access to memory is checked, and what C++ leaves undefined; new memory is full of NaN. Python knows nothing of it,
+# so the libraries come first; that of C++ too, whose exceptions the sanitiser looks up at the start.
+SANITIZE := -O1 -g1 -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize=vptr -fno-sanitize-recover=all
+SANITIZED := $(CURDIR)/build/sanitized
+SANITIZED_TESTS := $(addprefix test_,$(addsuffix .py,recurrent recurrent_dropout lengths_and_states embedding optim ops))
+SANITIZED_PYTEST = NLPKERNELS_CXXFLAGS='$(SANITIZE)' PYTHONPATH='$(SANITIZED)' UBSAN_OPTIONS=print_stacktrace=1 \
+  ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1:redzone=256:malloc_fill_byte=255:max_malloc_fill_size=99999999 \
+  LD_PRELOAD="$$(c++ -print-file-name=libasan.so) $$(c++ -print-file-name=libstdc++.so)" \
+  ../$(BIN)/python -m pytest -q --capture=sys $(or $(ARGS),$(SANITIZED_TESTS))
+
 # What CUDA is held to, on a machine without a GPU: a torch whose build on PyPI is for CUDA 13.0.
 CUDA_TORCH := torch==2.11.0
 CUDA_HOME ?= /usr/local/cuda
 export CUDA_HOME
 
-.PHONY: help demo test bench lint format build cuda-check gpu-report clean distclean FORCE
+.PHONY: help demo test bench lint format build sanitize cuda-check gpu-report clean distclean FORCE
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
 
@@ -51,6 +61,16 @@ format: $(VENV)/.lint  ## apply the style
 
 build: $(VENV)/.torch  ## compile, and show what the compiler says
 	@$(BIN)/python setup.py build_ext --inplace
+
+# One instruction set, into a place of its own; and the CUDA kernels, compiled for the CPU.
+sanitize: $(VENV)/.test  ## run the kernels under GCC's sanitisers of memory and undefined behaviour, in half an hour
+	@echo 'Compiling with $(SANITIZE)'
+	@CXX=c++ NLPKERNELS_CXXFLAGS='$(SANITIZE)' FORCE_CUDA=0 \
+	  NLPKERNELS_BUILD_CPU=$$($(BIN)/python -c 'from nlpkernels import _ops; print(_ops.INSTRUCTION_SET)') \
+	  $(BIN)/python setup.py --quiet build --build-lib '$(SANITIZED)'
+	@cd tests && $(SANITIZED_PYTEST)
+	@echo 'The CUDA kernels, compiled for the CPU'
+	@cd tests && $(SANITIZED_PYTEST) --emulated-cuda
 
 cuda-check:  ## compile the CUDA kernels and check all that can be without a GPU
 	@test -x '$(CUDA_HOME)/bin/nvcc' || { echo 'nlpkernels: no nvcc in $(CUDA_HOME): set CUDA_HOME' >&2; exit 1; }

@@ -30,6 +30,7 @@ if only := os.environ.get("NLPKERNELS_BUILD_CPU"):  # for a check of something e
 OPTIMISE = ["-O3", "-g0", "-fvisibility=hidden"]
 WARNINGS = ["-Wall", "-Wextra", "-Wno-unused-parameter", "-Wno-unknown-pragmas"]  # the last two are torch's headers'
 OPENMP = ["-fopenmp"] if sys.platform == "linux" else []  # without it at::parallel_for runs serially
+LAST = shlex.split(os.environ.get("NLPKERNELS_CXXFLAGS", ""))  # for the compiler and the linker, after all others
 DEFAULT_CUDA_ARCHS = "8.0;9.0+PTX"  # for a machine that has a toolkit but no GPU
 
 
@@ -117,8 +118,9 @@ def extensions() -> list[CppExtension]:
                 f"-DCPU_CAPABILITY={name.upper()}",
                 f"-DCPU_CAPABILITY_{name.upper()}",
                 *instructions,
+                *LAST,
             ],
-            extra_link_args=OPENMP,
+            extra_link_args=OPENMP + LAST,
         )
         for name, instructions in INSTRUCTION_SETS.items()
     ]
@@ -148,7 +150,8 @@ def extensions() -> list[CppExtension]:
         ["csrc/library.cpp"],
         depends=headers,
         define_macros=[("NLPKERNELS_CUDA_ARCHS", f'"{archs}"')],
-        extra_compile_args=flags,
+        extra_compile_args=flags + LAST,
+        extra_link_args=LAST,
     )
     return [library, *cpu, *cuda]
 
@@ -171,7 +174,8 @@ class BuildLibraries(BuildExtension):
         Each torch has its own, too: environments may stand side by side in one tree.
         """
         command = copy.copy(self)  # the others are being built with theirs
-        command.build_temp = str(Path("build", f"{sys.implementation.cache_tag}-torch-{torch.__version__}", ext.name))
+        of = f"{sys.implementation.cache_tag}-torch-{torch.__version__}{'-flags' if LAST else ''}"
+        command.build_temp = str(Path("build", of, ext.name))
         super(BuildLibraries, command).build_extension(ext)
 
 

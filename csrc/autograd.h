@@ -158,7 +158,7 @@ inline std::optional<variable_list> recurrent_layers(const Tensor& input, variab
                                                      const variable_list& weights, const std::string& cell,
                                                      int64_t layers, int64_t directions, bool batch_first) {
   if (!has_matrices(weights) || input.dim() != 3 || input.scalar_type() != weights[0].scalar_type() ||
-      input.sym_size(2) != weights[0].sym_size(1)) {
+      input.sym_size(2) != weights[0].sym_size(1) || layers < 1) {
     return std::nullopt;
   }
   Tensor x = batch_first ? input.transpose(0, 1) : input;
@@ -243,9 +243,12 @@ inline Tensor embedding_bag_gradient(const Tensor& grad, const c10::SymInt& rows
 // Whether the backward pass at work adds to table.grad: not to a frozen table's, nor for `inputs` without it.
 inline bool accumulates(Context* ctx, const Tensor& table) {
   if (!ctx->needs_input_grad(0) || !table.requires_grad()) return false;
-  const auto& plan = *torch::autograd::get_current_graph_task_exec_info();
-  const auto planned = plan.find(torch::autograd::impl::grad_accumulator(table).get());
-  TORCH_CHECK(planned == plan.end() || !planned->second.captures_,
+  const auto* plan = torch::autograd::get_current_graph_task_exec_info();
+  TORCH_CHECK(
+      plan != nullptr,
+      "a table that is updated in backward (nlpkernels.optim) has no gradient outside of it: expected backward()");
+  const auto planned = plan->find(torch::autograd::impl::grad_accumulator(table).get());
+  TORCH_CHECK(planned == plan->end() || !planned->second.captures_,
               "torch.autograd.grad wants the gradient of a table that is updated in backward (nlpkernels.optim): there "
               "is none, expected backward()");
   return true;

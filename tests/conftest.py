@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -21,6 +22,7 @@ CUDA_HEADERS = """
 cuda_runtime.h ATen/cuda/CUDAContextLight.h ATen/cuda/cub.h c10/cuda/CUDAException.h c10/cuda/CUDAFunctions.h
 c10/cuda/CUDAGraphsC10Utils.h c10/cuda/CUDAGuard.h c10/cuda/CUDAStream.h
 """
+WARNINGS = ["-Wall", "-Wextra", "-Wno-unused-parameter", "-Wno-unknown-pragmas"]
 OF_CPU_KERNELS = (
     "test_bits_depend_on_neither",
     "test_bits_of_few_sequences",
@@ -61,7 +63,8 @@ def load_emulated_cuda() -> None:
 
     tolerances.rounding_devices.add("cpu")
     root = Path(__file__).resolve().parent.parent
-    build = root / "build" / f"emulated-cuda-torch-{torch.__version__}"
+    last = shlex.split(os.environ.get("NLPKERNELS_CXXFLAGS", ""))  # as in setup.py
+    build = root / "build" / f"emulated-cuda-torch-{torch.__version__}{'-flags' if last else ''}"
     for header in CUDA_HEADERS.split():  # emulated_cuda.h has what would stand there
         (build / "include" / header).parent.mkdir(parents=True, exist_ok=True)
         if not (build / "include" / header).exists():  # or all would be compiled anew each time
@@ -72,14 +75,18 @@ def load_emulated_cuda() -> None:
         lines = f'#include "{root}/tests/emulated_cuda.h"\n#include "{source}"\n'
         if not sources[-1].exists() or sources[-1].read_text() != lines:
             sources[-1].write_text(lines)
+    preloaded = os.environ.pop("LD_PRELOAD", None)  # a sanitiser's, with which no compiler need run
     cpp_extension.load(
         "emulated_cuda",
         [str(source) for source in sources],
         extra_include_paths=[str(build / "include")],
-        extra_cflags=["-std=c++20", "-O1", "-g0", "-Wall", "-Wextra", "-Wno-unused-parameter", "-Wno-unknown-pragmas"],
+        extra_cflags=["-std=c++20", "-O1", "-g0", *WARNINGS, *last],
+        extra_ldflags=last,
         build_directory=str(build),
         is_python_module=False,
     )
+    if preloaded is not None:
+        os.environ["LD_PRELOAD"] = preloaded
 
 
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=needs_cuda)])

@@ -68,7 +68,7 @@ inline thread_local dim3 threadIdx, blockIdx, blockDim, gridDim;
 namespace emulated_cuda {
 
 constexpr unsigned kWarp = 32, kMostThreads = 1024;
-constexpr size_t kStack = 1 << 16;
+constexpr size_t kPage = 4096, kStack = 1 << 16;
 constexpr unsigned kMostTurns = 1 << 20;  // that a thread waits for another block before the grid is taken to be stuck
 
 // What a lane shows to its warp.
@@ -85,8 +85,7 @@ class Block {
       : index_(index), count_(blockDim.x * blockDim.y * blockDim.z), given_(&body) {
     TORCH_CHECK(count_ <= kMostThreads);
     body_ = [](const void* given) { (*static_cast<const Body*>(given))(); };
-    if (shared > 0) shared_.reset(static_cast<char*>(std::aligned_alloc(16, (shared + 15) / 16 * 16)));
-    if (shared > 0) std::memset(shared_.get(), 0xff, shared);
+    if (shared > 0) std::memset((shared_ = memory(16, shared)).get(), 0xff, shared);
   }
 
   static Block*& current() {
@@ -149,9 +148,20 @@ class Block {
   char* shared() { return shared_.get(); }
 
  private:
+  struct Free {
+    void operator()(void* data) const { std::free(data); }
+  };
+  using Memory = std::unique_ptr<char, Free>;
+
+  static Memory memory(size_t alignment, size_t size) {
+    void* data = nullptr;
+    TORCH_CHECK(posix_memalign(&data, alignment, size) == 0, "emulated CUDA: out of memory");
+    return Memory(static_cast<char*>(data));
+  }
+
   struct Fiber {
     ucontext_t context;
-    std::unique_ptr<char[]> stack{new char[kStack]};
+    Memory stack = memory(kPage, kStack);  // an address sanitiser forgets what it knows of a stack's pages
     unsigned thread = 0;
     bool is_idle = true;
   };
@@ -194,16 +204,12 @@ class Block {
     fiber.is_idle = true;
   }
 
-  struct Free {
-    void operator()(void* data) const { std::free(data); }
-  };
-
   const dim3 index_;
   const unsigned count_;
   unsigned next_ = 0, running_ = 0;
   void (*body_)(const void*) = nullptr;
   const void* given_;
-  std::unique_ptr<char, Free> shared_;
+  Memory shared_;
   std::exception_ptr error_;
   ucontext_t scheduler_;
   Fiber* active_ = nullptr;

@@ -311,6 +311,9 @@ def test_refuses_what_cannot_work(device: str) -> None:
         scaler.step(optimizer)
     with refusing("differentiated"):
         torch.autograd.grad(bag(ids).sum(), bag.weight, create_graph=True)
+    pooled = bag(ids)
+    with refusing("outside of it"), torch.no_grad():
+        pooled.grad_fn(torch.ones_like(pooled))
     with refusing("closure"):
         optimizer.step(lambda: 0.0)
     assert torch.equal(bag.weight, after)

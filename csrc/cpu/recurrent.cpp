@@ -64,14 +64,15 @@ const T* data(const OptionalTensor& tensor) {
   return tensor ? tensor->const_data_ptr<T>() : nullptr;
 }
 
-// Where threads wait for each other, once a step.
+// Where threads wait for each other, once a step; or no longer, once one of the call has failed.
 class Barrier {
  public:
   void arrive(int64_t shares) { arrived_.fetch_add(shares, std::memory_order_acq_rel); }
 
-  void wait(int64_t shares) const {
+  void wait(int64_t shares, const std::atomic<bool>& has_failed) const {
     constexpr int kSpins = 4096;  // some tenth of a millisecond, many times what a step is late by
     for (int spins = 0; arrived_.load(std::memory_order_acquire) < shares; ++spins) {
+      if (has_failed.load(std::memory_order_relaxed)) return;
       if (spins > kSpins) std::this_thread::yield();  // another process may have the core that is waited for
 #if defined(__x86_64__)
       __builtin_ia32_pause();
@@ -93,8 +94,15 @@ constexpr bool kCanWait = false;
 // What one thread does: all steps of some sequences of a direction, for some panels of hidden units.
 class Share {
  public:
-  Share(int64_t direction, Slice sequences, Slice panels, Barrier& barrier, int64_t own, int64_t all)
-      : direction(direction), sequences(sequences), panels(panels), barrier_(barrier), own_(own), all_(all) {}
+  Share(int64_t direction, Slice sequences, Slice panels, Barrier& barrier, int64_t own, int64_t all,
+        std::atomic<bool>& has_failed)
+      : direction(direction),
+        sequences(sequences),
+        panels(panels),
+        barrier_(barrier),
+        own_(own),
+        all_(all),
+        has_failed_(has_failed) {}
 
   const int64_t direction;
   const Slice sequences, panels;
@@ -106,12 +114,12 @@ class Share {
     if (own_ == all_) return;
     met_ += all_;
     barrier_.arrive(own_);
-    barrier_.wait(met_);
+    barrier_.wait(met_, has_failed_);
   }
 
-  // One that fails is waited for no more; its exception ends the call.
+  // For one that fails nobody waits, nor for what its thread was to do next; its exception ends the call.
   ~Share() {
-    if (std::uncaught_exceptions() > exceptions_) barrier_.arrive(int64_t(1) << 62);
+    if (std::uncaught_exceptions() > exceptions_) has_failed_.store(true, std::memory_order_relaxed);
   }
 
   Share(const Share&) = delete;
@@ -119,6 +127,7 @@ class Share {
  private:
   Barrier& barrier_;
   const int64_t own_, all_;
+  std::atomic<bool>& has_failed_;
   int64_t met_ = 0;
   const int exceptions_ = std::uncaught_exceptions();
 };
@@ -231,6 +240,7 @@ struct Layer : RecurrentArguments {
     const int64_t shares = directions * pieces * parts, panels = unit_panels().count();
     const std::vector<int64_t> begins = piece_begins(pieces);
     std::vector<Barrier> barriers(directions * pieces);
+    std::atomic<bool> has_failed{false};
     // Neighbouring shares belong together, so that two threads take a direction each.
     at::parallel_for(0, shares, threads() > 1 ? 1 : shares,
                      [&, parts = parts, pieces = pieces](int64_t i, int64_t end) {
@@ -240,7 +250,7 @@ struct Layer : RecurrentArguments {
                          const Slice sequences{begins[piece % pieces], begins[piece % pieces + 1]};
                          if (sequences.begin == sequences.end) continue;
                          Share share(piece / pieces, sequences, {panels * part / parts, panels * (part + own) / parts},
-                                     barriers[piece], own, parts);
+                                     barriers[piece], own, parts, has_failed);
                          body(share);
                        }
                      });
