@@ -134,6 +134,10 @@ inline bool has_matrices(const variable_list& weights) {
   return weights.size() >= 2 && weights[0].dim() == 2 && weights[1].dim() == 2;
 }
 
+inline bool has_states(const variable_list& states, const std::string& cell) {
+  return states.size() == (cell == "lstm" ? 2 : 1);
+}
+
 inline bool has_shape(const Tensor& tensor, std::initializer_list<c10::SymInt> shape) {
   return tensor.sym_sizes() == c10::SymIntArrayRef(shape.begin(), shape.size());
 }
@@ -141,7 +145,9 @@ inline bool has_shape(const Tensor& tensor, std::initializer_list<c10::SymInt> s
 // One step of a cell: x [B, I] and states (h,) or (h, c), [B, H], to such states. Nothing where shapes are others.
 inline std::optional<variable_list> recurrent_step(const Tensor& x, const variable_list& states,
                                                    const variable_list& weights, const std::string& cell) {
-  if (!has_matrices(weights) || x.dim() != 2 || x.sym_size(1) != weights[0].sym_size(1)) return std::nullopt;
+  if (!has_matrices(weights) || x.dim() != 2 || x.sym_size(1) != weights[0].sym_size(1) || !has_states(states, cell)) {
+    return std::nullopt;
+  }
   for (const Tensor& state : states) {
     if (!has_shape(state, {x.sym_size(0), weights[1].sym_size(1)})) return std::nullopt;
   }
@@ -169,7 +175,7 @@ inline std::optional<variable_list> recurrent_layers(const Tensor& input, variab
     states.push_back(x.new_zeros_symint({rows, batch, features}));
     if (has_c) states.push_back(hidden == features ? states[0] : x.new_zeros_symint({rows, batch, hidden}));
   }
-  if (!has_shape(states[0], {rows, batch, features})) return std::nullopt;
+  if (!has_states(states, cell) || !has_shape(states[0], {rows, batch, features})) return std::nullopt;
   if (has_c && !has_shape(states[1], {rows, batch, hidden})) return std::nullopt;
   const auto per_layer = static_cast<int64_t>(weights.size()) / layers;
   variable_list h_n, c_n;

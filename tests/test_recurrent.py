@@ -553,6 +553,19 @@ def test_tensors_without_data_beside_some_with_it_are_refused(name: str) -> None
     ours(x, hx)
 
 
+def test_the_way_to_the_kernels_takes_only_what_fits() -> None:
+    """What a module hands over when its attributes have been changed: Python's way then says what is wrong."""
+    layer, cell = nlpkernels.LSTM(4, 5), nlpkernels.LSTMCell(4, 5)
+    x, h = torch.randn(3, 2, 4), torch.zeros(1, 2, 5)
+    weights = list(layer.parameters())
+    for states in ((), (h,), (h, h, h)):
+        if states:
+            assert _ops.recurrent_layers(x, states, weights, "lstm", 1, 1, False) is None
+        assert _ops.recurrent_step(x[0], tuple(h[0] for h in states), list(cell.parameters()), "lstm") is None
+    for layers in (0, -1):
+        assert _ops.recurrent_layers(x, None, weights, "lstm", layers, 1, False) is None
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("kind", [*LAYERS, *(f"{kind}_cell" for kind in CELLS)])
 def test_autocast(kind: str, dtype: torch.dtype, device: str) -> None:
