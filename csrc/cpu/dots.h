@@ -36,27 +36,37 @@ struct DotTerm {
 // for, and four neighbours.
 constexpr int kDotColumns[] = {8, 4, 4};
 
-// The sums of four vectors' lanes, added as a tree of neighbours.
+// A vector's lanes as eight: those of its halves added up, if it has more.
+#if defined(CPU_CAPABILITY_AVX512)
+NLPKERNELS_INLINE __m256 eight_lanes(__m512 v) {
+  return _mm256_add_ps(_mm512_castps512_ps256(v), _mm512_extractf32x8_ps(v, 1));
+}
+#elif defined(CPU_CAPABILITY_AVX2)
+NLPKERNELS_INLINE __m256 eight_lanes(__m256 v) { return v; }
+#endif
+
+// The sums of four vectors' lanes, added as a tree. No pointers to the vectors: they would have to be in memory.
 template <typename scalar>
 NLPKERNELS_INLINE void add_lanes(const Vectorized<scalar>& a, const Vectorized<scalar>& b, const Vectorized<scalar>& c,
                                  const Vectorized<scalar>& d, scalar* sums) {
-#ifdef CPU_CAPABILITY_AVX2
+#if defined(CPU_CAPABILITY_AVX512) || defined(CPU_CAPABILITY_AVX2)
   if constexpr (std::is_same_v<scalar, float>) {
-    const __m256 halves = _mm256_hadd_ps(_mm256_hadd_ps(a, b), _mm256_hadd_ps(c, d));
-    _mm_store_ps(sums, _mm_add_ps(_mm256_castps256_ps128(halves), _mm256_extractf128_ps(halves, 1)));
+    const __m256 ab = _mm256_hadd_ps(eight_lanes(a), eight_lanes(b)),
+                 cd = _mm256_hadd_ps(eight_lanes(c), eight_lanes(d)), abcd = _mm256_hadd_ps(ab, cd);
+    _mm_store_ps(sums, _mm_add_ps(_mm256_castps256_ps128(abcd), _mm256_extractf128_ps(abcd, 1)));
     return;
   }
 #endif
-  const Vectorized<scalar>* vectors[] = {&a, &b, &c, &d};
-  for (int i = 0; i < 4; ++i) {
+  const auto add = [](const Vectorized<scalar>& vector) {
     constexpr int size = Vectorized<scalar>::size();
     alignas(64) scalar lanes[size];
-    vectors[i]->store(lanes);
+    vector.store(lanes);
     for (int count = size / 2; count > 0; count /= 2) {
       for (int j = 0; j < count; ++j) lanes[j] = lanes[2 * j] + lanes[2 * j + 1];
     }
-    sums[i] = lanes[0];
-  }
+    return lanes[0];
+  };
+  sums[0] = add(a), sums[1] = add(b), sums[2] = add(c), sums[3] = add(d);
 }
 
 // Keeps the compiler from reading a value from memory at each use of it: that takes one more load for each.
@@ -102,7 +112,8 @@ void dot_tile(const DotTerm<scalar, T>* terms, int64_t count, int64_t row, int64
     const T* w[N];
 #pragma GCC unroll 16
     for (int n = 0; n < N; ++n) w[n] = term->w + (column + std::min<int64_t>(n, columns - 1)) * k;
-    const auto multiply = [&](int64_t i, const auto& load) {
+    // Always inline: GCC leaves the sums in memory where it makes this a call.
+    const auto multiply = [&](int64_t i, const auto& load) __attribute__((always_inline)) {
       V left[M];
 #pragma GCC unroll 16
       for (int m = 0; m < M; ++m) left[m] = load(a + m * term->lda + i);

@@ -335,7 +335,11 @@ void multiply_tile(int64_t k, const scalar* a, int64_t lda, const scalar* const*
     for (int m = 0; m < M; ++m) __builtin_prefetch(out[s] + m * ldc, 1);
   }
   for (; k > 0; k -= kChain) {
-    V sum[S][M][N];
+    union Sums {  // without V's constructor: GCC makes a loop of it, and then leaves the sums in memory
+      Sums() {}
+      V of[S][M][N];
+    } sums;
+    auto& sum = sums.of;
 #pragma GCC unroll 4
     for (int s = 0; s < S; ++s) {
 #pragma GCC unroll 16
@@ -362,8 +366,8 @@ void multiply_tile(int64_t k, const scalar* a, int64_t lda, const scalar* const*
       if constexpr (S > 1) {
 #pragma GCC unroll 4
         for (int s = 0; s < S; ++s) {
-#pragma GCC unroll 2
-          for (int n = 0; n < N; n += 2) __builtin_prefetch(strip[s] + (kAhead * N + n) * V::size());
+#pragma GCC unroll 3
+          for (int n = 0; n < N; n += 64 / sizeof(V)) __builtin_prefetch(strip[s] + (kAhead * N + n) * V::size());
         }
       } else {
         __builtin_prefetch(next);
