@@ -336,8 +336,13 @@ T __shfl_sync(unsigned lanes, T value, unsigned lane, unsigned width) {
   return value_of_lane(lanes, value, emulated_cuda::Block::current()->lane() / width * width + lane % width);
 }
 
-// What csrc/cuda/persistent.cuh has in PTX.
+// What csrc/cuda has in PTX.
 namespace nlpkernels {
+
+inline void store_words(uint4* to, const uint4& words) {
+  TORCH_CHECK(reinterpret_cast<uintptr_t>(to) % sizeof(words) == 0, "emulated CUDA: 16 bytes at an odd address");
+  std::memcpy(static_cast<void*>(to), &words, sizeof(words));
+}
 
 inline char* shared_memory() { return emulated_cuda::Block::current()->shared(); }
 

@@ -18,6 +18,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <cstring>
 #include <type_traits>
 
 namespace nlpkernels {
@@ -104,9 +105,27 @@ template <int count, typename T>
 __device__ __forceinline__ Pack<T, count> load_pack(const T* from) {
   return *reinterpret_cast<const Pack<T, count>*>(from);
 }
+#ifdef __CUDACC__  // tests/emulated_cuda.h has it for the CPU
+__device__ __forceinline__ void store_words(uint4* to, const uint4& words) {
+  asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(to), "r"(words.x), "r"(words.y), "r"(words.z),
+               "r"(words.w)
+               : "memory");
+}
+#endif
+
+// By 16 bytes where there are as many: nvcc takes assignments apart where it likes, into as many stores as values.
 template <int count, typename T>
 __device__ __forceinline__ void store_pack(T* to, const Pack<T, count>& values) {
-  *reinterpret_cast<Pack<T, count>*>(to) = values;
+  constexpr size_t wide = sizeof(values) / sizeof(uint4);
+  if constexpr (wide > 0) {
+    static_assert(sizeof(values) % sizeof(uint4) == 0);
+    uint4 words[wide];
+    std::memcpy(words, &values, sizeof(values));
+#pragma unroll
+    for (size_t i = 0; i < wide; ++i) store_words(reinterpret_cast<uint4*>(to) + i, words[i]);
+  } else {
+    *reinterpret_cast<Pack<T, count>*>(to) = values;
+  }
 }
 
 // Whether all rows of a contiguous tensor [*, columns], if there is one, are whole packs of `count` that can be read.

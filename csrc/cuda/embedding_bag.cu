@@ -50,8 +50,9 @@ namespace {
 constexpr int kInFlight = 4;
 // Sorted uses of rows that a group adds up.
 constexpr int kUses = 32;
-// Blocks of the kernels that add up, for each multiprocessor: without a word ptxas takes too few registers, and spills.
-constexpr int kBlocks = 6;
+// Blocks of the kernels that add up, for each multiprocessor: without a word ptxas takes too few registers, and spills,
+// or uses each row before it asks for the next; and of those that have most to keep.
+constexpr int kBlocks = 6, kFewBlocks = 4;
 
 // Arguments ----------------------------------------------------------------------------------------------------------
 
@@ -280,8 +281,18 @@ __global__ void __launch_bounds__(kThreads) look_up(const Pooling<T, index_t> po
   }
 }
 
+// The rows at the next kInFlight positions before `end`, or -1.
+template <typename index_t>
+__device__ __forceinline__ Pack<int64_t, kInFlight> rows_in_flight(const Indices<index_t>& indices, int64_t first,
+                                                                   int64_t end) {
+  Pack<int64_t, kInFlight> rows;
+#pragma unroll
+  for (int i = 0; i < kInFlight; ++i) rows.values[i] = first + i < end ? indices[first + i] : -1;
+  return rows;
+}
+
 template <typename T, typename index_t, int vector, bool is_mean>
-__global__ void __launch_bounds__(kThreads) pool_sum(const Pooling<T, index_t> pooling) {
+__global__ void __launch_bounds__(kThreads, kBlocks) pool_sum(const Pooling<T, index_t> pooling) {
   using scalar = acc_t<T>;
   const int64_t bag = row_of_thread();
   if (bag >= pooling.bags.count) return;
@@ -291,25 +302,23 @@ __global__ void __launch_bounds__(kThreads) pool_sum(const Pooling<T, index_t> p
 #pragma unroll
     for (int v = 0; v < vector; ++v) sum[v] = scalar(0);
     int64_t count = 0;
+    auto next = rows_in_flight(pooling.indices, begin, end);
     for (int64_t first = begin; first < end; first += kInFlight) {
+      const auto rows = next;
       Pack<T, vector> values[kInFlight];
       scalar factor[kInFlight];
-      bool counts[kInFlight];
 #pragma unroll
       for (int i = 0; i < kInFlight; ++i) {
-        const int64_t position = first + i, row = position < end ? pooling.indices[position] : -1;
-        counts[i] = row >= 0;
-        values[i] = {};
+        values[i] = {};  // which adds nothing
         factor[i] = scalar(1);
-        if (counts[i]) {
-          values[i] = load_pack<vector>(pooling.table + row * columns + column);
-          if (!is_mean && pooling.factors != nullptr) factor[i] = static_cast<scalar>(pooling.factors[position]);
-        }
+        if (rows.values[i] < 0) continue;
+        ++count;
+        values[i] = load_pack<vector>(pooling.table + rows.values[i] * columns + column);
+        if (!is_mean && pooling.factors != nullptr) factor[i] = static_cast<scalar>(pooling.factors[first + i]);
       }
+      next = rows_in_flight(pooling.indices, first + kInFlight, end);
 #pragma unroll
       for (int i = 0; i < kInFlight; ++i) {
-        if (!counts[i]) continue;
-        ++count;
 #pragma unroll
         for (int v = 0; v < vector; ++v) sum[v] += factor[i] * static_cast<scalar>(values[i].values[v]);
       }
@@ -325,7 +334,7 @@ __global__ void __launch_bounds__(kThreads) pool_sum(const Pooling<T, index_t> p
 
 // The first of the greatest values wins; NaN wins only where it comes first.
 template <typename T, typename index_t, int vector>
-__global__ void __launch_bounds__(kThreads) pool_max(const Pooling<T, index_t> pooling) {
+__global__ void __launch_bounds__(kThreads, kBlocks) pool_max(const Pooling<T, index_t> pooling) {
   using scalar = acc_t<T>;
   const int64_t bag = row_of_thread();
   if (bag >= pooling.bags.count) return;
@@ -338,19 +347,19 @@ __global__ void __launch_bounds__(kThreads) pool_max(const Pooling<T, index_t> p
       best[v] = scalar(0);
       winner[v] = -1;
     }
+    auto next = rows_in_flight(pooling.indices, begin, end);
     for (int64_t first = begin; first < end; first += kInFlight) {
+      const auto rows = next;
       Pack<T, vector> values[kInFlight];
-      bool counts[kInFlight];
 #pragma unroll
       for (int i = 0; i < kInFlight; ++i) {
-        const int64_t row = first + i < end ? pooling.indices[first + i] : -1;
-        counts[i] = row >= 0;
         values[i] = {};
-        if (counts[i]) values[i] = load_pack<vector>(pooling.table + row * columns + column);
+        if (rows.values[i] >= 0) values[i] = load_pack<vector>(pooling.table + rows.values[i] * columns + column);
       }
+      next = rows_in_flight(pooling.indices, first + kInFlight, end);
 #pragma unroll
       for (int i = 0; i < kInFlight; ++i) {
-        if (!counts[i]) continue;
+        if (rows.values[i] < 0) continue;
 #pragma unroll
         for (int v = 0; v < vector; ++v) {
           const scalar value = static_cast<scalar>(values[i].values[v]);
@@ -424,17 +433,30 @@ std::tuple<Tensor, Tensor> embedding_bag(const Tensor& weight, const Tensor& ind
 
 // Backward -----------------------------------------------------------------------------------------------------------
 
-// keys: the row that each position uses, or `rows` for none; positions: themselves, to be sorted with the keys;
-// bag_of: their bags.
+// keys: the row that each position uses, or `rows` for none; positions: themselves, to be sorted with the keys.
 template <typename index_t, typename key_t>
 __global__ void __launch_bounds__(kThreads)
-    find_uses(const Indices<index_t> indices, const Bags bags, key_t* keys, int32_t* positions, int64_t* bag_of) {
+    find_uses(const Indices<index_t> indices, const Bags bags, key_t* keys, int32_t* positions) {
   const int64_t position = thread_index();
   if (position >= bags.total) return;
-  const int64_t bag = bags.of(position), row = bag >= 0 ? indices[position] : -1;
+  const int64_t row = bags.of(position) >= 0 ? indices[position] : -1;
   keys[position] = static_cast<key_t>(row >= 0 ? row : indices.rows);
   positions[position] = static_cast<int32_t>(position);
-  bag_of[position] = bag;
+}
+
+// Of each use, in sorted order, its bag and the factor of the bag's gradient in its row's, so that what adds gradients
+// up need not go from one to the other. counts: of a mean's bags, or nullptr, as may be factors.
+template <typename T>
+__global__ void __launch_bounds__(kThreads) weigh_uses(const Bags bags, const int32_t* positions, const int64_t* counts,
+                                                       const T* factors, int64_t* bag_of, acc_t<T>* scales) {
+  const int64_t i = thread_index();
+  if (i >= bags.total) return;
+  const int64_t position = positions[i], bag = bags.of(position);
+  acc_t<T> scale(1);
+  if (counts != nullptr && bag >= 0) scale /= static_cast<acc_t<T>>(counts[bag]);
+  if (factors != nullptr) scale *= static_cast<acc_t<T>>(factors[position]);
+  bag_of[i] = bag;
+  scales[i] = scale;
 }
 
 // Whether the i-th of the sorted keys is the first of its row.
@@ -486,11 +508,11 @@ struct RowGradients {
   int64_t columns;           // E
   const key_t* keys;         // [total], sorted rows
   const int32_t* positions;  // [total], of the keys before they were sorted
-  const int64_t* bag_of;     // [total], of positions
+  const int64_t* bag_of;     // [total], of the keys as sorted
+  const acc_t<T>* scales;    // [total], likewise
   int64_t total, rows;
-  const T* factors;    // of positions, or nullptr
-  const int64_t* aux;  // as forward gave it
-  bool is_mean, scale_grad_by_freq;
+  const int64_t* winners;  // [B, E], of max: a bag's position that won
+  bool scale_grad_by_freq;
   acc_t<T>* partial;  // [chunks, 2, E]: of the row that came in, and of the one that begins here and goes on
 
   // Of the gradient of a row whose uses are [first, end).
@@ -505,11 +527,13 @@ struct RowGradients {
 
 template <typename T>
 struct StoreRows {
+  static constexpr bool kHasStates = false;
   const int64_t*
       numbers;  // [total]: a row's place in `out`, plus 1, at its first use; or nullptr: its place is the row
   T* out;       // [V, E] or [R, E]
 
   __device__ bool is_off() const { return false; }
+  __host__ __device__ bool wants_whole_rows() const { return false; }
 
   template <int vector>
   __device__ void take(int64_t first, int64_t row, int64_t column, int64_t columns, const Pack<acc_t<T>, vector>& g,
@@ -531,6 +555,7 @@ struct StoreRows {
 template <typename T>
 struct UpdateRows {
   using scalar = acc_t<T>;
+  static constexpr bool kHasStates = true;
 
   const int* is_wrong;  // [1]: whether the indices are
   Rule rule;
@@ -539,6 +564,7 @@ struct UpdateRows {
   scalar *first, *second;  // [V, E] or [V], or nullptr
 
   __device__ bool is_off() const { return *is_wrong != 0; }
+  __host__ __device__ bool wants_whole_rows() const { return rule == Rule::rowwise_adagrad; }
 
   template <typename Update, int vector>
   __device__ void change(const UpdateSettings<scalar>& of_row, int64_t at, const Pack<scalar, vector>& g) const {
@@ -583,64 +609,117 @@ struct UpdateRows {
   }
 };
 
+// A use of a row, and what it adds to `vector` columns of the row's gradient.
+template <typename T, typename key_t, int vector, bool is_max>
+struct Use {
+  key_t key;
+  int32_t position;
+  int64_t bag;
+  acc_t<T> scale;
+  Pack<T, vector> values;
+  int64_t winners[is_max ? vector : 1];
+
+  // The i-th use, if it is before `end`; else one of no row.
+  __device__ Use(const RowGradients<T, key_t>& work, int64_t i, int64_t end) : Use() {
+    key = static_cast<key_t>(work.rows);
+    if (i >= end) return;
+    key = work.keys[i];
+    bag = work.bag_of[i];
+    scale = work.scales[i];
+    if constexpr (is_max) position = work.positions[i];
+  }
+  Use() = default;
+
+  __device__ void load(const RowGradients<T, key_t>& work, int64_t column) {
+    values = {};
+    if (key >= work.rows) return;
+    const int64_t at = bag * work.columns + column;
+    values = load_pack<vector>(work.grad + at);
+    if constexpr (is_max) {
+#pragma unroll
+      for (int v = 0; v < vector; ++v) winners[v] = work.winners[at + v];
+    }
+  }
+
+  __device__ void add_to(Pack<acc_t<T>, vector>& sum) const {
+#pragma unroll
+    for (int v = 0; v < vector; ++v) {
+      // A column that another position won adds nothing, not even NaN times nothing.
+      if constexpr (is_max) {
+        if (winners[v] != position) continue;
+      }
+      sum.values[v] += scale * static_cast<acc_t<T>>(values.values[v]);
+    }
+  }
+};
+
+// Calls finish(first, behind, row, sum) for the uses [first, behind) of each row among those of [begin, end), the first
+// of which is one of a row: what they add up to, in order, in `vector` columns.
+template <int vector, bool is_max, typename T, typename key_t, typename Finish>
+__device__ __forceinline__ void add_up_runs(const RowGradients<T, key_t>& work, int64_t begin, int64_t end,
+                                            int64_t column, const Finish& finish) {
+  constexpr int in_flight = is_max ? 2 : kInFlight;  // max reads who won besides
+  Pack<acc_t<T>, vector> sum{};
+  int64_t first = begin;
+  key_t row = work.keys[begin];
+  for (int64_t i = begin;; i += in_flight) {
+    Use<T, key_t, vector, is_max> uses[in_flight];
+#pragma unroll
+    for (int j = 0; j < in_flight; ++j) uses[j] = {work, i + j, end};
+#pragma unroll
+    for (int j = 0; j < in_flight; ++j) uses[j].load(work, column);
+#pragma unroll 1  // or there were as many copies of `finish`
+    for (int j = 0; j < in_flight; ++j) {
+      if (uses[0].key != row) {
+        finish(first, i + j, static_cast<int64_t>(row), sum);
+        if (uses[0].key >= work.rows) return;
+        first = i + j;
+        row = uses[0].key;
+        sum = {};
+      }
+      uses[0].add_to(sum);
+#pragma unroll
+      for (int other = 1; other < in_flight; ++other) uses[other - 1] = uses[other];
+    }
+  }
+}
+
 // A group of threads for each chunk of kUses sorted uses. Rows whose uses all lie in it are done; what it has of those
 // before and behind it is left in `partial`.
 template <typename T, typename key_t, int vector, bool is_max, typename Finish>
-__global__ void __launch_bounds__(kThreads, kBlocks)
+__global__ void __launch_bounds__(kThreads, is_max || Finish::kHasStates ? kFewBlocks : kBlocks)
     add_up_chunks(const RowGradients<T, key_t> work, const Finish finish) {
   using scalar = acc_t<T>;
-  constexpr int in_flight = is_max ? 2 : kInFlight;  // max reads who won besides, and with more it spills
   if (finish.is_off()) return;
   const int64_t chunk = row_of_thread(), columns = work.columns;
   const int64_t begin = chunk * kUses, end = begin + kUses < work.total ? begin + kUses : work.total;
-  int64_t first = begin;
-  while (first < end && work.keys[first] < work.rows) {
-    const key_t key = work.keys[first];
-    const int64_t behind = end_of_run(work.keys, first, end);
-    const bool came_in = first == begin && begin > 0 && work.keys[begin - 1] == key;
-    const bool goes_on = behind == end && end < work.total && work.keys[end] == key;
-    // The second part is spare until the last row, should that go on.
-    scalar *part = work.partial + (chunk * 2 + (came_in ? 0 : 1)) * columns, squares(0);
+  if (begin >= end || work.keys[begin] >= work.rows) return;
+  const bool came_in = begin > 0 && work.keys[begin - 1] == work.keys[begin];
+  const bool goes_on = end < work.total && work.keys[end] == work.keys[end - 1];
+  for (int64_t first = begin; first < end && work.keys[first] < work.rows;) {
+    // All rows at once, but for who must know all of a row's columns before it is through with them.
+    const int64_t behind = finish.wants_whole_rows() ? end_of_run(work.keys, first, end) : end;
+    const bool is_partial = (came_in && first == begin) || (goes_on && behind == end);
+    scalar squares(0);
     for (int64_t column = first_column<vector>(); column < columns; column += column_step<vector>()) {
-      Pack<scalar, vector> sum{};
-      for (int64_t i = first; i < behind; i += in_flight) {
-        Pack<T, vector> values[in_flight];
-        scalar scale[in_flight];
-#pragma unroll
-        for (int j = 0; j < in_flight; ++j) {
-          values[j] = {};
-          scale[j] = scalar(0);
-          if (i + j >= behind) continue;
-          const int64_t position = work.positions[i + j], bag = work.bag_of[position], at = bag * columns + column;
-          values[j] = load_pack<vector>(work.grad + at);
-          scale[j] = scalar(1);
-          if constexpr (is_max) {
-            // A column that another position won adds nothing, not even NaN times nothing.
-#pragma unroll
-            for (int v = 0; v < vector; ++v) {
-              if (work.aux[at + v] != position) values[j].values[v] = T(0);
-            }
-          } else {
-            if (work.is_mean) scale[j] /= static_cast<scalar>(work.aux[bag]);
-            if (work.factors != nullptr) scale[j] *= static_cast<scalar>(work.factors[position]);
-          }
+      const auto take = [&](int64_t of_first, int64_t of_end, int64_t row, Pack<scalar, vector>& sum) {
+        const bool is_first = came_in && of_first == begin;
+        scalar* part = work.partial + (chunk * 2 + (is_first ? 0 : 1)) * columns;
+        if (is_first || (goes_on && of_end == end)) {
+          store_pack(part + column, sum);
+          return;
         }
-#pragma unroll
-        for (int j = 0; j < in_flight; ++j) {
-#pragma unroll
-          for (int v = 0; v < vector; ++v) sum.values[v] += scale[j] * static_cast<scalar>(values[j].values[v]);
-        }
-      }
-      if (came_in || goes_on) {
-        store_pack(part + column, sum);
-      } else {
-        const scalar share = work.share(first, behind);
+        const scalar share = work.share(of_first, of_end);
 #pragma unroll
         for (int v = 0; v < vector; ++v) sum.values[v] *= share;
-        finish.template take<vector>(first, key, column, columns, sum, part, squares);
-      }
+        finish.template take<vector>(of_first, row, column, columns, sum, part, squares);
+      };
+      add_up_runs<vector, is_max>(work, first, behind, column, take);
     }
-    if (!came_in && !goes_on) finish.template complete<vector>(key, columns, part, squares);
+    // Of the parts the second is spare until the last row, should that go on.
+    if (finish.wants_whole_rows() && !is_partial) {
+      finish.template complete<vector>(work.keys[first], columns, work.partial + (chunk * 2 + 1) * columns, squares);
+    }
     first = behind;
   }
 }
@@ -677,7 +756,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
 
 // The uses of all rows, sorted by row.
 struct SortedUses {
-  Tensor keys, positions, bag_of;  // as in RowGradients
+  Tensor keys, positions;  // as in RowGradients
   int64_t total, rows;
 
   SortedUses(const Input& input, int64_t rows, int64_t padding_idx, at::TensorOptions options)
@@ -689,15 +768,13 @@ struct SortedUses {
     const Tensor unsorted_positions = at::empty({total}, options.dtype(at::kInt));
     keys = at::empty_like(unsorted_keys);
     positions = at::empty_like(unsorted_positions);
-    bag_of = at::empty({total}, options.dtype(at::kLong));
     if (total == 0) return;
     dispatch_keys(keys, [&](auto key) {
       using key_t = decltype(key);
       AT_DISPATCH_INDEX_TYPES(input.index_type(), "embedding_bag_backward", [&] {
         const Indices<index_t> indices{input.data<index_t>(), rows, padding_idx};
         launch(find_uses<index_t, key_t>, nlpkernels::positions(total), indices, input.bags,
-               unsorted_keys.mutable_data_ptr<key_t>(), unsorted_positions.mutable_data_ptr<int32_t>(),
-               bag_of.mutable_data_ptr<int64_t>());
+               unsorted_keys.mutable_data_ptr<key_t>(), unsorted_positions.mutable_data_ptr<int32_t>());
       });
       at::cuda::cub::radix_sort_pairs(unsorted_keys.const_data_ptr<key_t>(), keys.mutable_data_ptr<key_t>(),
                                       unsorted_positions.const_data_ptr<int32_t>(),
@@ -717,7 +794,7 @@ struct SortedUses {
 
   // The place of each row among those in use, plus 1, at its first use.
   Tensor number() const {
-    const Tensor marks = at::empty({total}, bag_of.options());
+    const Tensor marks = at::empty({total}, keys.options().dtype(at::kLong));
     dispatch_keys(keys, [&](auto key) {
       using key_t = decltype(key);
       launch(mark_first_uses<key_t>, nlpkernels::positions(total), keys.const_data_ptr<key_t>(), total, rows,
@@ -776,9 +853,16 @@ struct BackwardArguments {
 
   // finish: StoreRows or UpdateRows; is_aligned: whether it can take 16 bytes of grad's at once.
   template <typename T, typename Finish>
-  void add_up(const Finish& finish, bool is_aligned, bool wants_whole_rows = false) const {
+  void add_up(const Finish& finish, bool is_aligned) const {
     const int64_t columns = grad.size(1), chunks = ceil_div(uses.total, kUses);
-    const Tensor partial = at::empty({chunks, 2, columns}, grad.options().dtype(at::toOpMathType(grad.scalar_type())));
+    const auto wide_options = grad.options().dtype(at::toOpMathType(grad.scalar_type()));
+    const Tensor partial = at::empty({chunks, 2, columns}, wide_options);
+    const Tensor bag_of = at::empty({uses.total}, grad.options().dtype(at::kLong));
+    const Tensor scales = at::empty({uses.total}, wide_options);
+    const auto* of_bags = aux.const_data_ptr<int64_t>();
+    launch(weigh_uses<T>, positions(uses.total), input.bags, uses.positions.const_data_ptr<int32_t>(),
+           mode == Mode::mean ? of_bags : nullptr, data<T>(factors), bag_of.mutable_data_ptr<int64_t>(),
+           scales.mutable_data_ptr<acc_t<T>>());
     SortedUses::dispatch_keys(uses.keys, [&](auto key) {
       using key_t = decltype(key);
       RowGradients<T, key_t> work{};
@@ -786,18 +870,17 @@ struct BackwardArguments {
       work.columns = columns;
       work.keys = uses.keys.const_data_ptr<key_t>();
       work.positions = uses.positions.const_data_ptr<int32_t>();
-      work.bag_of = uses.bag_of.const_data_ptr<int64_t>();
+      work.bag_of = bag_of.const_data_ptr<int64_t>();
+      work.scales = scales.const_data_ptr<acc_t<T>>();
       work.total = uses.total;
       work.rows = uses.rows;
-      work.factors = data<T>(factors);
-      work.aux = aux.const_data_ptr<int64_t>();
-      work.is_mean = mode == Mode::mean;
+      work.winners = of_bags;
       work.scale_grad_by_freq = scale_grad_by_freq;
       work.partial = partial.mutable_data_ptr<acc_t<T>>();
       dispatch_vector<T>(is_aligned && has_aligned_rows<kPackOf16Bytes<T>>(work.grad, columns), [&](auto size) {
         constexpr int vector = decltype(size)::value;
         Shape shape = rows_by_columns(chunks, columns, vector);
-        if (wants_whole_rows) shape.grid.y = std::min(shape.grid.y, 1u);
+        if (finish.wants_whole_rows()) shape.grid.y = std::min(shape.grid.y, 1u);
         if (mode == Mode::max) {
           launch(add_up_chunks<T, key_t, vector, true, Finish>, shape, work, finish);
         } else {
@@ -886,7 +969,7 @@ void embedding_bag_update(const Tensor& grad, const Tensor& weight, const Option
     const bool is_aligned = has_aligned_rows<vector>(update.table, columns) &&
                             (is_by_row || has_aligned_rows<vector>(update.first, columns)) &&
                             has_aligned_rows<vector>(update.second, columns);
-    arguments.add_up<scalar_t>(update, is_aligned, /*wants_whole_rows=*/is_by_row);
+    arguments.add_up<scalar_t>(update, is_aligned);
   });
   arguments.input.raise_if_wrong();
 }

@@ -55,11 +55,13 @@ inline bool allows_tf32() { return at::globalContext().allowTF32CuDNN(at::Float3
 
 class Blas {
  public:
-  Blas() : handle_(at::cuda::getCurrentCUDABlasHandle()) {
+  // For products of matrices of this dtype.
+  explicit Blas(at::ScalarType dtype) : handle_(at::cuda::getCurrentCUDABlasHandle()) {
     // torch sets the mode anew whenever it gives the handle to someone.
-    const int mode = (allows_tf32() ? CUBLAS_TF32_TENSOR_OP_MATH : CUBLAS_DEFAULT_MATH) |
-                     CUBLAS_MATH_DISALLOW_REDUCED_PRECISION_REDUCTION;
-    check(cublasSetMathMode(handle_, static_cast<cublasMath_t>(mode)));
+    const bool is_half = dtype == at::kHalf || dtype == at::kBFloat16;
+    check(cublasSetMathMode(handle_, is_half ? CUBLAS_MATH_DISALLOW_REDUCED_PRECISION_REDUCTION
+                                     : dtype == at::kFloat && allows_tf32() ? CUBLAS_TF32_TENSOR_OP_MATH
+                                                                            : CUBLAS_DEFAULT_MATH));
   }
 
   // out = a b, or out += a b, batch by batch; accumulated in float at least. out may be wider than a and b.

@@ -52,6 +52,9 @@ namespace {
 
 // Kernels ------------------------------------------------------------------------------------------------------------
 
+// Blocks of a step's kernels for each multiprocessor. There are few: registers are for what is on its way to them.
+constexpr int kStepBlocks = 6;
+
 // What the directions do in one step: direction d is at the rows of step t[d].
 struct Turn {
   int64_t directions, rows, batch, hidden, features;  // D, N, B, H, P
@@ -115,30 +118,37 @@ __device__ __forceinline__ acc_t<T> forward_unit(const ForwardStep<T>& step, int
 }
 
 template <typename Cell, typename T>
-__global__ void __launch_bounds__(kThreads) forward_step(const __grid_constant__ ForwardStep<T> step) {
+__global__ void __launch_bounds__(kThreads, kStepBlocks) forward_step(const __grid_constant__ ForwardStep<T> step) {
   using scalar = acc_t<T>;
   const Turn& turn = step.turn;
   const int64_t d = blockIdx.z, b = row_of_thread(), hidden = turn.hidden, gate_rows = Cell::gates * hidden;
   if (b >= turn.active[d]) return;
   const int64_t row = turn.first_row[d] + b, sequence = d * turn.batch + b;
   for (int64_t j = first_column(); j < hidden; j += column_step()) {
-    scalar from_x[Cell::gates], from_h[Cell::gates];
+    // All that is read is asked for before any of it is used.
+    const int64_t at = sequence * hidden + j;
+    scalar state = step.state[at], from_x[Cell::gates], from_h[Cell::gates];
+    T b_ih[Cell::gates] = {}, b_hh[Cell::gates] = {}, mask(1);
 #pragma unroll
     for (int gate = 0; gate < Cell::gates; ++gate) {
       const int64_t column = gate * hidden + j;
       from_x[gate] = step.from_x[(row * turn.directions + d) * gate_rows + column];
       from_h[gate] = step.from_h[sequence * gate_rows + column];
       if (step.b_ih != nullptr) {
-        from_x[gate] += static_cast<scalar>(step.b_ih[d * gate_rows + column]);
-        from_h[gate] += static_cast<scalar>(step.b_hh[d * gate_rows + column]);
+        b_ih[gate] = step.b_ih[d * gate_rows + column];
+        b_hh[gate] = step.b_hh[d * gate_rows + column];
       }
     }
-    const int64_t at = sequence * hidden + j;
-    scalar state = step.state[at];
+    if (step.h_mask != nullptr) mask = step.h_mask[at];
+#pragma unroll
+    for (int gate = 0; gate < Cell::gates; ++gate) {
+      from_x[gate] += static_cast<scalar>(b_ih[gate]);
+      from_h[gate] += static_cast<scalar>(b_hh[gate]);
+    }
     const scalar h = forward_unit<Cell>(step, d, row, j, from_x, from_h, state);
     step.state[at] = state;
     step.h[at] = static_cast<T>(h);
-    if (step.h_mask != nullptr) step.masked[at] = static_cast<T>(h * static_cast<scalar>(step.h_mask[at]));
+    if (step.h_mask != nullptr) step.masked[at] = static_cast<T>(h * static_cast<scalar>(mask));
   }
 }
 
@@ -441,7 +451,7 @@ __device__ __forceinline__ void backward_unit(const BackwardStep<T>& step, const
 
 // Sequences from `previous` on have no step before this one.
 template <typename Cell, typename T>
-__global__ void __launch_bounds__(kThreads) backward_step(const __grid_constant__ BackwardStep<T> step) {
+__global__ void __launch_bounds__(kThreads, kStepBlocks) backward_step(const __grid_constant__ BackwardStep<T> step) {
   using scalar = acc_t<T>;
   const Turn& turn = step.turn;
   const int64_t d = blockIdx.z, b = row_of_thread(), hidden = turn.hidden, features = turn.features;
@@ -449,20 +459,23 @@ __global__ void __launch_bounds__(kThreads) backward_step(const __grid_constant_
   const Place at{d, b, turn.first_row[d] + b, b < turn.previous[d] ? turn.previous_row[d] + b : -1};
   const int64_t sequence = d * turn.batch + b;
   for (int64_t j = first_column(); j < hidden || j < features; j += column_step()) {
-    if (step.h_previous != nullptr && j < features) {
-      store_h_previous(step, at, j, h_before(step, at, j), mask_of(step, at, j));
-    }
-    if (j >= hidden) continue;
-    const Kept<Cell, T> kept = load_kept<Cell>(step, at, j);
-    scalar state(0);
-    if constexpr (kHasState<Cell>) state = step.state[sequence * hidden + j];
-    T dgates[Cell::slots];
-    backward_unit<Cell>(step, at, j, kept, step.dh[sequence * hidden + j], state, dgates);
-    if constexpr (kHasState<Cell>) step.state[sequence * hidden + j] = state;
+    // All that is read is asked for before any of it is used.
+    const bool stores_h = step.h_previous != nullptr && j < features;
+    const T h = stores_h ? h_before(step, at, j) : T(0), mask = stores_h ? mask_of(step, at, j) : T(0);
+    if (j < hidden) {
+      scalar state(0);
+      if constexpr (kHasState<Cell>) state = step.state[sequence * hidden + j];
+      const scalar dh = step.dh[sequence * hidden + j];
+      const Kept<Cell, T> kept = load_kept<Cell>(step, at, j);
+      T dgates[Cell::slots];
+      backward_unit<Cell>(step, at, j, kept, dh, state, dgates);
+      if constexpr (kHasState<Cell>) step.state[sequence * hidden + j] = state;
 #pragma unroll
-    for (int gate = 0; gate < Cell::gates; ++gate) {
-      step.factor[(sequence * Cell::gates + gate) * hidden + j] = dgates[gate];
+      for (int gate = 0; gate < Cell::gates; ++gate) {
+        step.factor[(sequence * Cell::gates + gate) * hidden + j] = dgates[gate];
+      }
     }
+    if (stores_h) store_h_previous(step, at, j, h, mask);
   }
 }
 
@@ -631,7 +644,8 @@ struct Layer : RecurrentArguments {
         c0(contiguous(c0)),
         h_mask(contiguous(h_mask)),
         all_w_ih(all(0)),
-        all_w_hh(all(1)) {
+        all_w_hh(all(1)),
+        blas(this->x.scalar_type()) {
     if (has_bias) {
       all_b_ih = all(2);
       all_b_hh = all(3);
