@@ -57,9 +57,9 @@ __device__ __forceinline__ void add_release(unsigned* at) {
 }
 
 // Waits until *at is `least` or more. What was written before the additions can then be read. Blocks that wait for one
-// another are a step apart; a wait of minutes is a mistake, and ends as an error.
+// another are a step apart; a wait of a quarter of a minute is a mistake, and ends as an error.
 __device__ __forceinline__ void wait_acquire(const unsigned* at, unsigned least) {
-  for (unsigned turn = 0; turn < 1u << 28; ++turn) {
+  for (unsigned turn = 0; turn < 1u << 24; ++turn) {
     unsigned value;
     asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(value) : "l"(at) : "memory");
     if (value >= least) return;
