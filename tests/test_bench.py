@@ -319,6 +319,25 @@ def test_gpu_report_stops_what_takes_too_long(tmp_path: Path) -> None:
     assert "stopped after" in " ".join(steps.lines)
 
 
+def test_gpu_report_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A step that fails does not stop the others; what is written are few files, with what each step has said."""
+    python = tmp_path / "python"
+    python.write_text(
+        '#!/bin/sh\ncase "$*" in *test_optim*) echo broken; exit 1;; *pytest*) echo "1 passed";; *) echo done;; esac\n'
+    )
+    python.chmod(0o755)
+    monkeypatch.setattr(gpu_report.sys, "executable", str(python))
+    monkeypatch.setattr(gpu_report, "TOOLS", ())
+    assert gpu_report.run(tmp_path / "out", 60) == 1
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"summary.md", "log.txt"}
+    summary, log = ((tmp_path / "out" / name).read_text() for name in ("summary.md", "log.txt"))
+    assert "**tests, optim**: exit 1" in summary
+    assert summary.count(": passed") == summary.count("- **") - 1 - summary.count("not done")
+    assert "**benchmark**: passed" in summary
+    assert "a step failed" in summary
+    assert "==== tests, optim: exit 1\nbroken\n" in log
+
+
 def test_gpu_report_without_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What it runs on a GPU runs on the CPU, small; what it makes of the rows is a table with a line for each kind."""
     gpu_report.smoke("cpu")
