@@ -42,10 +42,10 @@ NEEDS = ("numpy", "setuptools")  # and pytest, without which all but the tests i
 # Those that run kernels and need nothing else. The others' tests of a GPU are of what stands around the kernels.
 TESTS = ("cuda", "recurrent", "recurrent_dropout", "lengths_and_states", "embedding", "optim", "ops", "convert")
 TOOLS = ("memcheck", "racecheck", "synccheck")
-# Seconds. What they should take on 16 cores, by what they take elsewhere: the build 80 to 120, of which either file of
-# csrc/cuda is the longest and has a core of its own; the checks 60 to 140, sixteen processes side by side that share
-# the GPU by turns (alone: the thousand repeats 15, a file of tests 10 to 40, a tool 30 to 90). The benchmark has what
-# is left of the 460 in all, 200 or so and a minute and a half at least: one to two cases a second.
+# Seconds. What they should take on 16 cores, by what their parts take on another machine: the build 60 to 100 (the two
+# files of csrc/cuda have a core each, and nobody waits for the others); the checks 60 to 140, sixteen processes side by
+# side that share the GPU by turns (alone: the thousand repeats 15, a file of tests 10 to 40, a tool 30 to 90). The
+# benchmark has what is left of the 460 in all, 200 or so and a minute and a half at least: a case takes one or two.
 LIMITS = {"build": 200, "checks": 150, "facts": 60}
 LONGEST_LOG = 300_000  # characters of a step's, from its end
 # The first of the ports on which each tool and what it watches find each other; they run at the same time.
