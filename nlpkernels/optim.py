@@ -42,6 +42,8 @@ from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
+from torch.optim.optimizer import _global_optimizer_post_hooks as _after_steps
+from torch.optim.optimizer import _global_optimizer_pre_hooks as _before_steps
 
 from nlpkernels import _C, _ops
 
@@ -180,12 +182,22 @@ class _InBackward(torch.optim.Optimizer):
 
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
         """Check that all there was to apply has been applied in backward."""
+        if any((_before_steps, _after_steps, self._optimizer_step_pre_hooks, self._optimizer_step_post_hooks)):
+            self._step_with_hooks(closure)
+        else:
+            self._check_gradients(closure)
+
+    step.hooked = True  # type: ignore[attr-defined]  # torch would record every step for its profiler
+
+    def _check_gradients(self, closure: Any) -> None:
         if closure is not None:
             raise RuntimeError(f"{type(self).__name__}: a closure would be called after the update, made in backward")
         for group in self.param_groups:
             for table in group["params"]:
                 if table.grad is not None and not isinstance(table.grad, _Applied):
                     self._refuse_other_gradient(table)
+
+    _step_with_hooks = torch.optim.Optimizer.profile_hook_step(_check_gradients)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Remove what stands in the place of gradients."""

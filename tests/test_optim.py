@@ -11,6 +11,7 @@ import pytest
 import torch
 from tolerances import FEW, FLOOR, relative_error
 from torch import Tensor, nn
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 import nlpkernels
 from nlpkernels import optim
@@ -529,3 +530,21 @@ def test_op_refuses_what_does_not_fit() -> None:
             UPDATE(**{**good, **change})
     assert not weight.any()
     assert not state.any()
+
+
+def test_hooks_run_around_a_step() -> None:
+    _, _, ours, fused = make("SGD", "cpu")
+    calls = []
+    hooks = [
+        fused.register_step_pre_hook(lambda *_: calls.append("before")),
+        fused.register_step_post_hook(lambda *_: calls.append("after")),
+        register_optimizer_step_post_hook(lambda *_: calls.append("after all")),
+    ]
+    ours(torch.tensor([[1, 2]])).sum().backward()
+    fused.step()
+    with pytest.raises(RuntimeError, match="closure"):
+        fused.step(lambda: 0.0)
+    for hook in hooks:
+        hook.remove()
+    fused.step()
+    assert calls == ["before", "after", "after all", "before"]

@@ -2,10 +2,12 @@
 //
 // Forward: a thread takes whole bags, reads each index, checks it, skips it if it is the padding, and adds its row to
 // sums that are in registers: kGroup rows, up to kBlock vectors of their columns at a time. The error of a sum of n
-// rows thus grows with sqrt(kGroup + n / kGroup). The row that comes kAhead indices later, in whichever bag, is asked
-// for, to come into the second-level cache: many more lines can be on their way there than to the first (51,200 random
-// rows of 512 bytes, Zen 4: 0.64 of the time of asking 8 rows ahead for the first level). Only its first kBegun bytes:
-// of rows that are in a cache already, as frequent words' are, every line asked for costs time.
+// rows thus grows with sqrt(kGroup + n / kGroup). The loop over bags is compiled for every number of vectors, so that
+// the next bag's rows are on their way while a short bag's end (12,800 rows of 256 bytes, in bags of 25: 0.8 of the
+// time). The row that comes kAhead indices later, in whichever bag, is asked for, to come into the second-level cache:
+// many more lines can be on their way there than to the first (400,000 random rows of 256 bytes, Zen 4: two thirds of
+// the time). Only its first kBegun bytes: of rows that are in a cache already, as frequent words' are, every line asked
+// for costs time.
 //
 // Backward: uses are sorted by row (radix sort of keys of 4 or 8 bytes, as many bits as the table needs; the bag stands
 // in the key, so that neither a table of bags nor a division is needed), and a thread takes whole rows. Every gradient
@@ -38,9 +40,9 @@ inline namespace CPU_CAPABILITY {
 namespace {
 
 // Rows that are added up together, vectors of columns, and rows that an update asks for together.
-constexpr int kGroup = 64, kBlock = 8, kTogether = 16;
+constexpr int kGroup = 64, kBlock = 14, kTogether = 16;
 // How many rows ahead a row is asked for, and how many of its bytes: the hardware goes on from there.
-constexpr int64_t kAhead = 32, kBegun = 512;
+constexpr int64_t kAhead = 16, kBegun = 512;
 // Values that a thread takes at least.
 constexpr int64_t kGrain = 1 << 14;
 
@@ -106,20 +108,17 @@ class Bags {
   const int64_t* data_ = nullptr;
 };
 
-// indices as the caller wrote them, flattened; every index is checked before it is used.
+// indices, contiguous, as the caller wrote them; every index is checked before it is used. To be copied into a loop:
+// what stands in a copy stays in registers.
 template <typename index_t>
 class Indices {
  public:
   Indices(const char* op, const Tensor& indices, int64_t rows)
-      : op_(op),
-        tensor_(indices.contiguous()),
-        data_(tensor_.const_data_ptr<index_t>()),
-        rows_(rows),
-        count_(tensor_.numel()) {}
+      : op_(op), tensor_(&indices), data_(indices.const_data_ptr<index_t>()), rows_(rows), count_(indices.numel()) {}
 
-  int64_t operator[](int64_t position) const {
+  NLPKERNELS_INLINE int64_t operator[](int64_t position) const {
     const int64_t index = data_[position];
-    if (C10_UNLIKELY(index < 0 || index >= rows_)) fail(position);
+    if (C10_UNLIKELY(index < 0 || index >= rows_)) fail(op_, *tensor_, position, index, rows_);
     return index;
   }
 
@@ -133,30 +132,39 @@ class Indices {
   }
 
  private:
-  [[noreturn]] void fail(int64_t position) const {
+  [[noreturn]] static void fail(const char* op, const Tensor& indices, int64_t position, int64_t index, int64_t rows) {
     // A single column may be what is left of any shape: a lookup's.
-    const int64_t columns = tensor_.dim() == 2 ? tensor_.size(1) : 0;
+    const int64_t columns = indices.dim() == 2 ? indices.size(1) : 0;
     const std::string where =
         columns == 0   ? "indices[" + std::to_string(position)
         : columns == 1 ? "flattened indices[" + std::to_string(position)
                        : "indices[" + std::to_string(position / columns) + "][" + std::to_string(position % columns);
-    TORCH_CHECK_INDEX(false, op_, ": ", where, "] is ", data_[position], ", expected a row from 0 to ", rows_ - 1,
-                      " of a table of ", rows_);
+    TORCH_CHECK_INDEX(false, op, ": ", where, "] is ", index, ", expected a row from 0 to ", rows - 1,
+                      " of a table of ", rows);
   }
 
   const char* op_;
-  const Tensor tensor_;
+  const Tensor* tensor_;
   const index_t* data_;
-  const int64_t rows_, count_;
+  int64_t rows_, count_;
 };
 
-// Sums of rows of `columns` values, each times a factor, added one after the other: up to kBlock vectors of columns at
-// a time, whose sums are in registers meanwhile. Of wider rows, kGroup are added before the next columns have their
-// turn.
+// Calls body with the whole number n, from 1 to kMost, as a constant.
+template <int kMost, typename Body>
+NLPKERNELS_INLINE void with_constant(int64_t n, const Body& body) {
+  if constexpr (kMost > 1) {
+    if (n < kMost) return with_constant<kMost - 1>(n, body);
+  }
+  body(std::integral_constant<int, kMost>());
+}
+
+// Sums of rows of `columns` values, each times a factor, added one after the other, in registers: kVectors are all
+// vectors of the columns, or 0 where these are more than kBlock. Of such rows, kGroup are added before the next block
+// of columns has its turn.
 //
 // The last vector may begin before the one in front of it ends, so that every load is of a whole vector: what both hold
 // is the same, added in the same order.
-template <typename T>
+template <typename T, int kVectors>
 class RowSum {
  public:
   using scalar = acc_t<T>;
@@ -169,97 +177,104 @@ class RowSum {
     scalar factor;
   };
 
-  explicit RowSum(int64_t columns)
-      : columns_(columns), slots_(std::max<int64_t>(1, (columns + kSize - 1) / kSize)), sums_(slots_ * kSize) {}
+  explicit RowSum(int64_t columns) : columns_(columns), slots_(slots(columns)), sums_(slots_ * kSize) {}
+
+  // How many vectors hold the columns.
+  static int64_t slots(int64_t columns) { return std::max<int64_t>(1, (columns + kSize - 1) / kSize); }
 
   // The sum or mean of the terms begin to end to out; returns how many counted. Asks for term(i) once.
   template <typename Out, typename TermOf>
-  int64_t operator()(int64_t begin, int64_t end, const TermOf& term, bool is_mean, Out* out) {
-    counted_ = 0;
+  NLPKERNELS_INLINE int64_t operator()(int64_t begin, int64_t end, const TermOf& term, bool is_mean, Out* out) {
+    int64_t counted = 0;
     for (int64_t first = begin; first == begin || first < end; first += kGroup) {
-      const Part part{first, std::min(first + kGroup, end), first == begin, first + kGroup >= end, is_mean};
-      int64_t slot = 0;
-      for (int64_t blocks = (slots_ + kBlock - 1) / kBlock; blocks > 0; --blocks) {
-        const int64_t vectors = (slots_ - slot + blocks - 1) / blocks;
-        switch (vectors) {
-            // clang-format off
-        case 1: add_block<1>(part, slot, term, out); break;
-        case 2: add_block<2>(part, slot, term, out); break;
-        case 3: add_block<3>(part, slot, term, out); break;
-        case 4: add_block<4>(part, slot, term, out); break;
-        case 5: add_block<5>(part, slot, term, out); break;
-        case 6: add_block<6>(part, slot, term, out); break;
-        case 7: add_block<7>(part, slot, term, out); break;
-        case 8: add_block<8>(part, slot, term, out); break;
-            // clang-format on
+      const int64_t last = std::min(first + kGroup, end);
+      const Part part{first == begin, last == end, is_mean};
+      if constexpr (kVectors > 0) {
+        const auto each = [&](const auto& add) {
+          for (int64_t i = first; i < last; ++i) {
+            const Term next = term(i);
+            if (next.row == nullptr) continue;
+            ++counted;
+            add(next);
+          }
+        };
+        add_block<kVectors>(part, 0, each, counted, out);
+      } else {
+        int64_t slot = 0, count = 0;
+        const auto each = [&](const auto& add) {
+          if (slot > 0) {
+            for (int64_t i = 0; i < count; ++i) add(terms_[i]);
+            return;
+          }
+          for (int64_t i = first; i < last; ++i) {
+            terms_[count] = term(i);
+            if (terms_[count].row == nullptr) continue;
+            add(terms_[count++]);
+          }
+          counted += count;
+        };
+        for (int64_t blocks = (slots_ + kBlock - 1) / kBlock; blocks > 0; --blocks) {
+          const int64_t vectors = (slots_ - slot + blocks - 1) / blocks;
+          with_constant<kBlock>(vectors, [&](auto n) { add_block<n>(part, slot, each, counted, out); });
+          slot += vectors;
         }
-        slot += vectors;
       }
     }
-    return counted_;
+    return counted;
   }
 
  private:
   struct Part {
-    int64_t first, last;
     bool begins, ends, is_mean;
   };
 
-  template <int kVectors, typename Out, typename TermOf>
-  void add_block(const Part& part, int64_t slot, const TermOf& term, Out* out) {
+  // Adds what each(add) calls add with, in the n vectors of columns from slot on.
+  template <int n, typename Out, typename Each>
+  NLPKERNELS_INLINE void add_block(const Part& part, int64_t slot, const Each& each, const int64_t& counted, Out* out) {
     scalar* sum = sums_.data() + slot * kSize;
-    const int64_t size = kVectors == 1 ? std::min(columns_, kSize) : kSize;  // of rows shorter than a vector
-    const int64_t begin = slot * kSize, end = std::min(begin + (kVectors - 1) * kSize, columns_ - size);
-    const auto column = [&](int v) { return v == kVectors - 1 ? end : begin + v * kSize; };
-    V total[kVectors];
-#pragma GCC unroll 8
-    for (int v = 0; v < kVectors; ++v) total[v] = V(0);
-    const auto add = [&](const Term& next) {
+    const int64_t size = n == 1 ? std::min(columns_, kSize) : kSize;  // of rows shorter than a vector
+    const int64_t begin = slot * kSize, end = std::min(begin + (n - 1) * kSize, columns_ - size);
+    const auto column = [&](int v) { return v == n - 1 ? end : begin + v * kSize; };
+    V total[n];
+#pragma GCC unroll 16
+    for (int v = 0; v < n; ++v) total[v] = V(0);
+    each([&](const Term& next) {
       const T *row = next.row + begin, *row_end = next.row + end;
       const V factor(next.factor);
-#pragma GCC unroll 8
-      for (int v = 0; v < kVectors - 1; ++v) {
-        total[v] = at::vec::fmadd(load_vector(row + v * kSize), factor, total[v]);
-      }
-      total[kVectors - 1] = at::vec::fmadd(load_vector(row_end, size), factor, total[kVectors - 1]);
-    };
-    if (slot == 0) {
-      int count = 0;
-      for (int64_t i = part.first; i < part.last; ++i) {
-        const Term next = term(i);
-        if (next.row == nullptr) continue;
-        terms_[count++] = next;  // for the blocks to come
-        add(next);
-      }
-      count_ = count;
-      counted_ += count;
-    } else {
-      for (int i = 0; i < count_; ++i) add(terms_[i]);
-    }
+#pragma GCC unroll 16
+      for (int v = 0; v < n - 1; ++v) total[v] = at::vec::fmadd(load_vector(row + v * kSize), factor, total[v]);
+      total[n - 1] = at::vec::fmadd(load_vector(row_end, size), factor, total[n - 1]);
+    });
     if (!part.begins) {
-#pragma GCC unroll 8
-      for (int v = 0; v < kVectors; ++v) total[v] = V::loadu(sum + v * kSize) + total[v];
+#pragma GCC unroll 16
+      for (int v = 0; v < n; ++v) total[v] = V::loadu(sum + v * kSize) + total[v];
     }
     if (!part.ends) {
-#pragma GCC unroll 8
-      for (int v = 0; v < kVectors; ++v) total[v].store(sum + v * kSize);
+#pragma GCC unroll 16
+      for (int v = 0; v < n; ++v) total[v].store(sum + v * kSize);
       return;
     }
     if (part.is_mean) {
-      const V divisor(static_cast<scalar>(std::max<int64_t>(1, counted_)));
-#pragma GCC unroll 8
-      for (int v = 0; v < kVectors; ++v) total[v] = total[v] / divisor;
+      const V divisor(static_cast<scalar>(std::max<int64_t>(1, counted)));
+#pragma GCC unroll 16
+      for (int v = 0; v < n; ++v) total[v] = total[v] / divisor;
     }
-#pragma GCC unroll 8
-    for (int v = 0; v < kVectors; ++v) store_vector(out + column(v), total[v], size);
+#pragma GCC unroll 16
+    for (int v = 0; v < n; ++v) store_vector(out + column(v), total[v], size);
   }
 
   const int64_t columns_, slots_;
   std::vector<scalar> sums_;
-  std::array<Term, kGroup> terms_;
-  int count_ = 0;  // of terms_
-  int64_t counted_ = 0;
+  std::array<Term, (kVectors > 0 ? 0 : kGroup)> terms_;
 };
+
+// Calls body with a RowSum for rows of so many columns.
+template <typename T, typename Body>
+void with_row_sum(int64_t columns, const Body& body) {
+  const int64_t slots = RowSum<T, 0>::slots(columns);
+  if (slots > kBlock) return body(RowSum<T, 0>(columns));
+  with_constant<kBlock>(slots, [&](auto n) { body(RowSum<T, n>(columns)); });
+}
 
 // Forward ------------------------------------------------------------------------------------------------------------
 
@@ -303,18 +318,19 @@ void pool(const Tensor& weight, const Indices<index_t>& indices, const Bags& bag
       }
       return;
     }
-    RowSum<T> sum(columns);
-    const auto term = [&](int64_t i) -> typename RowSum<T>::Term {
-      const int64_t index = indices[i];
-      indices.prefetch(table, columns, i + kAhead);
-      if (index == padding_idx) return {nullptr, 0};
-      return {table + index * columns, kWeighted ? static_cast<scalar>(factors[i]) : scalar(1)};
-    };
-    for (const auto bag : c10::irange(first, last)) {
-      const bool is_mean = mode == Mode::mean;
-      const int64_t count = sum(bags.begin(bag), bags.end(bag), term, is_mean, out_data + bag * columns);
-      if (is_mean) aux_data[bag] = count;
-    }
+    with_row_sum<T>(columns, [&](auto sum) {
+      const auto term = [=](int64_t i) -> typename decltype(sum)::Term {
+        const int64_t index = indices[i];
+        indices.prefetch(table, columns, i + kAhead);
+        if (index == padding_idx) return {nullptr, 0};
+        return {table + index * columns, kWeighted ? static_cast<scalar>(factors[i]) : scalar(1)};
+      };
+      for (const auto bag : c10::irange(first, last)) {
+        const bool is_mean = mode == Mode::mean;
+        const int64_t count = sum(bags.begin(bag), bags.end(bag), term, is_mean, out_data + bag * columns);
+        if (is_mean) aux_data[bag] = count;
+      }
+    });
   });
 }
 
@@ -327,7 +343,7 @@ std::tuple<Tensor, Tensor> embedding_bag(const Tensor& weight, const Tensor& ind
   TORCH_CHECK_VALUE(weight.dim() == 2, op, ": expected 2-D weight, got ", weight.sizes());
   check_embedding_bag(op, weight, indices, offsets, per_sample_weights, mode, include_last_offset);
   const Bags bags(op, indices, offsets, include_last_offset);
-  const Tensor table = weight.contiguous();
+  const Tensor table = weight.contiguous(), ids = indices.contiguous();
   const OptionalTensor factors = contiguous(per_sample_weights);
   const Tensor out = at::empty({bags.count(), weight.size(1)}, weight.options());
   const auto integers = weight.options().dtype(at::kLong);
@@ -336,7 +352,7 @@ std::tuple<Tensor, Tensor> embedding_bag(const Tensor& weight, const Tensor& ind
                                          : at::empty({0}, integers);
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, weight.scalar_type(), "embedding_bag", [&] {
     AT_DISPATCH_INDEX_TYPES(indices.scalar_type(), "embedding_bag", [&] {
-      const Indices<index_t> checked(op, indices, weight.size(0));
+      const Indices<index_t> checked(op, ids, weight.size(0));
       if (factors) {
         pool<true>(table, checked, bags, factors->const_data_ptr<scalar_t>(), mode, padding_idx, out, aux);
       } else {
@@ -373,8 +389,9 @@ class SortedUses {
         shift_(bits(wants_positions ? bags.total() : bags.count())) {
     TORCH_CHECK_VALUE(row_bits_ + shift_ <= 64 && bags.total() < int64_t(1) << 32, op, ": a table of ", rows,
                       " rows and ", indices.numel(), " indices are too many together");
+    const Tensor ids = indices.contiguous();
     AT_DISPATCH_INDEX_TYPES(indices.scalar_type(), "embedding_bag_backward", [&] {
-      const Indices<index_t> checked(op, indices, rows);
+      const Indices<index_t> checked(op, ids, rows);
       if (row_bits_ + shift_ < 32) {
         sort<uint32_t>(checked, bags, padding_idx);
       } else {
@@ -389,8 +406,14 @@ class SortedUses {
   int64_t start(int64_t i) const { return start_[i]; }
   int64_t row(int64_t i) const { return rows_[i]; }
   const int64_t* rows_begin() const { return rows_.get(); }
-  int64_t position(int64_t use) const { return low_[use]; }  // if they are wanted
-  int64_t bag(int64_t use) const { return wants_positions_ ? bag_of_[low_[use]] : low_[use]; }
+  // Where uses are. To be copied into a loop, like Indices.
+  struct Places {
+    const uint32_t *low, *bag_of;
+
+    int64_t position(int64_t use) const { return low[use]; }  // if positions are wanted
+    NLPKERNELS_INLINE int64_t bag(int64_t use) const { return bag_of != nullptr ? bag_of[low[use]] : low[use]; }
+  };
+  Places places() const { return {low_.get(), bag_of_.get()}; }
 
   // What a gradient of all rows before the i-th one takes: to write a row takes as long as to read some.
   int64_t work(int64_t i) const { return start_[i] + 3 * i; }
@@ -549,39 +572,47 @@ struct Gradient {
     const T* grad_data = grad.const_data_ptr<T>();
     const T* factor_data = factors ? factors->const_data_ptr<T>() : nullptr;
     const int64_t* aux_data = aux.const_data_ptr<int64_t>();
-    std::vector<scalar> share_of_bag(mode == Mode::mean ? bags.count() : 0);
-    for (const auto bag : c10::irange(share_of_bag.size())) {
-      share_of_bag[bag] = scalar(1) / static_cast<scalar>(aux_data[bag]);
-    }
-    at::parallel_for(0, sorted.work(sorted.rows()), grain(columns), [&](int64_t first, int64_t last) {
+    const auto share_of_use = [&](int64_t uses) {
+      return scale_grad_by_freq ? scalar(1) / static_cast<scalar>(uses) : scalar(1);
+    };
+    std::vector<scalar> shares(mode == Mode::mean ? bags.count() : 0);
+    for (const auto bag : c10::irange(shares.size())) shares[bag] = scalar(1) / static_cast<scalar>(aux_data[bag]);
+    const scalar* share_of_bag = mode == Mode::mean ? shares.data() : nullptr;
+    const SortedUses::Places places = sorted.places();
+    at::parallel_for(0, sorted.work(sorted.rows()), grain(columns), [&](int64_t begin_of_work, int64_t end_of_work) {
       auto rows = rows_of_thread();
-      RowSum<T> sum(columns);
-      std::vector<scalar> best(mode == Mode::max ? columns : 0);
-      const int64_t end_of_rows = sorted.row_from(last);
-      for (int64_t i = sorted.row_from(first); i < end_of_rows; ++i) {
-        const int64_t begin = sorted.start(i), end = sorted.start(i + 1);
-        const scalar share = scale_grad_by_freq ? scalar(1) / static_cast<scalar>(end - begin) : scalar(1);
-        rows.begin(i);
-        if (mode == Mode::max) {
+      const int64_t first = sorted.row_from(begin_of_work), last = sorted.row_from(end_of_work);
+      if (mode == Mode::max) {
+        std::vector<scalar> best(columns);
+        for (int64_t i = first; i < last; ++i) {
+          rows.begin(i);
           auto* out = rows.destination(i);
           std::fill(best.begin(), best.end(), scalar(0));
-          for (const auto use : c10::irange(begin, end)) {
-            const int64_t bag = sorted.bag(use), position = sorted.position(use);
+          for (const auto use : c10::irange(sorted.start(i), sorted.start(i + 1))) {
+            const int64_t bag = places.bag(use), position = places.position(use);
             for (const auto j : c10::irange(columns)) {
               const bool won = aux_data[bag * columns + j] == position;
               best[j] += won ? static_cast<scalar>(grad_data[bag * columns + j]) : scalar(0);
             }
           }
+          const scalar share = share_of_use(sorted.start(i + 1) - sorted.start(i));
           for (const auto j : c10::irange(columns)) out[j] = static_cast<std::decay_t<decltype(*out)>>(best[j] * share);
           rows.done(i);
-        } else {
-          const auto term = [&](int64_t use) -> typename RowSum<T>::Term {
-            const int64_t bag = sorted.bag(use);
+        }
+        return;
+      }
+      with_row_sum<T>(columns, [&](auto sum) {
+        for (int64_t i = first; i < last; ++i) {
+          const int64_t begin = sorted.start(i), end = sorted.start(i + 1);
+          const scalar share = share_of_use(end - begin);
+          const auto term = [=](int64_t use) -> typename decltype(sum)::Term {
+            const int64_t bag = places.bag(use);
             scalar scale = share;
-            if (mode == Mode::mean) scale *= share_of_bag[bag];
-            if (factor_data != nullptr) scale *= static_cast<scalar>(factor_data[sorted.position(use)]);
+            if (share_of_bag != nullptr) scale *= share_of_bag[bag];
+            if (factor_data != nullptr) scale *= static_cast<scalar>(factor_data[places.position(use)]);
             return {grad_data + bag * columns, scale};
           };
+          rows.begin(i);
           if (end - begin == 1) {
             const auto only = term(begin);
             rows.put(i, only.row, only.factor);
@@ -590,7 +621,7 @@ struct Gradient {
             rows.done(i);
           }
         }
-      }
+      });
     });
   }
 
@@ -687,7 +718,8 @@ struct Step {
 
   NLPKERNELS_INLINE void begin(int64_t i) const {
     if (i % kTogether != 0) return;
-    for (int64_t k = i + kAhead; k < std::min(i + kAhead + kTogether, sorted.rows()); ++k) prefetch(sorted.row(k));
+    const int64_t first = i + 2 * kTogether, last = std::min(first + kTogether, sorted.rows());
+    for (int64_t k = first; k < last; ++k) prefetch(sorted.row(k));
   }
   scalar* destination(int64_t) { return sum.data(); }
   void done(int64_t i) const { put(i, sum.data(), 1); }
@@ -720,16 +752,19 @@ struct Step {
   template <typename Update, typename G>
   void change_row(int64_t row, const G* gradient, scalar factor, const UpdateSettings<scalar>& given) const {
     const UpdateSettings<V> numbers{V(given.rate), V(given.eps), V(given.rest1), V(given.rest2)};
-    for_each_vector<T>(columns, [&](int64_t j, int64_t n) {
-      const int64_t at = row * columns + j;
-      V state(0), state_of_squares(0);
-      if constexpr (Update::states > 0) state = load_vector(first + at, n);
-      if constexpr (Update::states > 1) state_of_squares = load_vector(second + at, n);
+    T* w = table + row * columns;
+    scalar *state_of_row = nullptr, *squares_of_row = nullptr;
+    if constexpr (Update::states > 0) state_of_row = first + row * columns;
+    if constexpr (Update::states > 1) squares_of_row = second + row * columns;
+    for_each_vector<T>(columns, [=](int64_t j, int64_t n) {
+      V state(0), squares(0);
+      if constexpr (Update::states > 0) state = load_vector(state_of_row + j, n);
+      if constexpr (Update::states > 1) squares = load_vector(squares_of_row + j, n);
       const V g = load_vector(gradient + j, n) * V(factor);
-      const V change = Update::change(numbers, g, state, state_of_squares);
-      if constexpr (Update::states > 0) store_vector(first + at, state, n);
-      if constexpr (Update::states > 1) store_vector(second + at, state_of_squares, n);
-      store_vector(table + at, load_vector(table + at, n) - change, n);
+      const V change = Update::change(numbers, g, state, squares);
+      if constexpr (Update::states > 0) store_vector(state_of_row + j, state, n);
+      if constexpr (Update::states > 1) store_vector(squares_of_row + j, squares, n);
+      store_vector(w + j, load_vector(w + j, n) - change, n);
     });
   }
 };
@@ -767,12 +802,12 @@ Tensor embedding_bag_per_sample_backward(const Tensor& grad, const Tensor& weigh
   const Bags bags(op, indices, offsets, include_last_offset);
   check_shape(op, "grad", grad, {bags.count(), weight.size(1)});
   check_like(op, "grad", grad, "weight", weight);
-  const Tensor table = weight.contiguous(), grad_rows = grad.contiguous();
+  const Tensor table = weight.contiguous(), grad_rows = grad.contiguous(), ids = indices.contiguous();
   const Tensor out = at::zeros(indices.sizes(), weight.options());
   const int64_t columns = weight.size(1);
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, weight.scalar_type(), "embedding_bag_backward", [&] {
     AT_DISPATCH_INDEX_TYPES(indices.scalar_type(), "embedding_bag_backward", [&] {
-      const Indices<index_t> checked(op, indices, weight.size(0));
+      const Indices<index_t> checked(op, ids, weight.size(0));
       const scalar_t* table_data = table.const_data_ptr<scalar_t>();
       const scalar_t* grad_data = grad_rows.const_data_ptr<scalar_t>();
       scalar_t* out_data = out.mutable_data_ptr<scalar_t>();
