@@ -42,7 +42,7 @@ namespace {
 // Rows that are added up together, vectors of columns, and rows that an update asks for together.
 constexpr int kGroup = 64, kBlock = 14, kTogether = 16;
 // How many rows ahead a row is asked for, and how many of its bytes: the hardware goes on from there.
-constexpr int64_t kAhead = 16, kBegun = 512;
+constexpr int64_t kAhead = 32, kBegun = 512;
 // Values that a thread takes at least.
 constexpr int64_t kGrain = 1 << 14;
 
@@ -718,8 +718,7 @@ struct Step {
 
   NLPKERNELS_INLINE void begin(int64_t i) const {
     if (i % kTogether != 0) return;
-    const int64_t first = i + 2 * kTogether, last = std::min(first + kTogether, sorted.rows());
-    for (int64_t k = first; k < last; ++k) prefetch(sorted.row(k));
+    for (int64_t k = i + kAhead; k < std::min(i + kAhead + kTogether, sorted.rows()); ++k) prefetch(sorted.row(k));
   }
   scalar* destination(int64_t) { return sum.data(); }
   void done(int64_t i) const { put(i, sum.data(), 1); }
