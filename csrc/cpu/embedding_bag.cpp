@@ -39,8 +39,9 @@ namespace nlpkernels {
 inline namespace CPU_CAPABILITY {
 namespace {
 
-// Rows that are added up together, vectors of columns, and rows that an update asks for together.
-constexpr int kGroup = 64, kBlock = 14, kTogether = 16;
+// Rows that are added up together, vectors of columns: at most of rows that take one turn, and of a block of wider ones;
+// and rows that an update asks for together.
+constexpr int kGroup = 64, kWhole = 14, kBlock = 8, kTogether = 16;
 // How many rows ahead a row is asked for, and how many of its bytes: the hardware goes on from there.
 constexpr int64_t kAhead = 32, kBegun = 512;
 // Values that a thread takes at least.
@@ -159,7 +160,7 @@ NLPKERNELS_INLINE void with_constant(int64_t n, const Body& body) {
 }
 
 // Sums of rows of `columns` values, each times a factor, added one after the other, in registers: kVectors are all
-// vectors of the columns, or 0 where these are more than kBlock. Of such rows, kGroup are added before the next block
+// vectors of the columns, or 0 where these are more than kWhole. Of such rows, kGroup are added before the next block
 // of columns has its turn.
 //
 // The last vector may begin before the one in front of it ends, so that every load is of a whole vector: what both hold
@@ -207,9 +208,10 @@ class RowSum {
             return;
           }
           for (int64_t i = first; i < last; ++i) {
-            terms_[count] = term(i);
-            if (terms_[count].row == nullptr) continue;
-            add(terms_[count++]);
+            const Term next = term(i);
+            if (next.row == nullptr) continue;
+            terms_[count++] = next;  // for the blocks to come
+            add(next);
           }
           counted += count;
         };
@@ -238,7 +240,8 @@ class RowSum {
     V total[n];
 #pragma GCC unroll 16
     for (int v = 0; v < n; ++v) total[v] = V(0);
-    each([&](const Term& next) {
+    // Always inline: as a call, from two places, it would have the sums in memory.
+    each([&](const Term& next) __attribute__((always_inline)) {
       const T *row = next.row + begin, *row_end = next.row + end;
       const V factor(next.factor);
 #pragma GCC unroll 16
@@ -272,8 +275,8 @@ class RowSum {
 template <typename T, typename Body>
 void with_row_sum(int64_t columns, const Body& body) {
   const int64_t slots = RowSum<T, 0>::slots(columns);
-  if (slots > kBlock) return body(RowSum<T, 0>(columns));
-  with_constant<kBlock>(slots, [&](auto n) { body(RowSum<T, n>(columns)); });
+  if (slots > kWhole) return body(RowSum<T, 0>(columns));
+  with_constant<kWhole>(slots, [&](auto n) { body(RowSum<T, n>(columns)); });
 }
 
 // Forward ------------------------------------------------------------------------------------------------------------
