@@ -1,13 +1,13 @@
 // Embedding-bag pooling on the CPU: forward, backward, and backward with the optimizer's step in it.
 //
 // Forward: a thread takes whole bags, reads each index, checks it, skips it if it is the padding, and adds its row to
-// sums that are in registers: kGroup rows, up to kBlock vectors of their columns at a time. The error of a sum of n
-// rows thus grows with sqrt(kGroup + n / kGroup). The loop over bags is compiled for every number of vectors, so that
-// the next bag's rows are on their way while a short bag's end (12,800 rows of 256 bytes, in bags of 25: 0.8 of the
-// time). The row that comes kAhead indices later, in whichever bag, is asked for, to come into the second-level cache:
-// many more lines can be on their way there than to the first (400,000 random rows of 256 bytes, Zen 4: two thirds of
-// the time). Only its first kBegun bytes: of rows that are in a cache already, as frequent words' are, every line asked
-// for costs time.
+// sums that are in registers: kGroup rows, all their columns or, of wide ones, up to kBlock vectors at a time. The
+// error of a sum of n rows thus grows with sqrt(kGroup + n / kGroup). The loop over bags is compiled for every number
+// of vectors, so that the next bag's rows are on their way while a short bag's end (12,800 rows of 256 bytes, in bags
+// of 25: 0.8 of the time). The row that comes kAhead indices later, in whichever bag, is asked for, to come into the
+// second-level cache: many more lines can be on their way there than to the first (400,000 random rows of 256 bytes,
+// Zen 4: two thirds of the time). Only its first kBegun bytes: of rows that are in a cache already, as frequent words'
+// are, every line asked for costs time.
 //
 // Backward: uses are sorted by row (radix sort of keys of 4 or 8 bytes, as many bits as the table needs; the bag stands
 // in the key, so that neither a table of bags nor a division is needed), and a thread takes whole rows. Every gradient
@@ -39,8 +39,8 @@ namespace nlpkernels {
 inline namespace CPU_CAPABILITY {
 namespace {
 
-// Rows that are added up together, vectors of columns: at most of rows that take one turn, and of a block of wider ones;
-// and rows that an update asks for together.
+// Rows that are added up together; vectors of columns, at most: of a row that is added whole, and of a block of a wider
+// one; and rows that an update asks for together.
 constexpr int kGroup = 64, kWhole = 14, kBlock = 8, kTogether = 16;
 // How many rows ahead a row is asked for, and how many of its bytes: the hardware goes on from there.
 constexpr int64_t kAhead = 32, kBegun = 512;
