@@ -39,9 +39,17 @@ namespace nlpkernels {
 inline namespace CPU_CAPABILITY {
 namespace {
 
-// Rows that are added up together; vectors of columns, at most: of a row that is added whole, and of a block of a wider
-// one; and rows that an update asks for together.
-constexpr int kGroup = 64, kWhole = 14, kBlock = 8, kTogether = 16;
+// Rows that are added up together, vectors of columns in a block, and rows that an update asks for together.
+constexpr int kGroup = 64, kBlock = 8, kTogether = 16;
+// Vectors of columns of rows that are added whole, at most; for each number of them all loops are compiled anew, which
+// takes the compiler minutes if it is done for every type.
+#ifdef CPU_CAPABILITY_DEFAULT
+template <typename T>
+constexpr int kWhole = 0;
+#else
+template <typename T>
+constexpr int kWhole = std::is_same_v<T, float> ? 14 : 0;
+#endif
 // How many rows ahead a row is asked for, and how many of its bytes: the hardware goes on from there.
 constexpr int64_t kAhead = 32, kBegun = 512;
 // Values that a thread takes at least.
@@ -275,8 +283,10 @@ class RowSum {
 template <typename T, typename Body>
 void with_row_sum(int64_t columns, const Body& body) {
   const int64_t slots = RowSum<T, 0>::slots(columns);
-  if (slots > kWhole) return body(RowSum<T, 0>(columns));
-  with_constant<kWhole>(slots, [&](auto n) { body(RowSum<T, n>(columns)); });
+  if constexpr (kWhole<T> > 0) {
+    if (slots <= kWhole<T>) return with_constant<kWhole<T>>(slots, [&](auto n) { body(RowSum<T, n>(columns)); });
+  }
+  body(RowSum<T, 0>(columns));
 }
 
 // Forward ------------------------------------------------------------------------------------------------------------
