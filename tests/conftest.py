@@ -112,9 +112,10 @@ def poisoned_memory() -> Iterator[None]:
 
 
 @pytest.fixture
-def without_cudnn(monkeypatch: pytest.MonkeyPatch) -> None:
+def without_cudnn() -> Iterator[None]:
     """For second derivatives, which it has not: it serves torch.nn's layers, and ours while our kernels are off."""
-    monkeypatch.setattr(torch.backends.cudnn, "enabled", False)
+    with torch.backends.cudnn.flags(enabled=False, allow_tf32=False):
+        yield
 
 
 @pytest.fixture
