@@ -21,7 +21,7 @@ SANITIZED_TESTS := $(addprefix test_,$(addsuffix .py,recurrent recurrent_dropout
 SANITIZED_PYTEST = NLPKERNELS_CXXFLAGS='$(SANITIZE)' PYTHONPATH='$(SANITIZED)' UBSAN_OPTIONS=print_stacktrace=1 \
   ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1:redzone=256:malloc_fill_byte=255:max_malloc_fill_size=99999999 \
   LD_PRELOAD="$$(c++ -print-file-name=libasan.so) $$(c++ -print-file-name=libstdc++.so)" \
-  ../$(BIN)/python -m pytest -q --capture=sys $(or $(ARGS),$(SANITIZED_TESTS))
+  ../$(BIN)/python -m pytest -q --capture=sys $(or $(ARGS),-k 'not instruction_set' $(SANITIZED_TESTS))
 
 # What CUDA is held to, on a machine without a GPU: a torch whose build on PyPI is for CUDA 13.0.
 CUDA_TORCH := torch==2.11.0
