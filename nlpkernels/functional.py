@@ -6,7 +6,7 @@ D directions (2 if bidirectional, else 1), L layers, N rows of packed data; V ro
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -52,10 +52,13 @@ def _layers(
             )
     draws = train and recurrent_dropout > 0
     if _ops.is_left_to_torch(input) and input.numel() > 0 and not (return_state_sequence or draws):
-        return _by_torch(
-            cell, input, (h0,) if c0 is None else (h0, c0), params, has_biases, num_layers, dropout, train,
-            bidirectional, batch_first, batch_sizes,
-        )  # fmt: skip
+        check_shapes(cell, params, input.shape[-1], has_biases, num_layers, directions)
+        states = (h0,) if c0 is None else (h0, c0)
+        wants_derivative = torch.is_grad_enabled() and any(t.requires_grad for t in (input, *states, *params))
+        # cuDNN goes back only where it was told to train; without dropout that is the same.
+        dropout, train = dropout if train else 0.0, train or wants_derivative
+        rest = (list(params), has_biases, num_layers, dropout, train, bidirectional)
+        return _by_torch(getattr(torch, cell), input, states, rest, batch_first, batch_sizes)
     transposed = batch_first and batch_sizes is None
     x = input.transpose(0, 1) if transposed else input
     h_ns, c_ns = [], []
@@ -83,27 +86,17 @@ def _layers(
 
 
 def _by_torch(
-    cell: str,
+    function: Callable[..., tuple[Tensor, ...]],
     input: Tensor,
     states: tuple[Tensor, ...],
-    params: Sequence[Tensor],
-    has_biases: bool,
-    num_layers: int,
-    dropout: float,
-    train: bool,
-    bidirectional: bool,
+    rest: tuple[Any, ...],
     batch_first: bool,
     batch_sizes: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """What torch's own function gives, which wants every step and every sequence to be there."""
-    check_shapes(cell, params, input.shape[-1], has_biases, num_layers, 2 if bidirectional else 1)
-    wants_derivative = torch.is_grad_enabled() and any(t.requires_grad for t in (input, *states, *params))
-    # cuDNN goes back only where it was told to train; without dropout that is the same.
-    rest = (list(params), has_biases, num_layers, dropout if train else 0.0, train or wants_derivative, bidirectional)
     batch = states[0].shape[1] if batch_sizes is None else int(batch_sizes[0])
     running = tuple(state[:, :batch].contiguous() for state in states)
-    hx = running if cell == "lstm" else running[0]
-    function = getattr(torch, cell)
+    hx = running if len(running) > 1 else running[0]
     if batch_sizes is None:
         y, *final = function(input, hx, *rest, batch_first)
     else:

@@ -191,8 +191,8 @@ class RowSum {
   // How many vectors hold the columns.
   static int64_t slots(int64_t columns) { return std::max<int64_t>(1, (columns + kSize - 1) / kSize); }
 
-  // The sum or mean of the terms begin to end to out; returns how many counted. Asks for term(i) once; always inline,
-  // it should be: wide rows ask for it in several places, and a call for each row of 512 bytes took a tenth of the
+  // The sum or mean of the terms begin to end to out; returns how many counted. Asks for term(i) once, which
+  // is to be inlined always: wide rows ask in several places, and a call for each row of 512 bytes took a tenth of the
   // time.
   template <typename Out, typename TermOf>
   NLPKERNELS_INLINE int64_t operator()(int64_t begin, int64_t end, const TermOf& term, bool is_mean, Out* out) {
