@@ -158,22 +158,23 @@ void pack_copied(scalar* dst, int64_t width, int64_t valid, int64_t k, const Row
   }
 }
 
-// dst[k][j] = src[j][k] for j < valid, 0 for the rest of width. Block by block, all of a width before the next k: then
-// a cache line of src is used up while it is there, which makes it as fast as a copy.
+// dst[k][j] = src[j][k] for j < valid, 0 for the rest of width. A vector of columns at a time, along k: their rows of
+// src come from the third-level cache or from further away, and are asked for ahead.
 template <typename scalar, typename T>
 void pack_transposed(scalar* dst, int64_t width, int64_t valid, int64_t k, const T* src, int64_t ld) {
-  int64_t done = 0;  // values of k that are done for the first `whole` columns
   constexpr int block = Vectorized<scalar>::size();
-  const int64_t whole = valid / block * block;
-  for (; done + block <= k; done += block) {
-    for (int64_t j = 0; j < whole; j += block) {
-      const T* from = src + j * ld + done;
+  constexpr int64_t ahead = 256 / sizeof(T);
+  const int64_t whole = valid / block * block, done = k / block * block;
+  for (int64_t j = 0; j < whole; j += block) {
+    for (int64_t i = 0; i < done; i += block) {
+      const T* from = src + j * ld + i;
+      for (int row = 0; row < block; ++row) __builtin_prefetch(from + row * ld + ahead);
       if constexpr (std::is_same_v<scalar, T>) {
-        at::vec::transpose_mxn<scalar, block, block>(from, ld, dst + done * width + j, width);
+        transpose_square(from, ld, dst + i * width + j, width);
       } else {
         alignas(64) scalar converted[block * block];
         for (int row = 0; row < block; ++row) load_vector(from + row * ld).store(converted + row * block);
-        at::vec::transpose_mxn<scalar, block, block>(converted, block, dst + done * width + j, width);
+        transpose_square(converted, block, dst + i * width + j, width);
       }
     }
   }

@@ -198,5 +198,47 @@ NLPKERNELS_INLINE void for_each_several(int64_t count, const Body& body, int64_t
   }
 }
 
+// dst[i][j] = src[j][i] for a square as wide as a vector, rows ld and ldd apart. Vectors of float are put together from
+// quarters of rows as they are loaded, which spares half of the shuffles.
+template <typename scalar>
+NLPKERNELS_INLINE void transpose_square(const scalar* src, int64_t ld, scalar* dst, int64_t ldd) {
+  constexpr int size = Vectorized<scalar>::size();
+#if defined(CPU_CAPABILITY_AVX512) || defined(CPU_CAPABILITY_AVX2)
+#if defined(CPU_CAPABILITY_AVX512)
+#define MM(operation) _mm512_##operation
+#else
+#define MM(operation) _mm256_##operation
+#endif
+  if constexpr (std::is_same_v<scalar, float>) {
+#pragma GCC unroll 4
+    for (int column = 0; column < size; column += 4) {
+      // Four columns of the rows row, row + 4, row + 8, ...
+      const auto load = [&](int row) __attribute__((always_inline)) {
+        const float* p = src + row * ld + column;
+#if defined(CPU_CAPABILITY_AVX512)
+        __m512 rows = _mm512_castps128_ps512(_mm_loadu_ps(p));
+        rows = _mm512_insertf32x4(rows, _mm_loadu_ps(p + 4 * ld), 1);
+        rows = _mm512_insertf32x4(rows, _mm_loadu_ps(p + 8 * ld), 2);
+        return _mm512_insertf32x4(rows, _mm_loadu_ps(p + 12 * ld), 3);
+#else
+        return _mm256_insertf128_ps(_mm256_castps128_ps256(_mm_loadu_ps(p)), _mm_loadu_ps(p + 4 * ld), 1);
+#endif
+      };
+      const auto a = load(0), b = load(1), c = load(2), d = load(3);
+      const auto ab_low = MM(castps_pd)(MM(unpacklo_ps)(a, b)), ab_high = MM(castps_pd)(MM(unpackhi_ps)(a, b)),
+                 cd_low = MM(castps_pd)(MM(unpacklo_ps)(c, d)), cd_high = MM(castps_pd)(MM(unpackhi_ps)(c, d));
+      float* to = dst + column * ldd;
+      MM(storeu_ps)(to, MM(castpd_ps)(MM(unpacklo_pd)(ab_low, cd_low)));
+      MM(storeu_ps)(to + ldd, MM(castpd_ps)(MM(unpackhi_pd)(ab_low, cd_low)));
+      MM(storeu_ps)(to + 2 * ldd, MM(castpd_ps)(MM(unpacklo_pd)(ab_high, cd_high)));
+      MM(storeu_ps)(to + 3 * ldd, MM(castpd_ps)(MM(unpackhi_pd)(ab_high, cd_high)));
+    }
+    return;
+  }
+#undef MM
+#endif
+  at::vec::transpose_mxn<scalar, size, size>(src, ld, dst, ldd);
+}
+
 }  // namespace CPU_CAPABILITY
 }  // namespace nlpkernels
