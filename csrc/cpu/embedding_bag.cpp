@@ -4,10 +4,8 @@
 // sums that are in registers: kGroup rows, all their columns or, of wide ones, up to kBlock vectors at a time. The
 // error of a sum of n rows thus grows with sqrt(kGroup + n / kGroup). The loop over bags is compiled for every number
 // of vectors, so that the next bag's rows are on their way while a short bag's end (12,800 rows of 256 bytes, in bags
-// of 25: 0.8 of the time). The row that comes kAhead indices later, in whichever bag, is asked for, to come into the
-// second-level cache: many more lines can be on their way there than to the first (400,000 random rows of 256 bytes,
-// Zen 4: two thirds of the time). Only its first kBegun bytes: of rows that are in a cache already, as frequent words'
-// are, every line asked for costs time.
+// of 25: 0.8 of the time). The row that comes some indices later, in whichever bag, is asked for (Ahead). Only its first
+// bytes: of rows that are in a cache already, as frequent words' are, every line asked for costs time.
 //
 // Backward: uses are sorted by row (radix sort of keys of 4 or 8 bytes, as many bits as the table needs; the bag stands
 // in the key, so that neither a table of bags nor a division is needed), and a thread takes whole rows. Every gradient
@@ -22,6 +20,10 @@
 #include <ATen/ops/from_blob.h>
 #include <ATen/ops/zeros.h>
 #include <torch/library.h>
+
+#ifdef __x86_64__
+#include <cpuid.h>
+#endif
 
 #include <algorithm>
 #include <array>
@@ -50,19 +52,44 @@ constexpr int kWhole = 0;
 template <typename T>
 constexpr int kWhole = std::is_same_v<T, float> ? 14 : 0;
 #endif
-// How many rows ahead a row is asked for, and how many of its bytes: the hardware goes on from there.
-constexpr int64_t kAhead = 32, kBegun = 512;
+// How many rows ahead a row is asked for to be written.
+constexpr int64_t kAhead = 32;
 // Values that a thread takes at least.
 constexpr int64_t kGrain = 1 << 14;
 
 // Rows of a table worth one thread's while, when each is `size` values.
 int64_t grain(int64_t size) { return std::max<int64_t>(1, kGrain / std::max<int64_t>(1, size)); }
 
-// Asks for a row, to come into the second-level cache. Always inline: GCC drops calls that do nothing but this.
+// How many rows ahead a row is asked for, how many of its bytes (the hardware goes on from there), and whether it is to
+// come into the first-level cache or the second. More lines can be on their way to the second, and Zen 4 needs that:
+// 400,000 random rows of 256 bytes take two thirds of the time. Zen 5 does not: with AVX-512 and with AVX2, 51,200
+// random rows of 512 bytes take half of the time, with two threads a third, if they come into the first, and rows that
+// are in a cache already 0.75 to 0.9. Zen 3 has Zen 4's caches; others are taken to be like Zen 5.
+struct Ahead {
+  int64_t rows, bytes;
+  bool near;
+
+  static Ahead of_this_processor() {
+#ifdef __x86_64__
+    unsigned a = 0, b, c, d;
+    const bool is_known = __get_cpuid(1, &a, &b, &c, &d);
+    const unsigned family = (a >> 8 & 0xf) + (a >> 20 & 0xff);
+    if (is_known && family == 0x19) return {32, 512, false};
+#endif
+    return {24, 256, true};
+  }
+};
+
+// Asks for the first lines of a row. Always inline: GCC drops calls that do nothing but this.
 template <typename T>
-NLPKERNELS_INLINE void prefetch_row(const T* row, int64_t columns) {
-  const char* end = reinterpret_cast<const char*>(row + columns);
-  for (const char* line = reinterpret_cast<const char*>(row); line < end; line += 64) __builtin_prefetch(line, 0, 2);
+NLPKERNELS_INLINE void prefetch_row(const T* row, int64_t columns, const Ahead& ahead) {
+  const char* line = reinterpret_cast<const char*>(row);
+  const char* end = line + std::min<int64_t>(columns * sizeof(T), ahead.bytes);
+  if (ahead.near) {
+    for (; line < end; line += 64) __builtin_prefetch(line, 0, 3);
+  } else {
+    for (; line < end; line += 64) __builtin_prefetch(line, 0, 2);
+  }
 }
 
 // Asks for a row that will be changed: the other cores' caches give it up.
@@ -123,7 +150,10 @@ template <typename index_t>
 class Indices {
  public:
   Indices(const char* op, const Tensor& indices, int64_t rows)
-      : op_(op), tensor_(&indices), data_(indices.const_data_ptr<index_t>()), rows_(rows), count_(indices.numel()) {}
+      : op_(op), tensor_(&indices), data_(indices.const_data_ptr<index_t>()), rows_(rows), count_(indices.numel()) {
+    static const Ahead ahead = Ahead::of_this_processor();
+    ahead_ = ahead;
+  }
 
   NLPKERNELS_INLINE int64_t operator[](int64_t position) const {
     const int64_t index = data_[position];
@@ -131,13 +161,14 @@ class Indices {
     return index;
   }
 
-  // Asks for the row at `position` of a table, if there is one.
+  // Asks for the row of a table that will be used some indices after `position`, if there is one.
   template <typename T>
-  NLPKERNELS_INLINE void prefetch(const T* table, int64_t columns, int64_t position) const {
+  NLPKERNELS_INLINE void prefetch_after(const T* table, int64_t columns, int64_t position) const {
+    position += ahead_.rows;
     if (position >= count_) return;
     const int64_t index = data_[position];
     if (C10_UNLIKELY(index < 0 || index >= rows_)) return;
-    prefetch_row(table + index * columns, std::min<int64_t>(columns, kBegun / sizeof(T)));
+    prefetch_row(table + index * columns, columns, ahead_);
   }
 
  private:
@@ -156,6 +187,7 @@ class Indices {
   const Tensor* tensor_;
   const index_t* data_;
   int64_t rows_, count_;
+  Ahead ahead_;
 };
 
 // Calls body with the whole number n, from 1 to kMost, as a constant.
@@ -306,7 +338,7 @@ void pool(const Tensor& weight, const Indices<index_t>& indices, const Bags& bag
   at::parallel_for(0, bags.count(), grain((length + 1) * columns), [&](int64_t first, int64_t last) {
     if (mode == Mode::lookup) {
       for (const auto bag : c10::irange(first, last)) {
-        indices.prefetch(table, columns, bag + kAhead);
+        indices.prefetch_after(table, columns, bag);
         std::copy_n(table + indices[bag] * columns, columns, out_data + bag * columns);
       }
       return;
@@ -319,7 +351,7 @@ void pool(const Tensor& weight, const Indices<index_t>& indices, const Bags& bag
         std::fill(best.begin(), best.end(), scalar(0));
         for (const auto i : c10::irange(bags.begin(bag), bags.end(bag))) {
           const int64_t index = indices[i];
-          indices.prefetch(table, columns, i + kAhead);
+          indices.prefetch_after(table, columns, i);
           if (index == padding_idx) continue;
           const T* row = table + index * columns;
           for (const auto j : c10::irange(columns)) {
@@ -336,7 +368,7 @@ void pool(const Tensor& weight, const Indices<index_t>& indices, const Bags& bag
     with_row_sum<T>(columns, [&](auto sum) {
       const auto term = [=](int64_t i) __attribute__((always_inline)) -> typename decltype(sum)::Term {
         const int64_t index = indices[i];
-        indices.prefetch(table, columns, i + kAhead);
+        indices.prefetch_after(table, columns, i);
         if (index == padding_idx) return {nullptr, 0};
         return {table + index * columns, kWeighted ? static_cast<scalar>(factors[i]) : scalar(1)};
       };
