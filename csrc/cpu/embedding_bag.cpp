@@ -35,6 +35,7 @@
 #include <vector>
 
 #include "../checks.h"
+#include "memory.h"
 #include "vector.h"
 
 namespace nlpkernels {
@@ -702,14 +703,21 @@ struct Written {
   }
 };
 
-// Zeros. Beyond what malloc keeps for itself, memory comes from the system, and comes as zeros that take up nothing
-// until they are written: then only pages with rows in use cost anything.
+// Zeros, in huge pages where there are many: a system that clears them 4 KiB at a time takes longer over a large gradient
+// than all else of a training step (152 MB, step of SGD included: 41 ms, with huge pages 18; a copy takes 4). Beyond what
+// malloc keeps for itself, memory comes from the system, as zeros that take up nothing until they are written: then only
+// pages with rows in use cost anything.
 Tensor lazy_zeros(at::IntArrayRef sizes, const at::TensorOptions& options) {
-  constexpr size_t kLarge = size_t(64) << 20, kAlign = 64;
+  constexpr size_t kLarge = size_t(32) << 20, kAlign = 64;
   const size_t bytes = c10::multiply_integers(sizes) * options.dtype().itemsize();
-  if (bytes < kLarge) return at::zeros(sizes, options);
+  if (bytes < kLarge) {
+    Tensor zeros = at::empty(sizes, options);
+    advise_huge_pages(zeros.mutable_data_ptr(), bytes);
+    return zeros.zero_();
+  }
   void* memory = std::calloc(bytes + kAlign, 1);
   TORCH_CHECK(memory != nullptr, "embedding_bag_backward: no memory for a gradient of ", bytes, " bytes");
+  advise_huge_pages(memory, bytes);
   const auto aligned = (reinterpret_cast<uintptr_t>(memory) + kAlign - 1) / kAlign * kAlign;
   return at::from_blob(reinterpret_cast<void*>(aligned), sizes, [memory](void*) { std::free(memory); }, options);
 }

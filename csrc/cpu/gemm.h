@@ -23,12 +23,7 @@
 #pragma once
 
 #include <ATen/Parallel.h>
-#include <c10/core/CPUAllocator.h>
 #include <c10/util/irange.h>
-
-#ifdef __linux__
-#include <sys/mman.h>
-#endif
 
 #include <algorithm>
 #include <atomic>
@@ -37,6 +32,7 @@
 #include <utility>
 #include <vector>
 
+#include "memory.h"
 #include "vector.h"
 
 namespace nlpkernels {
@@ -75,30 +71,6 @@ constexpr int64_t row_stride(int64_t columns) {
   constexpr int64_t line = 64 / sizeof(scalar);
   return (ceil_div(columns, line) | 1) * line;
 }
-
-// Asks for huge pages where new memory is large: fewer page faults when it is first written, and rows that are far
-// apart stay within reach of the address cache.
-inline void advise_huge_pages([[maybe_unused]] void* data, [[maybe_unused]] int64_t bytes) {
-#ifdef MADV_HUGEPAGE
-  constexpr uintptr_t page = 2 << 20;
-  const uintptr_t begin = (reinterpret_cast<uintptr_t>(data) + page - 1) & ~(page - 1);
-  const uintptr_t end = (reinterpret_cast<uintptr_t>(data) + bytes) & ~(page - 1);
-  if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
-#endif
-}
-
-// Memory for a kernel's own use, as aligned as a tensor's.
-template <typename scalar>
-class Scratch {
- public:
-  explicit Scratch(int64_t count) : storage_(c10::GetCPUAllocator()->allocate(count * sizeof(scalar))) {
-    advise_huge_pages(storage_.get(), count * sizeof(scalar));
-  }
-  scalar* data() const { return static_cast<scalar*>(storage_.get()); }
-
- private:
-  c10::DataPtr storage_;
-};
 
 // The panels, columns or values of k [begin, end).
 struct Slice {
