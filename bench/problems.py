@@ -19,13 +19,18 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
-from .workloads import RNNS, Workload, draw_indices, draw_lengths
+from .workloads import LARGE_MODES, RNNS, Workload, draw_indices, draw_lengths
 
 Results = dict[str, Tensor]
 GATES = {"rnn": 1, "gru": 3, "lstm": 4}
 PADDING = 0  # the row of padding_idx
 RATE = 0.1  # of the optimizers in modes with whole steps
-OPTIMIZERS = {"update": torch.optim.SGD, "sparse-sgd": torch.optim.SGD, "sparse-adam": torch.optim.SparseAdam}
+OPTIMIZERS = {
+    "dense-sgd": torch.optim.SGD,
+    "update": torch.optim.SGD,
+    "sparse-sgd": torch.optim.SGD,
+    "sparse-adam": torch.optim.SparseAdam,
+}
 
 
 class WrongResult(Exception):
@@ -305,8 +310,8 @@ class PoolProblem(Problem):
         return self.layer(kind, self.table if dtype is None else self.table[self.touched].to(dtype))
 
     def layer(self, kind: Any, table: Tensor, sparse: bool | None = None) -> torch.nn.Module:
-        """Where it is updated over a copy of the table, with sparse gradients unless told otherwise."""
-        sparse = self.mode in ("sparse", *OPTIMIZERS) if sparse is None else sparse
+        """Where it is updated over a copy of the table; the mode says of which kind gradients are, unless it is told."""
+        sparse = self.mode in ("sparse", *LARGE_MODES) if sparse is None else sparse
         options: dict[str, Any] = {"freeze": not self.train, "sparse": sparse}
         table = table.clone() if self.mode in OPTIMIZERS else table
         idiom = kind.__name__ == "Embedding"
@@ -409,18 +414,20 @@ class PoolProblem(Problem):
         forward = touched + self.flat.nbytes + self.gradient.nbytes
         if self.mode == "inference":
             return forward
-        if self.mode in OPTIMIZERS:
+        backward = self.flat.nbytes + self.gradient.nbytes
+        if self.mode in LARGE_MODES:
             states = 2 if self.mode == "sparse-adam" else 0
-            return forward + self.flat.nbytes + self.gradient.nbytes + (1 + 2 * states) * touched
-        written = touched if self.mode == "sparse" else self.table.nbytes
-        return forward + self.flat.nbytes + self.gradient.nbytes + written
+            return forward + backward + (1 + 2 * states) * touched
+        if self.mode == "dense-sgd":  # the gradient is filled and read, the table read and written
+            return forward + backward + 4 * self.table.nbytes
+        return forward + backward + (touched if self.mode == "sparse" else self.table.nbytes)
 
     @staticmethod
     def memory(case: Case) -> int:
         work, size = case.workload, case.dtype.itemsize
         table = work.V * work.D * size
         gathered = work.B * work.L * work.D * (size + 8)
-        tables = {"train": 3, "update": 5, "sparse-sgd": 3, "sparse-adam": 7}
+        tables = {"train": 3, "dense-sgd": 5, "update": 5, "sparse-sgd": 3, "sparse-adam": 7}
         return table * tables.get(case.mode, 1) + 2 * gathered + work.V * 16
 
 

@@ -241,7 +241,12 @@ PACKAGES = {OURS: "nlpkernels", "onnxruntime": "onnxruntime", "openvino": "openv
 BAG_ONLY = ("idiom", "idiom-compile", "fbgemm")  # an Embedding and a mean: as a subject of its own, that is `torch`
 
 # Who makes a whole step with an optimizer; `dense` does nothing else.
-STEPS = {"update": (OURS, "torch", "dense", "fbgemm"), "sparse-sgd": (OURS, "torch"), "sparse-adam": (OURS, "torch")}
+STEPS = {
+    "dense-sgd": (OURS, "torch"),
+    "update": (OURS, "torch", "dense", "fbgemm"),
+    "sparse-sgd": (OURS, "torch"),
+    "sparse-adam": (OURS, "torch"),
+}
 
 
 def concerned(name: str, kind: str, mode: str) -> bool:

@@ -28,6 +28,7 @@ MODES = {
     "train": "training step",
     "sparse": "training step, sparse gradient",
     "update": "training step with SGD",
+    "dense-sgd": "dense gradient and torch's SGD",
     "sparse-sgd": "sparse gradient and torch's SGD",
     "sparse-adam": "sparse gradient and torch's SparseAdam",
 }

@@ -14,9 +14,11 @@ import numpy as np
 RNNS = ("rnn", "gru", "lstm")
 RECURRENT_MODES = ("inference", "train")
 POOL_MODES = ("inference", "train", "sparse")  # train: a dense gradient; sparse: a sparse one
-# Whole training steps, where a table is large. update: with SGD, however that is best done; the others: with a sparse
-# gradient and an optimizer of torch.optim, for which uses of a row have to be summed, in the layer or by the optimizer.
-STEP_MODES = ("update", "sparse-sgd", "sparse-adam")
+# Whole training steps. update: with SGD, however that is best done; the others: with a gradient of that kind and an
+# optimizer of torch.optim, which reads all of a dense one, and for which a sparse one's uses of a row have to be summed,
+# in the layer or by the optimizer.
+LARGE_MODES = ("update", "sparse-sgd", "sparse-adam")
+STEP_MODES = ("dense-sgd", *LARGE_MODES)
 
 
 @dataclass(frozen=True)
@@ -132,14 +134,17 @@ CELLS = (
 BAGS = (
     _pool(
         "bag", "news topics", "PyTorch's text classification tutorial on AG_NEWS, with offsets",
-        V=95_811, D=64, B=64, L=60, draw="words", ragged=True,
+        V=95_811, D=64, B=64, L=60, draw="words", ragged=True, modes=(*POOL_MODES, "dense-sgd"),
     ),
     _pool(
         "bag", "reviews", "deep averaging network (Iyyer et al., 2015) on IMDb, padded",
-        V=25_000, D=300, B=32, L=256, draw="words", padding=True,
+        V=25_000, D=300, B=32, L=256, draw="words", padding=True, modes=(*POOL_MODES, "dense-sgd"),
     ),
     _pool("bag", "query", "four short queries, a small vocabulary", V=8_000, D=50, B=4, L=25, draw="words"),
-    _pool("bag", "GloVe", "glove.6B.100d: 400,000 words", V=400_000, D=100, B=128, L=50, draw="words"),
+    _pool(
+        "bag", "GloVe", "glove.6B.100d: 400,000 words", V=400_000, D=100, B=128, L=50, draw="words",
+        modes=(*POOL_MODES, "dense-sgd"),
+    ),
     _pool(
         "bag", "fastText", "crawl-300d-2M: two million words of 300", V=2_000_000, D=300, B=64, L=40, draw="words",
         modes=("inference", "sparse"),
@@ -150,11 +155,11 @@ BAGS = (
     ),
     _pool(
         "bag", "recommender", "items of a user's history, two million of them: what an update costs beside the table",
-        V=2_000_000, D=64, B=512, L=25, draw="words", modes=("inference", "sparse", *STEP_MODES),
+        V=2_000_000, D=64, B=512, L=25, draw="words", modes=("inference", "sparse", *LARGE_MODES),
     ),
     _pool(
         "bag", "small recommender", "the same from a hundredth of the items: an update's cost should not differ much",
-        V=20_000, D=64, B=512, L=25, draw="words", modes=STEP_MODES,
+        V=20_000, D=64, B=512, L=25, draw="words", modes=LARGE_MODES,
     ),
 )
 
