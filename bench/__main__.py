@@ -154,7 +154,9 @@ def expected_seconds(case: Case, plan: Plan) -> float:
     idle = ("onnxruntime", "openvino") * case.train + ("compile",) * (work.kind == "sequence")
     providers = sum(concerned(name, work.kind, case.mode) and name not in idle for name in plan.providers)
     calls = 6 * max(1, providers)  # a check, its memory, an estimate, and three rounds
-    once = (3 if case.train else 1) * flops / rate + (case.mode in ("train", "dense-sgd", "update")) * work.V * work.D * 4 / 1e9
+    once = (3 if case.train else 1) * flops / rate + (
+        case.mode in ("train", "dense-sgd", "update")
+    ) * work.V * work.D * 4 / 1e9
     return 0.6 + max(plan.effort.seconds, calls * once)
 
 

@@ -15,8 +15,8 @@ RNNS = ("rnn", "gru", "lstm")
 RECURRENT_MODES = ("inference", "train")
 POOL_MODES = ("inference", "train", "sparse")  # train: a dense gradient; sparse: a sparse one
 # Whole training steps. update: with SGD, however that is best done; the others: with a gradient of that kind and an
-# optimizer of torch.optim, which reads all of a dense one, and for which a sparse one's uses of a row have to be summed,
-# in the layer or by the optimizer.
+# optimizer of torch.optim, which reads all of a dense one, and for which uses of a row have to be summed in a sparse
+# one, by the layer or by the optimizer.
 LARGE_MODES = ("update", "sparse-sgd", "sparse-adam")
 STEP_MODES = ("dense-sgd", *LARGE_MODES)
 

@@ -27,6 +27,7 @@ OF_CPU_KERNELS = (
     "test_bits_depend_on_neither",
     "test_bits_of_few_sequences",
     "test_bits_in_a_ragged_batch",
+    "test_bits_of_a_step",
     "test_other_instruction_sets",
     "test_instruction_set",
     "test_long_sums_are_exact",

@@ -360,6 +360,19 @@ def test_cells_match_torch(kind: str, dtype: torch.dtype, batch: tuple[int, ...]
         assert_as_exact(*runs, names=[f"result {i}" for i in range(len(runs[0]))])
 
 
+@pytest.mark.parametrize("kind", CELLS)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+def test_bits_of_a_step(kind: str, dtype: torch.dtype) -> None:
+    """Those of each sequence alone, however many rows make up a tile, or a block of tiles."""
+    name, own = CELLS[kind]
+    cell = getattr(nlpkernels, name)(165, 50, **own, dtype=dtype)
+    x = torch.randn(90, 165, dtype=dtype)
+    alone = [torch.cat(outputs) for outputs in zip(*(tensors(cell(row)) for row in x.split(1)), strict=True)]
+    for batch in (*range(2, 16), 90):
+        together = tensors(cell(x[:batch]))
+        assert all(torch.equal(got, expected[:batch]) for got, expected in zip(together, alone, strict=True)), batch
+
+
 def make(name: str, library: Any, *args: Any, **options: Any) -> nn.Module:
     torch.manual_seed(5)
     return getattr(library, name)(*args, **options)
