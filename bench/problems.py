@@ -310,7 +310,7 @@ class PoolProblem(Problem):
         return self.layer(kind, self.table if dtype is None else self.table[self.touched].to(dtype))
 
     def layer(self, kind: Any, table: Tensor, sparse: bool | None = None) -> torch.nn.Module:
-        """Where it is updated over a copy of the table; the mode says of which kind gradients are, unless it is told."""
+        """Where it is updated over a copy of the table; the mode says which gradients it has, unless told."""
         sparse = self.mode in ("sparse", *LARGE_MODES) if sparse is None else sparse
         options: dict[str, Any] = {"freeze": not self.train, "sparse": sparse}
         table = table.clone() if self.mode in OPTIMIZERS else table
