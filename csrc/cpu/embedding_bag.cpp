@@ -4,8 +4,8 @@
 // sums that are in registers: kGroup rows, all their columns or, of wide ones, up to kBlock vectors at a time. The
 // error of a sum of n rows thus grows with sqrt(kGroup + n / kGroup). The loop over bags is compiled for every number
 // of vectors, so that the next bag's rows are on their way while a short bag's end (12,800 rows of 256 bytes, in bags
-// of 25: 0.8 of the time). The row that comes some indices later, in whichever bag, is asked for (Ahead). Only its first
-// bytes: of rows that are in a cache already, as frequent words' are, every line asked for costs time.
+// of 25: 0.8 of the time). The row that comes some indices later, in whichever bag, is asked for (Ahead). Only its
+// first bytes: of rows that are in a cache already, as frequent words' are, every line asked for costs time.
 //
 // Backward: uses are sorted by row (radix sort of keys of 4 or 8 bytes, as many bits as the table needs; the bag stands
 // in the key, so that neither a table of bags nor a division is needed), and a thread takes whole rows. Every gradient
@@ -703,10 +703,10 @@ struct Written {
   }
 };
 
-// Zeros, in huge pages where there are many: a system that clears them 4 KiB at a time takes longer over a large gradient
-// than all else of a training step (152 MB, step of SGD included: 41 ms, with huge pages 18; a copy takes 4). Beyond what
-// malloc keeps for itself, memory comes from the system, as zeros that take up nothing until they are written: then only
-// pages with rows in use cost anything.
+// Zeros, in huge pages where there are many: a system that clears them 4 KiB at a time takes longer over a large
+// gradient than all else of a training step (152 MB, step of SGD included: 41 ms, with huge pages 18; a copy takes 4).
+// Beyond what malloc keeps for itself, memory comes from the system, as zeros that take up nothing until they are
+// written: then only pages with rows in use cost anything.
 Tensor lazy_zeros(at::IntArrayRef sizes, const at::TensorOptions& options) {
   constexpr size_t kLarge = size_t(32) << 20, kAlign = 64;
   const size_t bytes = c10::multiply_integers(sizes) * options.dtype().itemsize();
