@@ -19,6 +19,7 @@ from rich.table import Table
 
 from .measure import Row
 from .providers import OURS, PROVIDERS
+from .workloads import STEP_MODES
 
 CASE = ["subject", "workload", "kind", "cell", "mode", "shape", "dtype", "device", "clock", "threads"]
 PLACE = ["device", "dtype", "clock"]  # what one table, or one set of plots, is about
@@ -247,9 +248,13 @@ def _title(frame: pd.DataFrame, what: str) -> str:
 
 
 def plot_ratios(frame: pd.DataFrame) -> Figure | None:
-    """For each workload how much longer each peer takes, with its spread; one panel for each mode."""
+    """For each workload how much longer each peer takes, with its spread; one panel for each mode.
+
+    Whole steps with an optimizer are left to the tables: few workloads have them.
+    """
     work = ["subject", "workload", "kind", "cell"]
     good = frame[(frame.status == "ok") & (frame.provider != OURS) & frame.ratio.notna()]
+    good = good[~good["mode"].isin(STEP_MODES)]
     if not len(good):
         return None
     modes = [mode for mode in MODES if (good["mode"] == mode).any()]
