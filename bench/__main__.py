@@ -154,9 +154,8 @@ def expected_seconds(case: Case, plan: Plan) -> float:
     idle = ("onnxruntime", "openvino") * case.train + ("compile",) * (work.kind == "sequence")
     providers = sum(concerned(name, work.kind, case.mode) and name not in idle for name in plan.providers)
     calls = 6 * max(1, providers)  # a check, its memory, an estimate, and three rounds
-    once = (3 if case.train else 1) * flops / rate + (
-        case.mode in ("train", "dense-sgd", "update")
-    ) * work.V * work.D * 4 / 1e9
+    dense_bytes = 4 * work.V * work.D * (case.mode in ("train", "dense-sgd", "update"))
+    once = (3 if case.train else 1) * flops / rate + dense_bytes / 1e9
     return 0.6 + max(plan.effort.seconds, calls * once)
 
 

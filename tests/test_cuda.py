@@ -203,11 +203,19 @@ def test_torchs_lookup_is_told_of_wrong_indices(monkeypatch: pytest.MonkeyPatch)
 # --- The check of indices ---------------------------------------------------------------------------------------------
 
 
-def test_wrong_indices_may_be_raised_later(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """They add nothing, and the next call raises."""
-    device = "cpu" if request.config.getoption("emulated_cuda") else "cuda"
-    if device == "cuda" and not (torch.cuda.is_available() and _ops.USES_CUDA_KERNELS):
+@pytest.fixture
+def kernels(request: pytest.FixtureRequest) -> str:
+    """The device whose tensors csrc/cuda serves."""
+    if request.config.getoption("emulated_cuda"):
+        return "cpu"
+    if not (torch.cuda.is_available() and _ops.USES_CUDA_KERNELS):
         pytest.skip("no CUDA kernels")
+    return "cuda"
+
+
+def test_wrong_indices_may_be_raised_later(kernels: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They add nothing, and the next call raises."""
+    device = kernels
     monkeypatch.setenv("NLPKERNELS_CUDA_CHECK", "later")
     ours = nlpkernels.EmbeddingBag(10, 4, mode="sum", device=device)
     right, wrong = torch.tensor([[1, 2]], device=device), torch.tensor([[1, 2, 99]], device=device)
@@ -223,13 +231,9 @@ def test_wrong_indices_may_be_raised_later(request: pytest.FixtureRequest, monke
         ours(right)
 
 
-def test_an_update_with_a_wrong_index_changes_nothing(
-    request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_update_with_a_wrong_index_changes_nothing(kernels: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Not even in the rows whose indices are right, although nobody has been told yet."""
-    device = "cpu" if request.config.getoption("emulated_cuda") else "cuda"
-    if device == "cuda" and not (torch.cuda.is_available() and _ops.USES_CUDA_KERNELS):
-        pytest.skip("no CUDA kernels")
+    device = kernels
     monkeypatch.setenv("NLPKERNELS_CUDA_CHECK", "later")
     ids, offsets = torch.arange(200, device=device) % 10, torch.tensor([0, 120], device=device)
     wrong_ids, wrong_offsets = ids.clone(), torch.tensor([1, 120], device=device)
@@ -273,16 +277,6 @@ def test_an_update_with_a_wrong_index_changes_nothing(
 
 
 # --- One kernel for all steps -----------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def kernels(request: pytest.FixtureRequest) -> str:
-    """The device whose tensors csrc/cuda serves."""
-    if request.config.getoption("emulated_cuda"):
-        return "cpu"
-    if not (torch.cuda.is_available() and _ops.USES_CUDA_KERNELS):
-        pytest.skip("no CUDA kernels")
-    return "cuda"
 
 
 PERSISTENT = "NLPKERNELS_CUDA_PERSISTENT"
