@@ -53,6 +53,7 @@ constexpr int64_t kDotBytes = INT64_MAX;  // without gain
 template <typename scalar>
 NLPKERNELS_INLINE void add_lanes(const Vectorized<scalar>& a, const Vectorized<scalar>& b, const Vectorized<scalar>& c,
                                  const Vectorized<scalar>& d, scalar* sums) {
+#if defined(CPU_CAPABILITY_AVX512) || defined(CPU_CAPABILITY_AVX2)
   if constexpr (std::is_same_v<scalar, float>) {
 #if defined(CPU_CAPABILITY_AVX512)
     const auto pairs = [](__m512 x, __m512 y) {
@@ -62,14 +63,13 @@ NLPKERNELS_INLINE void add_lanes(const Vectorized<scalar>& a, const Vectorized<s
     const __m512 fours =
         _mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(ab, cd)), _mm512_castpd_ps(_mm512_unpackhi_pd(ab, cd)));
     const __m256 abcd = _mm256_add_ps(_mm512_castps512_ps256(fours), _mm512_extractf32x8_ps(fours, 1));
-    _mm_store_ps(sums, _mm_add_ps(_mm256_castps256_ps128(abcd), _mm256_extractf128_ps(abcd, 1)));
-    return;
-#elif defined(CPU_CAPABILITY_AVX2)
+#else
     const __m256 abcd = _mm256_hadd_ps(_mm256_hadd_ps(a, b), _mm256_hadd_ps(c, d));
+#endif
     _mm_store_ps(sums, _mm_add_ps(_mm256_castps256_ps128(abcd), _mm256_extractf128_ps(abcd, 1)));
     return;
-#endif
   }
+#endif
   const auto add = [](const Vectorized<scalar>& vector) {
     constexpr int size = Vectorized<scalar>::size();
     alignas(64) scalar lanes[size];
