@@ -10,6 +10,7 @@ import pickle
 from functools import partial
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from tolerances import FEW, FLOOR, assert_as_exact, relative_error
@@ -619,6 +620,40 @@ def test_sparse_gradients_sorted_by_several_threads(rows: int, weighted: bool, r
         assert torch.equal(gradient.indices()[0], touched)
         assert torch.equal(gradient.values(), found[0].values())
     assert relative_error(found[0].values(), expected) <= FEW[torch.float32]
+
+
+def in_order(ids: Tensor, terms: Tensor) -> tuple[Tensor, Tensor]:
+    """The rows in use, and for each the sum of its terms: one after the other, 64 at a time, then of these sums."""
+    rows, place = np.unique(ids.numpy(), return_inverse=True)
+    order = np.argsort(place, kind="stable")
+    starts = np.searchsorted(place[order], np.arange(len(rows)))
+    group = np.empty(len(place), np.int64)
+    group[order] = (np.arange(len(place)) - starts[place[order]]) // 64
+    sums = np.zeros((group.max(initial=0) + 1, len(rows), terms.shape[1]), np.float32)
+    np.add.at(sums, (group, place), terms.numpy())
+    return torch.from_numpy(rows), torch.from_numpy(np.add.accumulate(sums)[-1])
+
+
+@pytest.mark.parametrize("uses", [1, 63, 64, 65, 300, 2_500, 20_000])
+@pytest.mark.parametrize("rows", [5_000, 3_000_000], ids=["short keys", "long keys"])
+@pytest.mark.parametrize("draw", ["words", "uniform"])
+def test_gradients_are_summed_in_order(draw: str, rows: int, uses: int, restored_threads: None) -> None:
+    """The same bits as sums in the order of the indices, whatever the rows, their number and that of the threads."""
+    ids = torch.randint(rows, (uses,))
+    if draw == "words":  # of which a few are most of a text
+        ids = torch.exp(torch.rand(uses, dtype=torch.float64).square() * math.log(rows)).long().clamp_(max=rows - 1)
+    weight, grad = torch.zeros(rows, 3, requires_grad=True), torch.randn(uses, 3)
+    expected = in_order(ids, grad)
+    for bags in (ids.unsqueeze(1), ids.int().unsqueeze(1), ids.reshape(1, uses)):
+        terms = grad[: len(bags)]
+        if len(bags) < uses:
+            expected = in_order(ids, terms.expand(uses, 3))
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            output = functional.embedding_bag(bags, weight, mode="sum", sparse=True)
+            (found,) = torch.autograd.grad(output, weight, terms)
+            assert torch.equal(found.indices()[0], expected[0])
+            assert torch.equal(found.values(), expected[1])
 
 
 OPTIONS: list[dict[str, Any]] = [

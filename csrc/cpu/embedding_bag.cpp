@@ -7,12 +7,12 @@
 // of 25: 0.8 of the time). The row that comes some indices later, in whichever bag, is asked for (Ahead). Only its
 // first bytes: of rows that are in a cache already, as frequent words' are, every line asked for costs time.
 //
-// Backward: uses are sorted by row (radix sort of keys of 4 or 8 bytes, as many bits as the table needs; the bag stands
-// in the key, so that neither a table of bags nor a division is needed), and a thread takes whole rows. Every gradient
-// row is written once, by one thread, its terms added in the order of the indices: no atomics, and the same bits for
-// any number of threads. The sorted rows are the coalesced sparse gradient as they are, and what an optimizer's step
-// fused into backward (embedding_bag_update) goes over: rows of the table are asked for as in the forward pass, but to
-// be written, which takes them from the other cores' caches, and kTogether at a time.
+// Backward: uses are sorted by row (radix sort of keys of 4 or 8 bytes, as many bits as the table needs, frequent words
+// first; the bag stands in the key, so that neither a table of bags nor a division is needed), and a thread takes whole
+// rows. Every gradient row is written once, by one thread, its terms added in the order of the indices: no atomics, and
+// the same bits for any number of threads. The sorted rows are the coalesced sparse gradient as they are, and what an
+// optimizer's step fused into backward (embedding_bag_update) goes over: rows of the table are asked for as in the
+// forward pass, but to be written, which takes them from the other cores' caches, and kTogether at a time.
 #include <ATen/Dispatch.h>
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
@@ -482,27 +482,32 @@ class SortedUses {
  private:
   static constexpr int kDigit = 11;           // bits, at most
   static constexpr int64_t kShare = 1 << 12;  // keys that a thread takes at least
+  static constexpr int64_t kFewKeys = 64;     // too few for counters
+  // Keys that are sorted in the time that it takes to count with one more digit.
+  static constexpr double kKeysOfDigit = 1;
 
   template <typename Key>
   struct Share {  // of a thread
     Key *keys, *end;
     // Of both halves, each with counters of its own: a frequent digit's next key would wait for its counter.
-    std::array<std::array<uint32_t, 2>, 1 << kDigit> place;
+    std::array<std::array<uint32_t, 2>, (1 << kDigit) + 1> place;
 
-    template <typename Body>
-    void for_each_key(int low, Key mask, const Body& body) {
+    // Calls body(key, place[digit_of(key)]), by value, as what they hold stays in registers then.
+    template <typename Digit, typename Body>
+    NLPKERNELS_INLINE void for_each_key(Digit digit_of, Body body) {
       const int64_t half = (end - keys) / 2;
+      const Key *const one = keys, *const other = keys + half;
       for (int64_t i = 0; i < half; ++i) {
-        body(keys[i], place[keys[i] >> low & mask][0]);
-        body(keys[half + i], place[keys[half + i] >> low & mask][1]);
+        body(one[i], place[digit_of(one[i])][0]);
+        body(other[i], place[digit_of(other[i])][1]);
       }
-      if (keys + 2 * half < end) body(end[-1], place[end[-1] >> low & mask][1]);
+      if (other + half < end) body(other[half], place[digit_of(other[half])][1]);
     }
   };
 
-  // Keys of a row and its use, in the order of the rows: a stable sort, a digit at a time.
+  // Keys of a row and its use, in the order of the rows.
   template <typename Key, typename Checked>
-  void sort(const Checked& indices, const Bags& bags, int64_t padding_idx) {
+  void sort(const Checked& checked, const Bags& bags, int64_t padding_idx) {
     const int64_t total = bags.total();
     auto keys = room<Key>(total), buffer = room<Key>(total);
     if (wants_positions_) bag_of_ = room<uint32_t>(total);
@@ -514,72 +519,151 @@ class SortedUses {
     };
     const int64_t count = shares.size();
     const int shift = shift_;
-    uint32_t* const bag_of = bag_of_.get();
     for_each_share([&](int64_t i, Share<Key>& share) {
       const int64_t first = bags.count() * i / count, last = bags.count() * (i + 1) / count;
       share.keys = keys.get() + (first < bags.count() ? bags.begin(first) : total);
-      Key* end = share.keys;
-      for (int64_t bag = first; bag < last; ++bag) {
-        for (int64_t position = bags.begin(bag), past = bags.end(bag); position < past; ++position) {
-          const int64_t row = indices[position];
-          if (bag_of != nullptr) bag_of[position] = bag;
-          *end = static_cast<Key>(row) << shift | static_cast<Key>(bag_of != nullptr ? position : bag);
-          end += row != padding_idx;
-        }
-      }
-      share.end = end;
+      share.end = bag_of_ == nullptr ? add_keys<false>(checked, bags, first, last, padding_idx, share.keys)
+                                     : add_keys<true>(checked, bags, first, last, padding_idx, share.keys);
     });
     for (const Share<Key>& share : shares) uses_ += share.end - share.keys;
-
-    // The keys rise as they come but for the rows, so that any sort of them is stable.
-    if (total < 128) {
-      std::sort(shares[0].keys, shares[0].end);
-    } else {
-      const int passes = (row_bits_ + kDigit - 1) / kDigit,
-                digit_bits = passes == 0 ? 0 : (row_bits_ + passes - 1) / passes;
-      const Key mask = (Key(1) << digit_bits) - 1;
-      for (int pass = 0; pass < passes; ++pass) {
-        const int low = shift + pass * digit_bits;
-        for_each_share([&](int64_t, Share<Key>& share) {
-          std::fill_n(share.place.begin(), mask + 1, std::array<uint32_t, 2>{});
-          share.for_each_key(low, mask, [](Key, uint32_t& counter) { ++counter; });
-        });
-        uint32_t before = 0;
-        for (Key digit = 0; digit <= mask; ++digit) {
-          for (Share<Key>& share : shares) {
-            for (uint32_t& counter : share.place[digit]) before += std::exchange(counter, before);
-          }
-        }
-        for_each_share([&](int64_t, Share<Key>& share) {
-          share.for_each_key(low, mask, [&](Key key, uint32_t& next) { buffer[next++] = key; });
-        });
-        keys.swap(buffer);
-        for (const auto i : c10::irange(count)) {
-          shares[i].keys = keys.get() + uses_ * i / count;
-          shares[i].end = keys.get() + uses_ * (i + 1) / count;
-        }
-      }
-    }
-
     low_ = room<uint32_t>(uses_);
     start_ = room<uint32_t>(uses_ + 1);
-    rows_ = room<int64_t>(uses_);
-    const Key* sorted = keys.get();
-    uint32_t *low = low_.get(), *end = start_.get();
-    int64_t* row = rows_.get();
-    const int64_t uses = uses_;
-    const Key mask = (Key(1) << shift) - 1;
-    Key previous = uses == 0 ? 0 : sorted[0] >> shift;
-    *end = 0;
-    for (int64_t i = 0; i < uses; ++i) {  // without a branch that nobody could predict
-      const Key next = sorted[i] >> shift;
-      low[i] = static_cast<uint32_t>(sorted[i] & mask);
-      row += next != previous;
-      end += next != previous;
-      *row = previous = next;
-      end[1] = i + 1;
+    rows_ = room<int64_t>(uses_ + 1);
+    start_[0] = 0;
+
+    // The keys rise as they come but for the rows, so that any sort of them is stable.
+    if (total < kFewKeys) {
+      std::sort(shares[0].keys, shares[0].end);
+      return add_sorted(keys.get(), keys.get() + uses_);
     }
-    count_ = uses_ == 0 ? 0 : row + 1 - rows_.get();
+    // Sorts the shares' keys by a digit, which is below `digits`, to the places that they have in buffer from `begin`
+    // on, and makes that the keys. Returns where those of the last digit begin.
+    const auto sort_by = [&](int64_t begin, Key digits, const auto& digit_of) {
+      for_each_share([&](int64_t, Share<Key>& share) {
+        std::fill_n(share.place.begin(), digits, std::array<uint32_t, 2>{});
+        share.for_each_key(digit_of, [](Key, uint32_t& counter) { ++counter; });
+      });
+      uint32_t before = begin, begin_of_last = begin;
+      for (Key digit = 0; digit < digits; ++digit) {
+        begin_of_last = before;
+        for (Share<Key>& share : shares) {
+          for (uint32_t& counter : share.place[digit]) before += std::exchange(counter, before);
+        }
+      }
+      for_each_share([&](int64_t, Share<Key>& share) {
+        share.for_each_key(digit_of, [to = buffer.get()](Key key, uint32_t& next) { to[next++] = key; });
+      });
+      keys.swap(buffer);
+      return begin_of_last;
+    };
+    const auto share_out = [&](int64_t begin) {
+      for (const auto i : c10::irange(count)) {
+        shares[i].keys = keys.get() + begin + (uses_ - begin) * i / count;
+        shares[i].end = keys.get() + begin + (uses_ - begin) * (i + 1) / count;
+      }
+    };
+    // Words are numbered by frequency, so that most uses may be of a table's first rows. One pass sorts these, each row
+    // being a digit of its own, and all other rows the last: 12,800 uses of two million words take 0.6 of the time.
+    int64_t begin = 0;
+    const int counted_bits = std::min(kDigit, bits(uses_) - 2);
+    if (row_bits_ > counted_bits && most_are_below(shares, Key(1) << (counted_bits + shift))) {
+      const Key rest = Key(1) << counted_bits;
+      begin = sort_by(0, rest + 1, [shift, rest](Key key) { return std::min(key >> shift, rest); });
+      share_out(begin);
+      add_counted(keys.get(), begin, rest, [&](Key row) { return shares.back().place[row][1]; });
+    }
+    // The others digit by digit.
+    const int passes = count_passes(uses_ - begin, count),
+              digit_bits = passes == 0 ? 0 : (row_bits_ + passes - 1) / passes;
+    const Key mask = (Key(1) << digit_bits) - 1;
+    for (int pass = 0; pass < passes; ++pass) {
+      const int low = shift + pass * digit_bits;
+      sort_by(begin, mask + 1, [low, mask](Key key) { return key >> low & mask; });
+      share_out(begin);
+    }
+    add_sorted(keys.get() + begin, keys.get() + uses_);
+  }
+
+  // The keys of some bags' uses; returns their end.
+  template <bool kPositions, typename Key, typename Checked>
+  Key* add_keys(const Checked& checked, const Bags& bags, int64_t first, int64_t last, int64_t padding_idx, Key* end) {
+    const Checked indices = checked;
+    const int shift = shift_;
+    uint32_t* const bag_of = bag_of_.get();
+    for (int64_t bag = first; bag < last; ++bag) {
+      const int64_t past = bags.end(bag);
+      for (int64_t position = bags.begin(bag); position < past; ++position) {
+        const int64_t row = indices[position];
+        if (kPositions) bag_of[position] = bag;
+        *end = static_cast<Key>(row) << shift | static_cast<Key>(kPositions ? position : bag);
+        end += row != padding_idx;
+      }
+    }
+    return end;
+  }
+
+  // How many digits rows are sorted by: wide ones take fewer passes over the keys, but more counters.
+  int count_passes(int64_t keys, int64_t shares) const {
+    int best = 0;
+    double least = 0;
+    for (int passes = (row_bits_ + kDigit - 1) / kDigit; passes <= row_bits_; ++passes) {
+      const double counters = (1 << (row_bits_ + passes - 1) / passes) * shares;
+      const double cost = passes * (keys + kKeysOfDigit * counters);
+      if (best == 0 || cost < least) {
+        best = passes;
+        least = cost;
+      }
+    }
+    return best;
+  }
+
+  // Whether most keys are less than `limit`, by a sample.
+  template <typename Key>
+  static bool most_are_below(const std::vector<Share<Key>>& shares, Key limit) {
+    constexpr int64_t kSample = 64;
+    int64_t below = 0;
+    for (const Share<Key>& share : shares) {
+      for (int64_t i = 0; i < kSample && share.keys < share.end; ++i) {
+        below += share.keys[(share.end - share.keys) * i / kSample] < limit;
+      }
+    }
+    return 2 * below > kSample * static_cast<int64_t>(shares.size());
+  }
+
+  // Adds the first uses, as sorted keys, of rows below `rows`, the uses of each of which end at end_of(row).
+  template <typename Key, typename EndOf>
+  void add_counted(const Key* keys, int64_t uses, int64_t rows, const EndOf& end_of) {
+    const Key mask = (Key(1) << shift_) - 1;
+    std::transform(keys, keys + uses, low_.get(), [mask](Key key) { return static_cast<uint32_t>(key & mask); });
+    uint32_t *start = start_.get(), before = 0;
+    int64_t *row_of = rows_.get(), count = 0;
+    for (int64_t row = 0; row < rows; ++row) {
+      const uint32_t end = end_of(row);
+      row_of[count] = row;
+      count += end != before;
+      start[count] = before = end;
+    }
+    count_ = count;
+  }
+
+  // Adds the next uses, as sorted keys, of other rows than those before.
+  template <typename Key>
+  void add_sorted(const Key* keys, const Key* keys_end) {
+    if (keys == keys_end) return;
+    const int64_t before = start_[count_], uses = keys_end - keys;
+    const int shift = shift_;
+    const Key mask = (Key(1) << shift) - 1;
+    uint32_t *low = low_.get() + before, *start = start_.get();
+    int64_t *row = rows_.get(), last = count_;
+    Key previous = keys[0] >> shift;
+    for (int64_t i = 0; i < uses; ++i) {  // without a branch that nobody could predict
+      const Key next = keys[i] >> shift;
+      low[i] = static_cast<uint32_t>(keys[i] & mask);
+      last += next != previous;
+      row[last] = previous = next;
+      start[last + 1] = before + i + 1;
+    }
+    count_ = last + 1;
   }
 
   const bool wants_positions_;
