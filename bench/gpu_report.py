@@ -98,17 +98,18 @@ def persistent(problem: Problem, case: Case) -> Prepared:
     """Ours with one kernel for all steps of a pass, in training of both; or Unsupported where one does not fit."""
     prepared = PROVIDERS[OURS](problem, case)
 
-    def call() -> Any:
+    def call(*batch: Any) -> Any:
         with switched("always"):
-            return prepared.call()
+            return prepared.call(*batch)
 
+    always = replace(prepared, call=call)
     try:
-        call()
+        always.first()
     except RuntimeError as error:
         if SWITCH not in str(error):
             raise
         raise Unsupported("does not fit on this device") from error
-    return replace(prepared, call=call)
+    return always
 
 
 def benchmark(output: Path, seconds: float) -> None:

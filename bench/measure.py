@@ -194,16 +194,16 @@ Clock = Callable[[Callable[[], Any], int], float]
 
 
 def capture(prepared: Prepared) -> Prepared:
-    """The same as a CUDA graph: one launch that replays all of a call's."""
+    """The same as a CUDA graph: one launch that replays all of a call's, with the first batch."""
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
         for _ in range(3):
-            prepared.call()
+            prepared.first()
     torch.cuda.current_stream().wait_stream(side)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        output = prepared.call()
+        output = prepared.first()
 
     def replay() -> Any:
         graph.replay()
@@ -253,7 +253,7 @@ def take_turns(
 
 def peak_memory(prepared: Prepared, device: str) -> float:
     """Bytes that a call takes above what stood before it, its results included (NaN where that can't be told)."""
-    call = prepared.call if prepared.alone is None else prepared.alone()
+    call = prepared.first if prepared.alone is None else prepared.alone()
     if device == "cuda":
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
@@ -305,7 +305,7 @@ def blank_row(case: Case, provider: str, status: str = "ok") -> Row:
 
 def check(prepared: Prepared, reference: Results, allowed: float, row: Row) -> None:
     """Calls once, notes in the row how far off that was, and raises if it was too far."""
-    row.error_vs_fp64 = distance(prepared.results(prepared.call()), reference)
+    row.error_vs_fp64 = distance(prepared.results(prepared.first()), reference)
     if row.error_vs_fp64 > allowed:
         raise WrongResult(f"off by {row.error_vs_fp64:.1e}, {allowed:.0e} is allowed")
 
@@ -345,7 +345,7 @@ def measure(
     with mode():
         clock = cuda_events if case.device == "cuda" else wall_clock
         samples, times = take_turns(
-            {name: prepared.call for name, prepared in ready.items()}, effort, clock, case.threads > 1
+            {name: prepared.in_turn() for name, prepared in ready.items()}, effort, clock, case.threads > 1
         )
     busy = neighbours.share()
     for name, taken in samples.items():

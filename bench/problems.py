@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import functools
 import io
+import itertools
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
@@ -24,6 +25,7 @@ from .workloads import LARGE_MODES, RNNS, Workload, draw_indices, draw_lengths
 Results = dict[str, Tensor]
 GATES = {"rnn": 1, "gru": 3, "lstm": 4}
 PADDING = 0  # the row of padding_idx
+BATCHES = 64  # of indices, which take turns
 RATE = 0.1  # of the optimizers in modes with whole steps
 OPTIMIZERS = {
     "dense-sgd": torch.optim.SGD,
@@ -56,10 +58,26 @@ class Case:
 
 @dataclass(frozen=True)
 class Bound:
-    """A module with its inputs: `call` is what is timed, `results` names what a call returned."""
+    """A module with its inputs: `call` is what is timed, `results` names what a call returned.
 
-    call: Callable[[], Any]
+    A call is given one of the `batches`, where there are any. They take turns, as in training: of one batch over and
+    over the rows would be in a cache and the branches known. Right results are known of the first one.
+    """
+
+    call: Callable[..., Any]
     results: Callable[[Any], Results]
+    batches: Sequence[tuple[Any, ...]] = ((),)
+
+    def first(self) -> Any:
+        """What a call with the first batch returns."""
+        return self.call(*self.batches[0])
+
+    def in_turn(self) -> Callable[[], Any]:
+        """A call that has the next batch each time, the first after the last."""
+        if len(self.batches) == 1:
+            return functools.partial(self.call, *self.batches[0])
+        call, turns = self.call, itertools.cycle(self.batches)
+        return lambda: call(*next(turns))
 
 
 class Problem(ABC):
@@ -79,7 +97,7 @@ class Problem(ABC):
         """The results in float64, from torch.nn: computed once, with every thread that torch was left with."""
         with torch.inference_mode(not self.train):
             bound = self.bind(self.module(torch.nn, torch.float64))
-            return {name: value.detach() for name, value in bound.results(bound.call()).items()}
+            return {name: value.detach() for name, value in bound.results(bound.first()).items()}
 
     @abstractmethod
     def module(self, library: ModuleType, dtype: torch.dtype | None = None) -> torch.nn.Module:
@@ -90,8 +108,8 @@ class Problem(ABC):
         """`module` with this problem's inputs; `run` is what is called in its stead, such as its compiled form."""
 
     @abstractmethod
-    def onnx(self) -> tuple[bytes, dict[str, np.ndarray], list[str]]:
-        """The model that torch.onnx makes of torch.nn's, with its inputs, and its outputs' names."""
+    def onnx(self) -> tuple[bytes, list[dict[str, np.ndarray]], list[str]]:
+        """The model that torch.onnx makes of torch.nn's, with its inputs for each batch, and its outputs' names."""
 
     @abstractmethod
     def onnx_results(self, outputs: list[np.ndarray]) -> Results:
@@ -222,17 +240,17 @@ class SequenceProblem(Problem):
         names = ("h", "c") if self.is_cell else ("y", "h", "c")
         return dict(zip(names, outputs, strict=False))
 
-    def onnx(self) -> tuple[bytes, dict[str, np.ndarray], list[str]]:
+    def onnx(self) -> tuple[bytes, list[dict[str, np.ndarray]], list[str]]:
         return self._onnx
 
     @functools.cached_property
-    def _onnx(self) -> tuple[bytes, dict[str, np.ndarray], list[str]]:
+    def _onnx(self) -> tuple[bytes, list[dict[str, np.ndarray]], list[str]]:
         inputs = {"x": self.padded}
         inputs |= {"lengths": self.lengths} if self.packed else {f"s{i}": value for i, value in enumerate(self.state)}
         count = (0 if self.is_cell else 1) + (2 if self.cell == "lstm" else 1)
         outputs = [f"o{i}" for i in range(count)]
         model = export(_Flat(self.module(torch.nn), self.packed is not None), inputs, outputs)
-        return model, {name: value.numpy() for name, value in inputs.items()}, outputs
+        return model, [{name: value.numpy() for name, value in inputs.items()}], outputs
 
     def onnx_results(self, outputs: list[np.ndarray]) -> Results:
         tensors = [torch.from_numpy(np.asarray(output)) for output in outputs]
@@ -278,6 +296,15 @@ class MeanOfEmbedding(torch.nn.Module):
         return rows.sum(1) / (x != PADDING).sum(1, keepdim=True)
 
 
+@dataclass(frozen=True)
+class Batch:
+    """The indices of some bags."""
+
+    matrix: Tensor  # [B, L], short bags filled up with row 0
+    flat: Tensor  # the same without the filling
+    offsets: Tensor
+
+
 class PoolProblem(Problem):
     """The mean of some rows of a table, for each bag: EmbeddingBag, or Embedding and a mean."""
 
@@ -292,17 +319,20 @@ class PoolProblem(Problem):
             rows.copy_(self.random(*rows.shape))
         table[PADDING] = 0
         self.table = table
-        matrix = draw_indices(work, work.B * work.L, self.rng).reshape(work.B, work.L)
+        # All batches have bags of the same lengths, in an order of their own: the same work.
         lengths = draw_lengths(work.B, work.L, self.rng) if self.masked else np.full(work.B, work.L)
-        self.rng.shuffle(lengths)
-        matrix[np.arange(work.L) >= lengths[:, None]] = PADDING
-        keep = matrix[np.arange(work.L) < lengths[:, None]]
-        self.matrix = torch.from_numpy(matrix).to(self.device)  # [B, L], short bags filled up with row 0
-        self.flat = torch.from_numpy(keep).to(self.device)  # the same without the filling
-        self.offsets = torch.from_numpy(np.concatenate([[0], np.cumsum(lengths)[:-1]])).to(self.device)
+        drawn = draw_indices(work, BATCHES * work.B * work.L, self.rng).reshape(BATCHES, work.B, work.L)
+        self.batches = [self._batch(matrix, self.rng.permutation(lengths)) for matrix in drawn]
+        self.flat = self.batches[0].flat
         self.gradient = self.random(work.B, work.D)
         # The reference needs the rows that are touched and no others: gigabytes of float64 otherwise.
         self.touched = torch.unique(torch.cat([self.flat, self.flat.new_zeros(1)]))
+
+    def _batch(self, matrix: np.ndarray, lengths: np.ndarray) -> Batch:
+        kept = np.arange(self.workload.L) < lengths[:, None]
+        offsets = np.concatenate([[0], np.cumsum(lengths)[:-1]])
+        arrays = (np.where(kept, matrix, PADDING), matrix[kept], offsets)
+        return Batch(*(torch.from_numpy(array).to(self.device) for array in arrays))
 
     def module(self, library: ModuleType, dtype: torch.dtype | None = None) -> torch.nn.Module:
         """With dtype given, a layer over the touched rows alone."""
@@ -331,24 +361,21 @@ class PoolProblem(Problem):
         weight = next(module.parameters())
         compact = weight.shape[0] != self.workload.V
         offsets = self.workload.ragged and not isinstance(module, MeanOfEmbedding)
-        inputs = [self.flat, self.offsets] if offsets else [self.matrix]
+        batches = [(batch.flat, batch.offsets) if offsets else (batch.matrix,) for batch in self.batches]
         if compact:
-            inputs[0] = torch.searchsorted(self.touched, inputs[0])
+            batches = [(torch.searchsorted(self.touched, batches[0][0]), *batches[0][1:])]
         gradient = self.gradient.to(weight.dtype)
 
-        def forward() -> Any:
-            return run(*inputs)
-
-        def step() -> Any:
-            output = forward()
+        def step(*inputs: Tensor) -> Any:
+            output = run(*inputs)
             return output, torch.autograd.grad(output, weight, gradient)
 
         if self.mode in OPTIMIZERS:
             steps = (optimizer or OPTIMIZERS[self.mode])(module.parameters(), lr=RATE)
 
-            def update() -> Any:
+            def update(*inputs: Tensor) -> Any:
                 steps.zero_grad()
-                output = forward()
+                output = run(*inputs)
                 output.backward(gradient)
                 steps.step()
                 return output
@@ -357,13 +384,13 @@ class PoolProblem(Problem):
                 rows = weight if compact else weight[self.touched]
                 return {"y": output, "rows after": rows.detach().clone()}
 
-            return Bound(update, updated)
+            return Bound(update, updated, batches)
 
         def results(value: Any) -> Results:
             output, gradients = value if self.train else (value, ())
             return {"y": output} | ({"grad weight": self.rows(gradients[0], compact)} if self.train else {})
 
-        return Bound(step if self.train else forward, results)
+        return Bound(step if self.train else run, results, batches)
 
     def rows(self, gradient: Tensor, compact: bool = False) -> Tensor:
         """The touched rows of a gradient, dense or sparse, after making sure that all others are zero."""
@@ -383,11 +410,11 @@ class PoolProblem(Problem):
             raise WrongResult("the gradient is not zero in rows that no index touched")
         return rows
 
-    def onnx(self) -> tuple[bytes, dict[str, np.ndarray], list[str]]:
+    def onnx(self) -> tuple[bytes, list[dict[str, np.ndarray]], list[str]]:
         return self._onnx
 
     @functools.cached_property
-    def _onnx(self) -> tuple[bytes, dict[str, np.ndarray], list[str]]:
+    def _onnx(self) -> tuple[bytes, list[dict[str, np.ndarray]], list[str]]:
         masked = self.masked
 
         class Model(torch.nn.Module):
@@ -397,8 +424,9 @@ class PoolProblem(Problem):
                 rows = torch.nn.functional.embedding(x, table)
                 return rows.sum(1) / (x != PADDING).sum(1, keepdim=True) if masked else rows.mean(1)
 
-        inputs = {"table": self.table, "x": self.matrix}
-        return export(Model(), inputs, ["y"]), {name: value.numpy() for name, value in inputs.items()}, ["y"]
+        table = self.table.numpy()
+        inputs = [{"table": table, "x": batch.matrix.numpy()} for batch in self.batches]
+        return export(Model(), {"table": self.table, "x": self.batches[0].matrix}, ["y"]), inputs, ["y"]
 
     def onnx_results(self, outputs: list[np.ndarray]) -> Results:
         return {"y": torch.from_numpy(np.asarray(outputs[0]))}
@@ -428,7 +456,8 @@ class PoolProblem(Problem):
         table = work.V * work.D * size
         gathered = work.B * work.L * work.D * (size + 8)
         tables = {"train": 3, "dense-sgd": 5, "update": 5, "sparse-sgd": 3, "sparse-adam": 7}
-        return table * tables.get(case.mode, 1) + 2 * gathered + work.V * 16
+        indices = 2 * BATCHES * work.B * work.L * 8
+        return table * tables.get(case.mode, 1) + 2 * gathered + indices + work.V * 16
 
 
 def make_problem(case: Case) -> Problem:

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from .problems import Bound, Case, PoolProblem, Problem, Results
 
@@ -29,11 +30,9 @@ class Unsupported(Exception):
 
 
 @dataclass(frozen=True)
-class Prepared:
+class Prepared(Bound):
     """A provider ready to run. `alone` gives a call that finds nothing kept from an earlier one, to measure memory."""
 
-    call: Callable[[], Any]
-    results: Callable[[Any], Results]
     alone: Callable[[], Callable[[], Any]] | None = None
 
 
@@ -53,7 +52,7 @@ def load(name: str) -> ModuleType:
 
 
 def _prepared(bound: Bound) -> Prepared:
-    return Prepared(bound.call, bound.results)
+    return Prepared(bound.call, bound.results, bound.batches)
 
 
 def nlpkernels(problem: Problem, case: Case) -> Prepared:
@@ -126,36 +125,47 @@ def _check_runtime(case: Case) -> None:
 def onnxruntime(problem: Problem, case: Case) -> Prepared:
     runtime = load("onnxruntime")
     _check_runtime(case)
-    model, inputs, outputs = problem.onnx()
+    model, batches, outputs = problem.onnx()
 
-    def session(arena: bool) -> tuple[Callable[[], Any], Any]:
+    def session(arena: bool) -> Any:
         options = runtime.SessionOptions()
         options.intra_op_num_threads, options.inter_op_num_threads = case.threads, 1
         options.log_severity_level = 3
         options.enable_cpu_mem_arena = arena
         # Its threads spin while a call lasts, and stop with it: else they would take the next provider's cores.
         options.add_session_config_entry("session.force_spinning_stop", "1")
-        made = runtime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+        return runtime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+
+    def bound_to(made: Any, batch: dict[str, np.ndarray]) -> Any:
         binding = made.io_binding()
-        for name, value in inputs.items():
+        for name, value in batch.items():
             binding.bind_cpu_input(name, np.ascontiguousarray(value))
         for name in outputs:
             binding.bind_output(name)
-        return lambda: made.run_with_iobinding(binding), binding
+        return binding
 
     def alone() -> Callable[[], Any]:
-        call, _ = session(arena=False)  # the arena is faster, but keeps what a call took, and so would hide it
-        call()
-        return call
+        made = session(arena=False)  # the arena is faster, but keeps what a call took, and so would hide it
+        binding = bound_to(made, batches[0])
+        made.run_with_iobinding(binding)
+        return lambda: made.run_with_iobinding(binding)
 
-    call, binding = session(arena=True)
-    return Prepared(call, lambda _: problem.onnx_results(binding.copy_outputs_to_cpu()), alone)
+    made = session(arena=True)
+
+    def call(binding: Any) -> Any:
+        made.run_with_iobinding(binding)
+        return binding
+
+    def results(binding: Any) -> Results:
+        return problem.onnx_results(binding.copy_outputs_to_cpu())
+
+    return Prepared(call, results, [(bound_to(made, batch),) for batch in batches], alone)
 
 
 def openvino(problem: Problem, case: Case) -> Prepared:
     runtime = load("openvino")
     _check_runtime(case)
-    model, inputs, outputs = problem.onnx()
+    model, batches, outputs = problem.onnx()
     core = runtime.Core()
     settings = {
         "PERFORMANCE_HINT": "LATENCY",
@@ -166,17 +176,24 @@ def openvino(problem: Problem, case: Case) -> Prepared:
     }
     compiled = core.compile_model(core.read_model(io.BytesIO(model)), "CPU", settings)
     request = compiled.create_infer_request()
-    for name, value in inputs.items():
-        request.set_tensor(name, runtime.Tensor(np.ascontiguousarray(value), shared_memory=True))
 
-    def call() -> Any:
+    def tensors(batch: dict[str, np.ndarray]) -> dict[str, Any]:
+        return {name: runtime.Tensor(np.ascontiguousarray(value), shared_memory=True) for name, value in batch.items()}
+
+    def call(batch: dict[str, Any]) -> Any:
+        for name, value in batch.items():
+            request.set_tensor(name, value)
         return request.infer(share_outputs=True)
 
     def alone() -> Callable[[], Any]:
         compiled.release_memory()
-        return call
+        return lambda: call(given[0])
 
-    return Prepared(call, lambda _: problem.onnx_results([request.get_tensor(name).data for name in outputs]), alone)
+    def results(_: Any) -> Results:
+        return problem.onnx_results([request.get_tensor(name).data for name in outputs])
+
+    given = [tensors(batch) for batch in batches]
+    return Prepared(call, results, [(batch,) for batch in given], alone)
 
 
 def fbgemm(problem: Problem, case: Case) -> Prepared:
@@ -198,7 +215,7 @@ def fbgemm(problem: Problem, case: Case) -> Prepared:
     rows, columns = problem.table.shape
     if columns % 4:
         raise Unsupported("needs a width that is a multiple of 4")
-    ends = torch.cat([problem.offsets, problem.offsets.new_tensor([len(problem.flat)])])
+    batches = [(b.flat, torch.cat([b.offsets, b.offsets.new_tensor([len(b.flat)])])) for b in problem.batches]
     if case.mode == "inference":
         kind, place = configs.SparseType.FP32, common.EmbeddingLocation.HOST
         layer = inference.IntNBitTableBatchedEmbeddingBagsCodegen(
@@ -208,22 +225,22 @@ def fbgemm(problem: Problem, case: Case) -> Prepared:
             device="cpu",
             weight_lists=[(problem.table.view(torch.uint8).reshape(rows, -1), None)],
         )
-        indices, ends = problem.flat.int(), ends.int()  # it has no other kernel
-        return Prepared(lambda: layer(indices, ends), lambda output: {"y": output.float()})
+        batches = [(indices.int(), ends.int()) for indices, ends in batches]  # it has no other kernel
+        return Prepared(layer, lambda output: {"y": output.float()}, batches)
     table = training.DenseTableBatchedEmbeddingBagsCodegen(
         [(rows, columns)], pooling_mode=common.PoolingMode.MEAN, use_cpu=True
     )
     with torch.no_grad():
         table.weights.copy_(problem.table.flatten())
 
-    def step() -> Any:
-        output = table(problem.flat, ends)
+    def step(indices: Tensor, ends: Tensor) -> Any:
+        output = table(indices, ends)
         return output, torch.autograd.grad(output, table.weights, problem.gradient)
 
     def results(value: Any) -> Results:
         return {"y": value[0], "grad weight": problem.rows(value[1][0].view(rows, columns))}
 
-    return Prepared(step, results)
+    return Prepared(step, results, batches)
 
 
 PROVIDERS: dict[str, Provider] = {

@@ -171,6 +171,53 @@ def test_providers_take_turns() -> None:
     assert all({rounds[i], rounds[i + 1]} == set(seconds) for i in range(0, len(rounds), 2))
 
 
+@pytest.mark.parametrize("mode", ["inference", "train"])
+def test_batches_take_turns(mode: str) -> None:
+    """A result is checked with the first batch, whose result is known; what is timed goes over all of them in turn."""
+    called: list[tuple[object, ...]] = []
+    made: list[Prepared] = []
+
+    def watched(problem: Problem, case: Case) -> Prepared:
+        prepared = providers.torch_eager(problem, case)
+
+        def call(*batch: object) -> object:
+            called.append(batch)
+            return prepared.call(*batch)
+
+        made.append(dataclasses.replace(prepared, call=call))
+        return made[0]
+
+    case = case_of(BAG, mode)
+    table = {OURS: providers.torch_eager, "watched": watched}
+    effort = measure.Effort(seconds=0, sample=0, rounds=3, most=3)
+    rows = measure.measure(case, make_problem(case), list(table), effort, FLOOR, table)
+    assert [row.status for row in rows] == ["ok", "ok"]
+    batches = made[0].batches
+    number = [next(i for i, (ids,) in enumerate(batches) if ids is given) for (given,) in called]
+    assert number[:2] == [0, 0]  # whether it is right, and how much memory it takes
+    assert number[2:] == list(range(len(number) - 2))
+    assert len(number) > 4
+    turns = made[0].in_turn()
+    called.clear()
+    for _ in range(len(batches) + 1):
+        turns()
+    assert called[0][0] is called[-1][0] is batches[0][0]
+    assert len({ids.data_ptr() for (ids,) in called}) == len(batches)
+
+
+@pytest.mark.parametrize("layout", ["ragged", "padding"])
+def test_batches_are_the_same_work(layout: str) -> None:
+    """Each has other rows, in bags of the same lengths; what is padded is what is ragged."""
+    work = dataclasses.replace(BAG, padding=layout == "padding", ragged=layout == "ragged")
+    first, *others = PoolProblem(case_of(work)).batches
+    lengths = (first.matrix != 0).sum(1)
+    for batch in others:
+        assert not torch.equal(batch.flat, first.flat)
+        assert torch.equal((batch.matrix != 0).sum(1).sort().values, lengths.sort().values)
+        assert torch.equal(batch.matrix[batch.matrix != 0], batch.flat)
+        assert torch.equal((batch.matrix != 0).sum(1), batch.offsets.diff(append=torch.tensor([len(batch.flat)])))
+
+
 @pytest.fixture
 def made_up() -> list[measure.Row]:
     """Rows of three cases: a win, a loss, and one where nlpkernels is wrong."""
