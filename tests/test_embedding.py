@@ -656,6 +656,28 @@ def test_gradients_are_summed_in_order(draw: str, rows: int, uses: int, restored
             assert torch.equal(found.values(), expected[1])
 
 
+@pytest.mark.parametrize("sparse", [False, True], ids=["dense", "sparse"])
+@pytest.mark.parametrize("columns", [5, 300, 7_000])
+def test_large_gradients(columns: int, sparse: bool, restored_threads: None) -> None:
+    """Of 14 MB, more than a cache is taken to hold: the same bits as sums in order, and zeros elsewhere."""
+    count = 14_000_000 // (4 * columns)
+    ids = torch.randperm(count)
+    ids[:300:2] = 3
+    ids = ids[: count if sparse else 2_000]
+    weight, grad = torch.zeros(count, columns, requires_grad=True), torch.randn(len(ids), columns)
+    rows, sums = in_order(ids, grad)
+    for threads in (1, 3):
+        torch.set_num_threads(threads)
+        output = functional.embedding(ids, weight, sparse=sparse)
+        (found,) = torch.autograd.grad(output, weight, grad)
+        if sparse:
+            assert torch.equal(found.indices()[0], rows)
+            assert torch.equal(found.values(), sums)
+        else:
+            assert torch.equal(found[rows], sums)
+            assert found.count_nonzero() == sums.count_nonzero()
+
+
 OPTIONS: list[dict[str, Any]] = [
     {},
     {"padding_idx": -2},

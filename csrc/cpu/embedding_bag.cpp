@@ -55,6 +55,8 @@ constexpr int kWhole = std::is_same_v<T, float> ? 14 : 0;
 #endif
 // How many rows ahead a row is asked for to be written.
 constexpr int64_t kAhead = 32;
+// A gradient of more bytes is taken not to be in a cache: its rows are asked for so many bytes before they are written.
+constexpr int64_t kCached = 12 << 20, kBytesAhead = 12 << 10;
 // Values that a thread takes at least.
 constexpr int64_t kGrain = 1 << 14;
 
@@ -770,14 +772,23 @@ struct Gradient {
   }
 };
 
-// Rows of a table to write; row(i) is where the i-th row in use stands.
+// Rows of a gradient to write; row(i) is where the i-th of `count` rows in use stands. Those of a large one are asked
+// for some rows ahead: 51,200 random rows of 512 bytes take 0.6 of the time on Zen 5, 0.9 on Sapphire Rapids.
 template <typename T, typename Row>
 struct Written {
   T* data;
-  int64_t columns;
+  int64_t columns, count, ahead = 0;
   Row row;
 
-  void begin(int64_t) const {}
+  Written(const Tensor& gradient, int64_t count_of_rows, const Row& place)
+      : data(gradient.mutable_data_ptr<T>()), columns(gradient.size(1)), count(count_of_rows), row(place) {
+    const int64_t bytes_of_row = columns * sizeof(T);
+    if (static_cast<int64_t>(gradient.nbytes()) > kCached) ahead = (kBytesAhead + bytes_of_row - 1) / bytes_of_row;
+  }
+
+  NLPKERNELS_INLINE void begin(int64_t i) const {
+    if (ahead > 0 && i + ahead < count) prefetch_row_to_write(destination(i + ahead), columns);
+  }
   T* destination(int64_t i) const { return data + row(i) * columns; }
   void done(int64_t) const {}
   void put(int64_t i, const T* gradient, acc_t<T> factor) const {
@@ -815,7 +826,7 @@ Tensor embedding_bag_backward(const Tensor& grad, int64_t num_embeddings, const 
   const Tensor dweight = lazy_zeros({num_embeddings, grad.size(1)}, grad.options());
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, grad.scalar_type(), "embedding_bag_backward", [&] {
     const auto row = [&](int64_t i) { return gradient.sorted.row(i); };
-    const Written<scalar_t, decltype(row)> rows{dweight.mutable_data_ptr<scalar_t>(), grad.size(1), row};
+    const Written<scalar_t, decltype(row)> rows(dweight, gradient.sorted.rows(), row);
     gradient.for_each_row<scalar_t>([&] { return rows; });
   });
   return dweight;
@@ -835,7 +846,7 @@ std::tuple<Tensor, Tensor> embedding_bag_sparse_backward(const Tensor& grad, int
   std::copy_n(sorted.rows_begin(), sorted.rows(), row_data);
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, grad.scalar_type(), "embedding_bag_backward", [&] {
     const auto row = [](int64_t i) { return i; };
-    const Written<scalar_t, decltype(row)> written{values.mutable_data_ptr<scalar_t>(), grad.size(1), row};
+    const Written<scalar_t, decltype(row)> written(values, sorted.rows(), row);
     gradient.for_each_row<scalar_t>([&] { return written; });
   });
   return {rows, values};
