@@ -656,6 +656,30 @@ def test_gradients_are_summed_in_order(draw: str, rows: int, uses: int, restored
             assert torch.equal(found.values(), expected[1])
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("columns", [113, 128, 129, 240, 256, 257, 320, 321, 700])
+def test_bags_of_wide_rows(columns: int, dtype: torch.dtype) -> None:
+    """Bags of 0 to 300 rows of which some are padding, about as many columns as are added in registers, and more: the
+    same bits as sums in order, rounded once."""
+    lengths = torch.tensor([0, 1, 3, 63, 64, 65, 130, 300, 2])
+    bag = torch.arange(len(lengths)).repeat_interleave(lengths)
+    ids, weight = torch.randint(50, (len(bag),)), torch.randn(50, columns).to(dtype)
+    ids[bag == len(lengths) - 1] = 5
+    output = functional.embedding_bag(ids, weight, lengths.cumsum(0) - lengths, mode="sum", padding_idx=5)
+    kept = ids != 5
+    if dtype == torch.float64:
+        exact = weight.new_zeros(len(lengths), columns).index_add_(0, bag[kept], weight[ids[kept]])
+        torch.testing.assert_close(output, exact)
+        return
+    expected = torch.zeros(len(lengths), columns)
+    for i, length in enumerate(lengths.tolist()):
+        start = int(lengths[:i].sum())
+        for group in ids[start : start + length].split(64):  # of 64 positions, with what does not count
+            used = group[group != 5]
+            expected[i] += in_order(torch.zeros_like(used), weight[used].float())[1].sum(0)
+    assert torch.equal(output, expected.to(dtype))
+
+
 @pytest.mark.parametrize("sparse", [False, True], ids=["dense", "sparse"])
 @pytest.mark.parametrize("columns", [5, 300, 7_000])
 def test_large_gradients(columns: int, sparse: bool, restored_threads: None) -> None:

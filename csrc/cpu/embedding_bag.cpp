@@ -44,15 +44,18 @@ namespace {
 
 // Rows that are added up together, vectors of columns in a block, and rows that an update asks for together.
 constexpr int kGroup = 64, kBlock = 8, kTogether = 16;
-// Vectors of columns of rows that are added whole, at most; for each number of them all loops are compiled anew, which
-// takes the compiler minutes if it is done for every type.
-#ifdef CPU_CAPABILITY_DEFAULT
-template <typename T>
-constexpr int kWhole = 0;
+// Vectors of columns of rows that are added whole, at most: 128 columns with AVX2, 320 with AVX-512, as many as there
+// are registers for. For each number of them all loops are compiled anew, which takes the compiler minutes if it is
+// done for every type.
+#if defined(CPU_CAPABILITY_AVX512)
+constexpr int kWholeFloats = 20;
+#elif defined(CPU_CAPABILITY_AVX2)
+constexpr int kWholeFloats = 16;
 #else
-template <typename T>
-constexpr int kWhole = std::is_same_v<T, float> ? 14 : 0;
+constexpr int kWholeFloats = 0;
 #endif
+template <typename T>
+constexpr int kWhole = std::is_same_v<T, float> ? kWholeFloats : 0;
 // How many rows ahead a row is asked for to be written.
 constexpr int64_t kAhead = 32;
 // A gradient of more bytes is taken not to be in a cache: its rows are asked for so many bytes before they are written.
@@ -202,6 +205,12 @@ NLPKERNELS_INLINE void with_constant(int64_t n, const Body& body) {
   body(std::integral_constant<int, kMost>());
 }
 
+// n zeros, of which none is set in a loop: GCC keeps what a loop of more than 16 turns goes over in memory.
+template <typename V, int... each>
+NLPKERNELS_INLINE std::array<V, sizeof...(each)> zeros(std::integer_sequence<int, each...>) {
+  return {(static_cast<void>(each), V(0))...};
+}
+
 // Sums of rows of `columns` values, each times a factor, added one after the other, in registers: kVectors are all
 // vectors of the columns, or 0 where these are more than kWhole. Of such rows, kGroup are added before the next block
 // of columns has its turn.
@@ -282,32 +291,30 @@ class RowSum {
     const int64_t size = n == 1 ? std::min(columns_, kSize) : kSize;  // of rows shorter than a vector
     const int64_t begin = slot * kSize, end = std::min(begin + (n - 1) * kSize, columns_ - size);
     const auto column = [&](int v) { return v == n - 1 ? end : begin + v * kSize; };
-    V total[n];
-#pragma GCC unroll 16
-    for (int v = 0; v < n; ++v) total[v] = V(0);
+    auto total = zeros<V>(std::make_integer_sequence<int, n>());
     // Always inline: as a call, from two places, it would have the sums in memory.
     each([&](const Term& next) __attribute__((always_inline)) {
       const T *row = next.row + begin, *row_end = next.row + end;
       const V factor(next.factor);
-#pragma GCC unroll 16
+#pragma GCC unroll 32
       for (int v = 0; v < n - 1; ++v) total[v] = at::vec::fmadd(load_vector(row + v * kSize), factor, total[v]);
       total[n - 1] = at::vec::fmadd(load_vector(row_end, size), factor, total[n - 1]);
     });
     if (!part.begins) {
-#pragma GCC unroll 16
+#pragma GCC unroll 32
       for (int v = 0; v < n; ++v) total[v] = V::loadu(sum + v * kSize) + total[v];
     }
     if (!part.ends) {
-#pragma GCC unroll 16
+#pragma GCC unroll 32
       for (int v = 0; v < n; ++v) total[v].store(sum + v * kSize);
       return;
     }
     if (part.is_mean) {
       const V divisor(static_cast<scalar>(std::max<int64_t>(1, counted)));
-#pragma GCC unroll 16
+#pragma GCC unroll 32
       for (int v = 0; v < n; ++v) total[v] = total[v] / divisor;
     }
-#pragma GCC unroll 16
+#pragma GCC unroll 32
     for (int v = 0; v < n; ++v) store_vector(out + column(v), total[v], size);
   }
 
