@@ -12,6 +12,7 @@ import os
 import platform
 import shlex
 import shutil
+import subprocess
 import sys
 import sysconfig
 from pathlib import Path
@@ -19,11 +20,24 @@ from pathlib import Path
 # ninja may be installed beside a Python whose environment is not activated.
 os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
 
+
+def knows(flags: list[str]) -> bool:
+    """Whether the compiler takes them."""
+    command = [*shlex.split(os.environ.get("CXX", "c++")), *flags, "-fsyntax-only", "-x", "c++", os.devnull]
+    try:
+        return subprocess.run(command, capture_output=True).returncode == 0
+    except OSError:  # there is none, which check_toolchain says
+        return False
+
+
 INSTRUCTION_SETS = {"default": ["-Wno-psabi"]}  # its vectors are passed to inlined functions only
 if platform.machine().lower() in ("x86_64", "amd64"):
     INSTRUCTION_SETS["avx2"] = ["-mavx2", "-mfma", "-mf16c"]
     INSTRUCTION_SETS["avx512"] = ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma", "-mf16c"]
     INSTRUCTION_SETS["avx512"] += ["-Wno-maybe-uninitialized", "-Wno-uninitialized"]  # of GCC's own AVX-512 header
+    INSTRUCTION_SETS["amx"] = [*INSTRUCTION_SETS["avx512"], "-mavx512bf16", "-mamx-tile", "-mamx-bf16"]
+    if not knows(INSTRUCTION_SETS["amx"]):  # GCC 11 and Clang 12 do
+        del INSTRUCTION_SETS["amx"]
 if only := os.environ.get("NLPKERNELS_BUILD_CPU"):  # for a check of something else
     INSTRUCTION_SETS = {only: INSTRUCTION_SETS[only]}
 
@@ -104,6 +118,11 @@ def sources(pattern: str) -> list[str]:
     return sorted(str(path) for path in Path("csrc").glob(pattern))
 
 
+def vectors(instruction_set: str) -> str:
+    """What torch's headers call the vectors of an instruction set."""
+    return "AVX512" if instruction_set == "amx" else instruction_set.upper()
+
+
 def extensions() -> list[CppExtension]:
     """One extension per library."""
     headers = sources("**/*.h") + sources("**/*.cuh")
@@ -115,8 +134,8 @@ def extensions() -> list[CppExtension]:
             depends=headers,
             extra_compile_args=[
                 *flags,
-                f"-DCPU_CAPABILITY={name.upper()}",
-                f"-DCPU_CAPABILITY_{name.upper()}",
+                f"-DCPU_CAPABILITY={vectors(name)}",
+                f"-DCPU_CAPABILITY_{vectors(name)}",
                 *instructions,
                 *LAST,
             ],

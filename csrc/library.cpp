@@ -13,6 +13,12 @@
 #include <torch/library.h>
 #include <torch/version.h>
 
+#if defined(__x86_64__) && defined(__linux__)
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
 #include <string>
 
 #include "autograd.h"
@@ -101,6 +107,24 @@ TORCH_LIBRARY(nlpkernels, m) {
       " int padding_idx, bool include_last_offset) -> Tensor");
 }
 
+namespace {
+
+// Whether this process may multiply tiles of bfloat16 (AMX), and vectors of it, which no processor with AMX lacks. A
+// process has to ask: the system then makes room for tiles where it keeps threads' registers.
+bool has_amx() {
+#if defined(__x86_64__) && defined(__linux__)
+  constexpr unsigned kAmxBf16 = 1u << 22, kAmxTile = 1u << 24;
+  constexpr int kAskForFeature = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM of asm/prctl.h, which old ones lack
+  unsigned a, b, c, d;
+  return __get_cpuid_count(7, 0, &a, &b, &c, &d) && (d & kAmxBf16) && (d & kAmxTile) &&
+         syscall(SYS_arch_prctl, kAskForFeature, kTileData) == 0;
+#else
+  return false;
+#endif
+}
+
+}  // namespace
+
 #ifndef NLPKERNELS_CUDA_ARCHS
 #define NLPKERNELS_CUDA_ARCHS ""
 #endif
@@ -110,6 +134,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.attr("compiler") = std::string(__VERSION__);
   m.attr("torch_version") = std::string(TORCH_VERSION);
   m.attr("cuda_archs") = std::string(NLPKERNELS_CUDA_ARCHS);
+  m.def("has_amx", &has_amx, "Whether this process may use AMX, for which it asks the system.");
   m.def("recurrent", &nlpkernels::recurrent, pybind11::call_guard<pybind11::gil_scoped_release>(),
         "y, h_n and c_n of the op of this name, with derivatives for eager calls.");
   m.def("recurrent_step", &nlpkernels::recurrent_step, pybind11::call_guard<pybind11::gil_scoped_release>(),

@@ -4,6 +4,7 @@ compiler: str
 torch_version: str
 cuda_archs: str
 
+def has_amx() -> bool: ...
 def recurrent(
     x: Tensor,
     batch_sizes: Tensor | None,

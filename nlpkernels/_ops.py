@@ -29,7 +29,7 @@ from nlpkernels import _C, reference  # _C registers the schemas
 
 # --- Libraries -------------------------------------------------------------------------------------------------------
 
-INSTRUCTION_SETS = ("default", "avx2", "avx512")  # each needs those before it
+INSTRUCTION_SETS = ("default", "avx2", "avx512", "amx")  # each needs those before it
 
 
 def _library(name: str) -> Path | None:
@@ -40,6 +40,9 @@ def _library(name: str) -> Path | None:
 def _pick_instruction_set() -> tuple[str, str]:
     """The instruction set whose library is loaded, and why."""
     capability = torch.backends.cpu.get_cpu_capability()
+    # Tiles are a process's to ask for: the system makes room for them in what it saves of a thread.
+    if capability == "AVX512" and _C.has_amx():
+        capability = "AMX"
     best = capability.lower() if capability.lower() in INSTRUCTION_SETS else "default"
     built = [name for name in INSTRUCTION_SETS if _library(f"_cpu_{name}")]
     usable = [name for name in built if INSTRUCTION_SETS.index(name) <= INSTRUCTION_SETS.index(best)]
@@ -48,12 +51,12 @@ def _pick_instruction_set() -> tuple[str, str]:
         if forced not in usable:
             raise ImportError(
                 f"NLPKERNELS_CPU is {forced!r}, expected one of {', '.join(usable)}: "
-                f"built are {', '.join(built)}, and torch finds {capability} on this machine"
+                f"built are {', '.join(built)}, and this machine has {capability}"
             )
         return forced, f"NLPKERNELS_CPU={forced}"
     if not usable:
         raise ImportError("nlpkernels has no compiled library for this machine: build it with pip install .")
-    return usable[-1], f"torch finds {capability} on this machine"
+    return usable[-1], f"this machine has {capability}"
 
 
 INSTRUCTION_SET, INSTRUCTION_SET_REASON = _pick_instruction_set()

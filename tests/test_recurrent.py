@@ -123,13 +123,56 @@ def test_matches_torch(kind: str, bidirectional: bool, shape: tuple[int, ...], d
     compare(theirs, ours, x, states_for(theirs, (batch,), torch.float32, device), dtype)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("kind", LAYERS)
 @pytest.mark.parametrize("size", [(20, 96, 24, 33), (3, 5, 300, 264)], ids=str)
-def test_matches_torch_on_larger_sizes(kind: str, size: tuple[int, ...], device: str) -> None:
+def test_matches_torch_on_larger_sizes(kind: str, size: tuple[int, ...], dtype: torch.dtype, device: str) -> None:
     """Several pieces of the batch, several blocks of steps, several blocks of k."""
     steps, batch, inputs, hidden = size
     theirs, ours = pair(kind, inputs, hidden, 2, bidirectional=True, device=device)
-    compare(theirs, ours, torch.randn(steps, batch, inputs, device=device), None, torch.float32)
+    compare(theirs, ours, torch.randn(steps, batch, inputs, device=device), None, dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("sizes", [(1, 2), (2, 15), (17, 32), (31, 33), (64, 16), (33, 48)], ids=str)
+@pytest.mark.parametrize("kind", LAYERS)
+def test_sums_are_of_what_is_there(kind: str, sizes: tuple[int, int], dtype: torch.dtype) -> None:
+    """Kernels that read more than there is, to fill a tile, drop it: a NaN in one sequence is in no other, nor is an
+    infinite weight in another unit, and what the batch is makes no difference."""
+    _, ours = pair(kind, *sizes, bidirectional=True)
+    ours.to(dtype)
+    for steps in (1, 3):
+        for batch in (2, 16, 17, 33):
+            x = torch.randn(steps, batch, sizes[0], dtype=dtype)
+            broken = x.clone()
+            broken[:, batch // 2] = float("nan")
+            others = [b for b in range(batch) if b != batch // 2]
+            runs = []
+            for given in (x, broken):
+                leaf = given.clone().requires_grad_()
+                output, _ = ours(leaf)
+                (gradient,) = torch.autograd.grad(output.sum(), leaf)
+                runs.append((output[:, others], gradient[:, others]))
+            assert runs[0][0].isfinite().all() and runs[0][1].isfinite().all()
+            assert all(map(torch.equal, *runs))
+    if kind != "lstm_projected":  # a projection mixes units
+        with torch.no_grad():
+            ours.weight_ih_l0[0] = float("nan")
+        output, _ = ours(torch.randn(1, 5, sizes[0], dtype=dtype))
+        assert output[:, :, 0].isnan().all() and output[:, :, 1:].isfinite().all()
+
+
+@pytest.mark.skipif(_ops.INSTRUCTION_SET != "amx", reason="this machine multiplies no tiles")
+def test_tiles_are_left_to_torch(restored_threads: None) -> None:
+    """torch's own products use them too, in the same threads."""
+    for threads in (1, 2):
+        torch.set_num_threads(threads)
+        a, b = torch.randn(2, 300, 300).bfloat16()
+        expected = a @ b
+        layer = nlpkernels.LSTM(40, 50).bfloat16()
+        for _ in range(3):
+            layer(torch.randn(5, 3, 40).bfloat16())
+            assert torch.equal(a @ b, expected)
 
 
 @pytest.mark.parametrize("kind", LAYERS)
@@ -267,14 +310,17 @@ def test_bits_depend_on_neither_batch_nor_threads(kind: str, dtype: torch.dtype,
         assert torch.equal(ours(x[:, sequences])[0], runs[0][0][:, sequences])
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("steps", [1, 12])
 @pytest.mark.parametrize("bidirectional", [False, True])
 @pytest.mark.parametrize("kind", LAYERS)
-def test_bits_of_few_sequences(kind: str, bidirectional: bool, steps: int, restored_threads: None) -> None:
+def test_bits_of_few_sequences(
+    kind: str, bidirectional: bool, steps: int, dtype: torch.dtype, restored_threads: None
+) -> None:
     """Too few sequences for the threads: then it is hidden units that they share, and they wait for each other."""
     _, ours = pair(kind, 100, 200, bidirectional=bidirectional)
-    ours.recurrent_dropout = 0.5
-    x = torch.randn(steps, 5, 100)
+    ours.to(dtype).recurrent_dropout = 0.5
+    x = torch.randn(steps, 5, 100, dtype=dtype)
     lengths = torch.randint(1, steps + 1, (5,))
     runs = []
     for threads in (1, 2, 3, 5, 8):

@@ -1,7 +1,7 @@
 // Matrix products with weights as they lie, row by row: for one step, which uses each weight once and would spend more
 // on packing it (gemm.h) than on multiplying.
 //
-// out[m][n] = bias[n] + sum over terms of a[m] . w[n]
+// out[m][n] = sum over terms of a[m] . w[n]
 //
 // A tile takes the dot products of 1 to 6 rows of a with 4 or 8 rows of weights at once: a vector of sums for each,
 // whose lanes are added up at the end.
@@ -24,16 +24,22 @@
 namespace nlpkernels {
 inline namespace CPU_CAPABILITY {
 
-// One term: rows of k values of a, lda apart, and of weights w.
-template <typename scalar, typename T>
-struct DotTerm {
-  const scalar* a;
-  int64_t lda;
-  const T* w;
-  int64_t k;
+// Rows of k values that a step multiplies with weights.
+template <typename Operand>
+struct StepRows {
+  StepRows(int64_t k, int64_t /*rows*/) : k(k) {}
+  void set(const Operand* rows, int64_t distance) { a = rows, lda = distance; }
 
-  // The same from a later row of weights on.
-  DotTerm from(int64_t row) const { return {a, lda, w + row * k, k}; }
+  const int64_t k;
+  const Operand* a = nullptr;
+  int64_t lda = 0;
+};
+
+// One term: rows a, and rows of weights w.
+template <typename Operand, typename T>
+struct DotTerm {
+  const StepRows<Operand>* a;
+  const T* w;
 };
 
 // Columns of a tile of 1, 2, 3, ... rows: enough sums to hide the latency of a multiply-add, as many as there are
@@ -110,7 +116,7 @@ V kept(const V& value) {
 // kDotColumns[M - 1].
 template <int M, typename scalar, typename T>
 void dot_tile(const DotTerm<scalar, T>* terms, int64_t count, int64_t row, int64_t column, int64_t columns,
-              const scalar* __restrict bias, scalar* __restrict out, int64_t ldo) {
+              scalar* __restrict out, int64_t ldo) {
   using V = Vectorized<scalar>;
   constexpr int N = kDotColumns[M - 1];
   V sum[M][N];
@@ -120,8 +126,8 @@ void dot_tile(const DotTerm<scalar, T>* terms, int64_t count, int64_t row, int64
     for (int n = 0; n < N; ++n) sum[m][n] = V(0);
   }
   for (const auto* term = terms; term != terms + count; ++term) {
-    const int64_t k = term->k;
-    const scalar* a = term->a + row * term->lda;
+    const int64_t k = term->a->k, lda = term->a->lda;
+    const scalar* a = term->a->a + row * lda;
     const T* w[N];
 #pragma GCC unroll 16
     for (int n = 0; n < N; ++n) w[n] = term->w + (column + std::min<int64_t>(n, columns - 1)) * k;
@@ -129,7 +135,7 @@ void dot_tile(const DotTerm<scalar, T>* terms, int64_t count, int64_t row, int64
     const auto multiply = [&](int64_t i, const auto& load) __attribute__((always_inline)) {
       V left[M];
 #pragma GCC unroll 16
-      for (int m = 0; m < M; ++m) left[m] = load(a + m * term->lda + i);
+      for (int m = 0; m < M; ++m) left[m] = load(a + m * lda + i);
 #pragma GCC unroll 16
       for (int n = 0; n < N; ++n) {
         const V right = M > 1 ? kept(load(w[n] + i)) : load(w[n] + i);
@@ -147,23 +153,23 @@ void dot_tile(const DotTerm<scalar, T>* terms, int64_t count, int64_t row, int64
   for (int i = 0; i < M * N; i += 4) add_lanes(sums[i], sums[i + 1], sums[i + 2], sums[i + 3], dots + i);
 #pragma GCC unroll 4
   for (int m = 0; m < M; ++m) {
-    if (columns == N && bias != nullptr) {
-      for (int n = 0; n < N; ++n) out[m * ldo + n] = bias[n] + dots[m * N + n];
+    if (columns == N) {
+      for (int n = 0; n < N; ++n) out[m * ldo + n] = dots[m * N + n];
     } else {
-      for (int64_t n = 0; n < columns; ++n) out[m * ldo + n] = (bias ? bias[n] : scalar(0)) + dots[m * N + n];
+      for (int64_t n = 0; n < columns; ++n) out[m * ldo + n] = dots[m * N + n];
     }
   }
 }
 
-// For `rows` rows of a and `columns` rows of weights; without biases if they are null.
+// For `rows` rows of a and `columns` rows of weights.
 template <typename scalar, typename T>
-void multiply_rows(const DotTerm<scalar, T>* terms, int64_t count, int64_t rows, int64_t columns, const scalar* bias,
-                   scalar* out, int64_t ldo) {
+void multiply_rows(const DotTerm<scalar, T>* terms, int64_t count, int64_t rows, int64_t columns, scalar* out,
+                   int64_t ldo) {
   const RowTiles tiles(rows, rows <= kDotRowsAlone ? kDotRowsAlone : kDotRows);
   int64_t block = tiles.count;
   if (kDotBytes < INT64_MAX && tiles.count > 1) {
     int64_t tile_bytes = 0;
-    for (const auto* term = terms; term != terms + count; ++term) tile_bytes += term->k * kDotRows * sizeof(scalar);
+    for (const auto* term = terms; term != terms + count; ++term) tile_bytes += term->a->k * kDotRows * sizeof(scalar);
     block = std::max<int64_t>(1, kDotBytes / std::max<int64_t>(1, tile_bytes));
   }
   const auto run = [&]<int M>(int64_t begin, int64_t end) {
@@ -173,8 +179,7 @@ void multiply_rows(const DotTerm<scalar, T>* terms, int64_t count, int64_t rows,
       for (int64_t n = 0; n < columns; n += N) {
         for (int64_t i = first; i < last; ++i) {
           const int64_t m = tiles.begin(i);
-          dot_tile<M>(terms, count, m, n, std::min<int64_t>(N, columns - n), bias ? bias + n : nullptr,
-                      out + m * ldo + n, ldo);
+          dot_tile<M>(terms, count, m, n, std::min<int64_t>(N, columns - n), out + m * ldo + n, ldo);
         }
       }
     }

@@ -4,6 +4,7 @@
 //   b  has been packed in panels of up to kTileVecs vectors of columns, each stored [K][width]   (PackedMatrix)
 //   a  is read where it lies, rows of K values, a tile of up to kTileRows rows at a time; or, if it is given by its
 //      columns, from tiles that have been packed, each stored [K][height]                        (LeftOperand)
+// Operands are of the type of c, or of bfloat16, in which case bfloat16.h says how they are packed and multiplied.
 // A step k of the microkernel loads `width` values of b and broadcasts `height` values of a into kTileRows * kTileVecs
 // accumulators, which is what it takes to hide the latency of a fused multiply-add. For few rows it takes up to four
 // panels at once instead, so that a matrix-vector product has enough accumulators too; for a narrow panel alone, more
@@ -116,6 +117,21 @@ struct Panels {
   Slice all() const { return {0, count()}; }
 };
 
+// How operands of a type are packed: as elements that hold `values` values of k each, `depth` of them for k. Of a left
+// operand up to so many more rows are read than there are, and more values of a row.
+template <typename Operand>
+struct Packing {
+  using Element = Operand;
+  static constexpr int64_t values = 1, spare_rows = 0, spare_values = 0;
+  static int64_t depth(int64_t k) { return k; }
+};
+
+// What products need of the thread that runs them, as long as it does.
+template <typename Operand>
+struct ProductScope {
+  ProductScope() {}
+};
+
 // dst[k][j] = row(k)[j] for j < valid, 0 for the rest of width
 template <typename scalar, typename Row>
 void pack_copied(scalar* dst, int64_t width, int64_t valid, int64_t k, const Row& row) {
@@ -157,33 +173,36 @@ void pack_transposed(scalar* dst, int64_t width, int64_t valid, int64_t k, const
   }
 }
 
-// The right operand, [K, columns] for each of `gates` gates. Storage: [panel][gate][K][width of the panel]. A matrix
-// that is multiplied with once only need not be stored: then a strip is packed when it is asked for, and stays until as
-// many others have been as are multiplied with together.
-template <typename scalar>
+// The right operand, [K, columns] for each of `gates` gates. Storage: [panel][gate][depth][width of the panel]. A
+// matrix that is multiplied with once only need not be stored: then a strip is packed when it is asked for, and stays
+// until as many others have been as are multiplied with together.
+template <typename Operand>
 class PackedMatrix {
+  using scalar = acc_t<Operand>;
+  using Element = typename Packing<Operand>::Element;
+
  public:
   PackedMatrix(int64_t k, int64_t columns, int64_t gates = 1, bool is_stored = true)
       : k(k),
         gates(gates),
         panels(columns),
         is_stored_(is_stored),
-        storage_(is_stored ? gates * k * panels.padded() : kPassing * k * Panels<scalar>::most) {}
+        storage_(depth_ * (is_stored ? gates * panels.padded() : kPassing * Panels<scalar>::most)) {}
 
   const int64_t k, gates;
   const Panels<scalar> panels;
 
-  const scalar* strip(int64_t panel, int64_t gate) const {
+  const Element* strip(int64_t panel, int64_t gate) const {
     if (is_stored_) return stored(panel, gate);
-    scalar* passing = storage_.data() + (packed_++ % kPassing) * k * Panels<scalar>::most;
-    pack_strip_(passing, panel, gate);
+    Element* passing = storage_.data() + (packed_++ % kPassing) * depth_ * Panels<scalar>::most;
+    pack_strip(passing, panel, gate);
     return passing;
   }
 
   // From w [gates * columns, K] with rows ld apart: b = w^T.
   template <typename T>
   void pack_transpose_of(const T* w, int64_t ld) {
-    pack_strip_ = [this, w, ld](scalar* dst, int64_t panel, int64_t gate) {
+    pack_strip_ = [this, w, ld](Element* dst, int64_t panel, int64_t gate) {
       const T* src = w + (gate * panels.columns + panels.begin(panel)) * ld;
       pack_transposed(dst, panels.width(panel), panels.valid(panel), k, src, ld);
     };
@@ -193,7 +212,7 @@ class PackedMatrix {
   // From w [K, columns] with rows ld apart: b = w, one gate.
   template <typename T>
   void pack(const T* w, int64_t ld) {
-    pack_strip_ = [this, w, ld](scalar* dst, int64_t panel, int64_t) {
+    pack_strip_ = [this, w, ld](Element* dst, int64_t panel, int64_t) {
       const T* src = w + panels.begin(panel);
       pack_copied(dst, panels.width(panel), panels.valid(panel), k, [&](int64_t i) { return src + i * ld; });
     };
@@ -203,14 +222,15 @@ class PackedMatrix {
   // From row(k)[0 .. columns): b = those rows, one gate. Runs on the calling thread.
   template <typename Row>
   void pack_rows(const Row& row) const {
-    for (const auto i : c10::irange(k)) {
-      const auto* src = row(i);
+    constexpr int64_t values = Packing<Operand>::values;
+    for (int64_t i = 0; i < k; i += values) {
       for (const auto panel : c10::irange(panels.count())) {
         const int64_t width = panels.width(panel);
-        pack_copied(stored(panel, 0) + i * width, width, panels.valid(panel), 1,
-                    [&](int64_t) { return src + panels.begin(panel); });
+        pack_copied(stored(panel, 0) + i / values * width, width, panels.valid(panel), std::min(values, k - i),
+                    [&](int64_t next) { return row(i + next) + panels.begin(panel); });
       }
     }
+    for (const auto panel : c10::irange(panels.count())) fill_up(stored(panel, 0), panel);
   }
 
   PackedMatrix(const PackedMatrix&) = delete;  // pack_strip_ points to this one
@@ -218,8 +238,19 @@ class PackedMatrix {
  private:
   static constexpr int64_t kPassing = kMaxStrips + 1;
 
-  scalar* stored(int64_t panel, int64_t gate) const {
-    return storage_.data() + k * (gates * panels.begin(panel) + gate * panels.width(panel));
+  Element* stored(int64_t panel, int64_t gate) const {
+    return storage_.data() + depth_ * (gates * panels.begin(panel) + gate * panels.width(panel));
+  }
+
+  void pack_strip(Element* dst, int64_t panel, int64_t gate) const {
+    pack_strip_(dst, panel, gate);
+    fill_up(dst, panel);
+  }
+
+  // Zeros for what elements hold beyond k.
+  void fill_up(Element* strip, int64_t panel) const {
+    const int64_t width = panels.width(panel), packed = ceil_div(k, Packing<Operand>::values);
+    std::fill(strip + packed * width, strip + depth_ * width, Element());
   }
 
   void pack_stored() const {
@@ -227,15 +258,16 @@ class PackedMatrix {
     const int64_t strip_size = std::max<int64_t>(1, k * Panels<scalar>::most);
     at::parallel_for(0, panels.count() * gates, ceil_div(kPackGrain, strip_size), [&](int64_t begin, int64_t end) {
       for (const auto i : c10::irange(begin, end)) {
-        pack_strip_(stored(i / gates, i % gates), i / gates, i % gates);
+        pack_strip(stored(i / gates, i % gates), i / gates, i % gates);
       }
     });
   }
 
+  const int64_t depth_ = Packing<Operand>::depth(k);
   const bool is_stored_;
-  std::function<void(scalar* dst, int64_t panel, int64_t gate)> pack_strip_;
+  std::function<void(Element* dst, int64_t panel, int64_t gate)> pack_strip_;
   mutable int64_t packed_ = 0;
-  Scratch<scalar> storage_;
+  Scratch<Element> storage_;
 };
 
 // Values between packed tiles, and behind a matrix that they are packed from: a vector of the widest kind.
@@ -253,16 +285,48 @@ inline int64_t packed_tile(const RowTiles& tiles, int64_t tile, int64_t k) {
 
 // A left operand of k columns. Element (m, i) of a tile stands at tile(..., 0)[m * ld + i], or at [i * height + m] if
 // it is packed.
-template <typename scalar>
+template <typename Operand>
 struct LeftOperand {
-  const scalar* data;
+  const Operand* data;
   int64_t k;
   int64_t ld;  // distance of rows; 0 if packed
 
   bool is_packed() const { return ld == 0; }
-  const scalar* tile(const RowTiles& tiles, int64_t tile, int64_t i) const {
+  const Operand* tile(const RowTiles& tiles, int64_t tile, int64_t i) const {
     return is_packed() ? data + packed_tile(tiles, tile, k) + i * tiles.size(tile) : data + tiles.begin(tile) * ld + i;
   }
+};
+
+// Rows of a left operand in a kernel's own memory, to be filled; behind each are zeros, as far as products read them.
+template <typename Operand>
+class OperandRows {
+ public:
+  OperandRows(int64_t rows, int64_t k)
+      : k(k),
+        stride(row_stride<Operand>(k + Packing<Operand>::spare_values)),
+        storage_(rows > 0 ? (rows + Packing<Operand>::spare_rows) * stride + kTilePadding : 0) {
+    if (Packing<Operand>::spare_values == 0) return;
+    for (const auto r : c10::irange(rows)) std::fill(row(r) + k, row(r) + stride, Operand(0));
+  }
+
+  const int64_t k, stride;
+
+  Operand* row(int64_t r) const { return storage_.data() + r * stride; }
+  // From the row `first` on.
+  LeftOperand<Operand> operand(int64_t first = 0) const { return {row(first), k, stride}; }
+
+  template <typename From>
+  void copy(int64_t r, const From* from) const {
+    if constexpr (std::is_same_v<From, Operand>) {
+      std::copy_n(from, k, row(r));
+    } else {
+      for_each_vector<From>(
+          k, [&, to = row(r)](int64_t i, int64_t n) { store_vector(to + i, load_vector(from + i, n), n); });
+    }
+  }
+
+ private:
+  const Scratch<Operand> storage_;
 };
 
 // Packs the left operand whose columns stand in rows `ld` apart: dst[i][m] = rows[i][m] for each tile. Whole vectors
@@ -298,8 +362,13 @@ template <typename scalar, bool Packed, int M, int N, int S>
 void multiply_tile(int64_t k, const scalar* a, int64_t lda, const scalar* const* b, scalar* const* c, int64_t ldc,
                    bool add, const scalar* next, int64_t next_step) {
   using V = Vectorized<scalar>;
+  // Rows that are addressed from one pointer: with more, or one for each, addresses are more than there are registers.
+  constexpr int kRows = 3;
   const scalar* strip[S];
   scalar* out[S];
+  const char* rows[(M + kRows - 1) / kRows];
+#pragma GCC unroll 16
+  for (int m = 0; m < M; m += kRows) rows[m / kRows] = reinterpret_cast<const char*>(a + m * lda);
 #pragma GCC unroll 4
   for (int s = 0; s < S; ++s) {
     strip[s] = b[s];
@@ -323,6 +392,8 @@ void multiply_tile(int64_t k, const scalar* a, int64_t lda, const scalar* const*
     }
 #pragma GCC unroll 4
     for (int64_t i = std::min(k, kChain); i > 0; --i) {
+      int64_t stride = lda * sizeof(scalar);
+      asm("" : "+r"(stride));  // or GCC keeps the addresses of all rows, most of them in memory or vector registers
 #pragma GCC unroll 4
       for (int s = 0; s < S; ++s) {
         V column[N];
@@ -330,7 +401,7 @@ void multiply_tile(int64_t k, const scalar* a, int64_t lda, const scalar* const*
         for (int n = 0; n < N; ++n) column[n] = V::loadu(strip[s] + n * V::size());
 #pragma GCC unroll 16
         for (int m = 0; m < M; ++m) {
-          const V value(a[Packed ? m : m * lda]);
+          const V value(Packed ? a[m] : *reinterpret_cast<const scalar*>(rows[m / kRows] + m % kRows * stride));
 #pragma GCC unroll 3
           for (int n = 0; n < N; ++n) sum[s][m][n] = at::vec::fmadd(value, column[n], sum[s][m][n]);
         }
@@ -346,7 +417,12 @@ void multiply_tile(int64_t k, const scalar* a, int64_t lda, const scalar* const*
         __builtin_prefetch(next);
         next += next_step;
       }
-      a += Packed ? M : 1;
+      if constexpr (Packed) {
+        a += M;
+      } else {
+#pragma GCC unroll 16
+        for (int m = 0; m < M; m += kRows) rows[m / kRows] += sizeof(scalar);
+      }
     }
 #pragma GCC unroll 4
     for (int s = 0; s < S; ++s) {
@@ -379,10 +455,10 @@ TileKernel<scalar> tile_kernel(bool is_packed, int64_t rows, std::integer_sequen
 }
 
 // As many values of k as let the left operand's rows take kSliceBytes.
-template <typename scalar>
+template <typename Operand>
 int64_t slice_depth(const RowTiles& tiles) {
   constexpr int64_t unit = kChain;
-  const int64_t unit_bytes = std::max<int64_t>(1, tiles.total()) * unit * sizeof(scalar);
+  const int64_t unit_bytes = std::max<int64_t>(1, tiles.total()) * unit * sizeof(Operand);
   return std::max<int64_t>(1, kSliceBytes / unit_bytes) * unit;
 }
 
@@ -481,13 +557,14 @@ class StripGroup {
 // c += a b, or c = a b unless `add`, for some panels of b and one slice of k. A row of c holds, from the first panel
 // on, `slots` strips as wide as the panel; gate g adds to strip slot_of(g). With one gate and one slot that is an
 // ordinary row of columns.
-template <typename scalar, typename SlotOf>
-void multiply_panels(const RowTiles& tiles, const LeftOperand<scalar>& a, const PackedMatrix<scalar>& b, Slice panels,
-                     Slice slice, scalar* c, int64_t ldc, int64_t slots, const SlotOf& slot_of, bool add = true) {
-  StripGroup<scalar> group(tiles, a, slice, ldc, add);
+template <typename Operand, typename SlotOf>
+void multiply_panels(const RowTiles& tiles, const LeftOperand<Operand>& a, const PackedMatrix<Operand>& b, Slice panels,
+                     Slice slice, acc_t<Operand>* c, int64_t ldc, int64_t slots, const SlotOf& slot_of,
+                     bool add = true) {
+  StripGroup<Operand> group(tiles, a, slice, ldc, add);
   for (const auto panel : c10::irange(panels.begin, panels.end)) {
     const int64_t width = b.panels.width(panel);
-    scalar* c_panel = c + (b.panels.begin(panel) - b.panels.begin(panels.begin)) * slots;
+    acc_t<Operand>* c_panel = c + (b.panels.begin(panel) - b.panels.begin(panels.begin)) * slots;
     for (const auto gate : c10::irange(b.gates)) {
       group.add(b.strip(panel, gate), c_panel + slot_of(gate) * width, width);
     }
@@ -496,17 +573,18 @@ void multiply_panels(const RowTiles& tiles, const LeftOperand<scalar>& a, const 
 }
 
 // Where the last slice of K values of k begins.
-template <typename scalar>
+template <typename Operand>
 int64_t last_slice(const RowTiles& tiles, int64_t k) {
-  const int64_t depth = slice_depth<scalar>(tiles);
+  const int64_t depth = slice_depth<Operand>(tiles);
   return k > depth ? (k - 1) / depth * depth : 0;
 }
 
 // The same for the slices of k before `end`, which is the begin of a slice or K.
-template <typename scalar, typename SlotOf>
-void multiply_slices(const RowTiles& tiles, const LeftOperand<scalar>& a, const PackedMatrix<scalar>& b, Slice panels,
-                     int64_t end, scalar* c, int64_t ldc, int64_t slots, const SlotOf& slot_of, bool add = true) {
-  const int64_t depth = slice_depth<scalar>(tiles);
+template <typename Operand, typename SlotOf>
+void multiply_slices(const RowTiles& tiles, const LeftOperand<Operand>& a, const PackedMatrix<Operand>& b, Slice panels,
+                     int64_t end, acc_t<Operand>* c, int64_t ldc, int64_t slots, const SlotOf& slot_of,
+                     bool add = true) {
+  const int64_t depth = slice_depth<Operand>(tiles);
   for (int64_t begin = 0; begin < end; begin += depth) {
     multiply_panels(tiles, a, b, panels, {begin, std::min(begin + depth, b.k)}, c, ldc, slots, slot_of,
                     add || begin > 0);
@@ -514,35 +592,53 @@ void multiply_slices(const RowTiles& tiles, const LeftOperand<scalar>& a, const 
 }
 
 // c += a b, or c = a b unless `add`, for some panels of b, the first of which c begins with
-template <typename scalar>
-void multiply(const RowTiles& tiles, const LeftOperand<scalar>& a, const PackedMatrix<scalar>& b, Slice panels,
-              scalar* c, int64_t ldc, bool add) {
+template <typename Operand>
+void multiply(const RowTiles& tiles, const LeftOperand<Operand>& a, const PackedMatrix<Operand>& b, Slice panels,
+              acc_t<Operand>* c, int64_t ldc, bool add) {
   if (b.k == 0 && !add) {
     const int64_t columns = std::min(b.panels.columns, b.panels.begin(panels.end)) - b.panels.begin(panels.begin);
-    for (const auto r : c10::irange(tiles.total())) std::fill_n(c + r * ldc, columns, scalar(0));
+    for (const auto r : c10::irange(tiles.total())) std::fill_n(c + r * ldc, columns, acc_t<Operand>(0));
   }
   multiply_slices(tiles, a, b, panels, b.k, c, ldc, 1, [](int64_t) { return 0; }, add);
 }
 
+// A block of k of a left operand that is given by its columns, for run_products.
+template <typename Operand>
+struct LeftBlock {
+  static constexpr int64_t most_k = kChain, most_m = 192;
+
+  // Of the rows of `tiles`; the columns stand in rows `ld` apart.
+  LeftOperand<Operand> pack(const RowTiles& tiles, int64_t k, const Operand* columns, int64_t ld) const {
+    pack_tiles(storage_.data(), tiles, k, columns, ld);
+    return {storage_.data(), k, 0};
+  }
+
+ private:
+  const Scratch<Operand> storage_{packed_tile(RowTiles(most_m), ceil_div(most_m, kTileRows), most_k)};
+};
+
 // A product over all rows of data, out [m, n] = a^T b, for the gradients of weights: a(k) and b(k) point to the k-th
 // row.
-template <typename scalar, typename T>
+template <typename Operand, typename In, typename Out>
 struct TransposedProduct {
   int64_t m, n, k;
-  const scalar* a;  // row k at a + k * lda; kTilePadding more values must be readable behind the last one
+  const Operand* a;  // row k at a + k * lda; kTilePadding more values must be readable behind the last one
   int64_t lda;
-  const T* const* b;
-  T* out;  // rows ldo apart
+  const In* const* b;
+  Out* out;  // rows ldo apart
   int64_t ldo;
 };
 
 // Runs the products side by side. A task is a block of one product's output, which no other task writes. It walks
 // through k in blocks: one of b is packed once, one of a in parts that stay in the second-level cache with it.
-template <typename scalar, typename T>
-void run_products(const std::vector<TransposedProduct<scalar, T>>& products) {
-  constexpr int64_t block_k = kChain, block_n = 528, part_m = 192, max_block_m = 4 * part_m, small_k = 4 * block_k;
+template <typename Operand, typename In, typename Out>
+void run_products(const std::vector<TransposedProduct<Operand, In, Out>>& products) {
+  using scalar = acc_t<Operand>;
+  using Product = TransposedProduct<Operand, In, Out>;
+  constexpr int64_t block_k = LeftBlock<Operand>::most_k, part_m = LeftBlock<Operand>::most_m;
+  constexpr int64_t block_n = 528, max_block_m = 4 * part_m, small_k = 4 * kChain;
   struct Task {
-    const TransposedProduct<scalar, T>* product;
+    const Product* product;
     Slice m, n;
   };
   int64_t total = 0, work = 0;
@@ -554,7 +650,7 @@ void run_products(const std::vector<TransposedProduct<scalar, T>>& products) {
   // At least four tasks a thread, where that leaves blocks of a sensible size. With little of k there is little to be
   // gained from a larger one than the second-level cache holds.
   const int64_t share = ceil_div(total, 4 * threads * block_n);
-  const auto block_m_of = [&](const TransposedProduct<scalar, T>& product) {
+  const auto block_m_of = [&](const Product& product) {
     if (product.k <= small_k) return part_m / 2;
     if (threads == 1) return max_block_m;
     return std::clamp<int64_t>(ceil_div(share, part_m) * part_m, part_m, max_block_m);
@@ -571,36 +667,39 @@ void run_products(const std::vector<TransposedProduct<scalar, T>>& products) {
   // A thread takes the next task when it is through with one: they are of unequal size.
   std::atomic<size_t> next{0};
   at::parallel_for(0, std::min<int64_t>(threads, tasks.size()), 1, [&](int64_t, int64_t) {
-    const Scratch<scalar> a(packed_tile(RowTiles(part_m), ceil_div(part_m, kTileRows), block_k)),
-        c(most_m * row_stride<scalar>(block_n));
+    const ProductScope<Operand> scope;
+    const LeftBlock<Operand> a;
+    const Scratch<scalar> c(most_m * row_stride<scalar>(block_n));
     for (size_t i; (i = next.fetch_add(1)) < tasks.size();) {
       const auto& product = *tasks[i].product;
       const Slice m = tasks[i].m, n = tasks[i].n;
       const int64_t m_count = m.end - m.begin, n_count = n.end - n.begin;
-      T* const out = product.out + m.begin * product.ldo + n.begin;
+      Out* const out = product.out + m.begin * product.ldo + n.begin;
       // With little of k it goes straight to the output, if whole vectors may be written there.
       scalar* to = c.data();
       int64_t ldc = row_stride<scalar>(n_count);
-      if constexpr (std::is_same_v<scalar, T>) {
+      if constexpr (std::is_same_v<scalar, Out>) {
         if (product.k > 0 && product.k <= small_k && n_count % Panels<scalar>::vector == 0) to = out, ldc = product.ldo;
       }
-      const auto multiply_block = [&](const PackedMatrix<scalar>& b, int64_t k) {
+      const auto multiply_block = [&](const PackedMatrix<Operand>& b, int64_t k) {
         b.pack_rows([&](int64_t r) { return product.b[k + r] + n.begin; });
         for (const Slice part : even_slices(m_count, kTileRows, part_m)) {
           const RowTiles tiles(part.end - part.begin, max_rows(b.panels.vectors.size(0)));
-          pack_tiles(a.data(), tiles, b.k, product.a + k * product.lda + m.begin + part.begin, product.lda);
-          multiply(tiles, {a.data(), b.k, 0}, b, b.panels.all(), to + part.begin * ldc, ldc, k > 0);
+          const Operand* columns = product.a + k * product.lda + m.begin + part.begin;
+          multiply(tiles, a.pack(tiles, b.k, columns, product.lda), b, b.panels.all(), to + part.begin * ldc, ldc,
+                   k > 0);
         }
       };
       const int64_t blocks = product.k / block_k;
-      const PackedMatrix<scalar> block(blocks > 0 ? block_k : 0, n_count), rest(product.k % block_k, n_count);
+      const PackedMatrix<Operand> block(blocks > 0 ? block_k : 0, n_count), rest(product.k % block_k, n_count);
       for (const auto k : c10::irange(blocks)) multiply_block(block, k * block_k);
       if (rest.k > 0) multiply_block(rest, blocks * block_k);
       if (static_cast<const void*>(to) == out) continue;
       for (const auto row : c10::irange(m_count)) {
-        for (const auto column : c10::irange(n_count)) {
-          out[row * product.ldo + column] = product.k > 0 ? static_cast<T>(to[row * ldc + column]) : T(0);
-        }
+        for_each_vector<Out>(n_count, [&](int64_t column, int64_t n) {
+          const Vec<Out> sums = product.k > 0 ? Vec<Out>::loadu(to + row * ldc + column) : Vec<Out>(0);
+          store_vector(out + row * product.ldo + column, sums, n);
+        });
       }
     }
   });

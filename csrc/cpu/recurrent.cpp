@@ -8,10 +8,10 @@
 //
 // Forward, for one share:
 //   for a block of steps whose gates fit kGateBytes:
-//     gates = biases + x W_ih^T                     one product for all steps of the block
+//     gates = x W_ih^T                              one product for all steps of the block
 //     for each step, for each panel of hidden units:
 //       gates += h_{t-1} W_hh^T                     the panel's gates only, which then lie in the first-level cache
-//       h_t, c_t = cell(gates)                      on them, while they are hot
+//       h_t, c_t = cell(gates + biases)             on them, while they are hot
 // Gates are stored [row][panel][slot][unit], so that a panel's slots are neighbours. States are kept in float scratch
 // (double for double) with rows padded to whole vectors; what is stored in the tensors' own dtype is never read back.
 // There are two of h, as h_t is written while h_{t-1} is still a product's operand.
@@ -45,6 +45,9 @@
 
 #include "../checks.h"
 #include "dots.h"
+#ifdef __AMX_BF16__
+#include "bfloat16.h"
+#endif
 
 namespace nlpkernels {
 inline namespace CPU_CAPABILITY {
@@ -54,10 +57,21 @@ namespace {
 // and costs more than gates that come from further away (by 2 to 3 % at H = 512 and 650).
 constexpr int64_t kGateBytes = 256 * 1024;
 constexpr int64_t kMinBlockRows = 128;
-// Sequences of one thread that are taken through the steps together: a panel's gates stay in the first-level cache.
-constexpr int64_t kMaxRows = 64;
+// Sequences of one thread that are taken through the steps together: a panel's gates stay in the first-level cache. But
+// tiles of bfloat16 are multiplied so fast that it pays more to read weights for more rows at once.
+template <typename Operand>
+constexpr int64_t kMaxRows = Packing<Operand>::values > 1 ? 128 : 64;
 // Multiply-adds of a step, for each thread, below which a barrier costs more than another thread gives.
 constexpr int64_t kMinStepWork = 1 << 14;
+
+// What products read values of T as.
+#ifdef __AMX_BF16__
+template <typename T>
+using operand_t = std::conditional_t<std::is_same_v<T, at::BFloat16>, at::BFloat16, acc_t<T>>;
+#else
+template <typename T>
+using operand_t = acc_t<T>;
+#endif
 
 template <typename T>
 const T* data(const OptionalTensor& tensor) {
@@ -137,6 +151,7 @@ class Share {
 template <typename Cell, typename T>
 struct Layer : RecurrentArguments {
   using scalar = acc_t<T>;
+  using Operand = operand_t<T>;
 
   Layer(const RecurrentArguments& args, const Tensor& x, const Tensor& h0, const OptionalTensor& c0,
         const OptionalTensor& h_mask)
@@ -160,7 +175,6 @@ struct Layer : RecurrentArguments {
 
   int64_t gate_rows() const { return Cell::gates * hidden; }
   int64_t slot_columns() const { return Cell::slots * hidden; }
-  int64_t slot_stride() const { return row_stride<scalar>(slot_columns()); }
   int64_t step(int64_t direction, int64_t i) const { return direction == 0 ? i : steps - 1 - i; }
 
   // Of the sequences [begin, end), how many are active at step t; they are the first ones.
@@ -204,14 +218,14 @@ struct Layer : RecurrentArguments {
     const int64_t wanted = ceil_div(threads(), directions);
     const bool can_cut_units = kCanWait && !has_projection;
     // One step needs no barrier, and no thread then reads all weights.
-    if (steps == 1 && batch > 0 && batch <= kMaxRows && can_cut_units) {
+    if (steps == 1 && batch > 0 && batch <= kMaxRows<Operand> && can_cut_units) {
       return {1, std::min(wanted, unit_panels().count())};
     }
     const int64_t step_work = batch * gate_rows() * features;
     if (can_cut_units && wanted > 1 && batch < wanted * kTileRows && step_work >= wanted * kMinStepWork) {
       return {1, std::min(wanted, unit_panels().count())};
     }
-    return {std::min(batch, std::max(wanted, ceil_div(batch, kMaxRows))), 1};
+    return {std::min(batch, std::max(wanted, ceil_div(batch, kMaxRows<Operand>))), 1};
   }
 
   // Where each of some pieces of the sequences begins, and the last ends: all have about as many rows.
@@ -244,6 +258,7 @@ struct Layer : RecurrentArguments {
     // Neighbouring shares belong together, so that two threads take a direction each.
     at::parallel_for(0, shares, threads() > 1 ? 1 : shares,
                      [&, parts = parts, pieces = pieces](int64_t i, int64_t end) {
+                       const ProductScope<Operand> scope;
                        while (i < end) {
                          const int64_t piece = i / parts, part = i % parts, own = std::min(parts - part, end - i);
                          i += own;
@@ -268,8 +283,11 @@ struct Layer : RecurrentArguments {
 template <typename Cell, typename T>
 class Forward {
   using scalar = acc_t<T>;
+  using Operand = operand_t<T>;
   static constexpr int64_t kSlots = Cell::slots;
   static constexpr int64_t kSaved = Cell::saved;
+  // Whether products read states as something else than they are kept as.
+  static constexpr bool kCopies = !std::is_same_v<Operand, scalar>;
   // Vectors of units that are activated side by side, by what is fastest: an LSTM's need more registers.
   static constexpr int kTogether = std::min(kTileVecs, Cell::has_c ? 2 : 3);
   // Panels whose gates make up one group of strips.
@@ -336,7 +354,7 @@ class Forward {
       }
     }
 
-    PackedMatrix<scalar> w_ih, w_hh, w_hr;
+    PackedMatrix<Operand> w_ih, w_hh, w_hr;
     Scratch<scalar> bias;
   };
 
@@ -371,7 +389,7 @@ class Forward {
                   gate_stride = row_stride<scalar>(kSlots * Panels<scalar>::most);
     const Slice units = layer_.units(share.panels), outputs = layer_.has_projection ? Slice{0, features} : units;
     // One piece of memory: several take a good part of a small step's time.
-    constexpr bool copies_x = !std::is_same_v<scalar, T>;
+    constexpr bool copies_x = !std::is_same_v<scalar, T> && !kCopies;
     const int64_t columns = (layer_.h_mask ? 3 : 2) * h_stride + (Cell::has_c ? c_stride : 0) +
                             (layer_.has_projection ? c_stride : 0) + gate_stride + (copies_x ? x_stride : 0);
     const Scratch<scalar> scratch(batch * columns);
@@ -381,20 +399,21 @@ class Forward {
     scalar *h = take(h_stride), *h_next = take(h_stride), *masked = layer_.h_mask ? take(h_stride) : h,
            *c = take(Cell::has_c ? c_stride : 0), *unprojected = take(layer_.has_projection ? c_stride : 0),
            *gates = take(gate_stride), *copied_x = take(copies_x ? x_stride : 0);
+    const T *w_ih = layer_.w_ih(d).template const_data_ptr<T>(), *w_hh = layer_.w_hh(d).template const_data_ptr<T>();
 
-    DotTerm<scalar, T> of_x{nullptr, 0, layer_.w_ih(d).template const_data_ptr<T>(), inputs},
-        of_h{masked, h_stride, layer_.w_hh(d).template const_data_ptr<T>(), features};
     for (const auto r : c10::irange(batch)) {
       copy(h + r * h_stride, layer_.h0_row(d, begin + r), {0, features});
       if (Cell::has_c) copy(c + r * c_stride, layer_.c0_row(d, begin + r), units);
       if (layer_.h_mask) layer_.mask(d, begin + r, {0, features}, masked + r * h_stride, h + r * h_stride);
     }
+    StepRows<Operand> x_rows(inputs, active), h_rows(features, active), unprojected_rows(hidden, active);
     if constexpr (copies_x) {
       for (const auto r : c10::irange(active)) copy(copied_x + r * x_stride, layer_.x_row(0, begin + r), {0, inputs});
-      of_x.a = copied_x, of_x.lda = x_stride;
+      x_rows.set(copied_x, x_stride);
     } else if (active > 0) {
-      of_x.a = layer_.x_row(0, begin), of_x.lda = layer_.x_row(0, begin + 1) - of_x.a;
+      x_rows.set(layer_.x_row(0, begin), layer_.x_row(0, begin + 1) - layer_.x_row(0, begin));
     }
+    h_rows.set(masked, h_stride);
 
     const auto panels = layer_.unit_panels();
     for (const auto panel : c10::irange(share.panels.begin, share.panels.end)) {
@@ -402,22 +421,24 @@ class Forward {
       alignas(64) scalar bias[kSlots * Panels<scalar>::most];
       write_biases(layer_, d, panel, bias);
       for (const auto slot : c10::irange<int64_t>(kSlots)) {
-        std::array<DotTerm<scalar, T>, 2> terms;
+        std::array<DotTerm<Operand, T>, 2> terms;
         int64_t count = 0;
         for (const auto gate : c10::irange<int64_t>(Cell::gates)) {
-          if (Cell::input_slot(gate) == slot) terms[count++] = of_x.from(gate * hidden + first);
-          if (gate == slot) terms[count++] = of_h.from(gate * hidden + first);
+          const int64_t row = gate * hidden + first;
+          if (Cell::input_slot(gate) == slot) terms[count++] = {&x_rows, w_ih + row * inputs};
+          if (gate == slot) terms[count++] = {&h_rows, w_hh + row * features};
         }
-        multiply_rows(terms.data(), count, active, valid, bias + slot * width, gates + slot * width, gate_stride);
+        multiply_rows(terms.data(), count, active, valid, gates + slot * width, gate_stride);
       }
       for (const auto r : c10::irange(active)) {
-        activate(d, first_row + r, first, valid, width, gates + r * gate_stride, h + r * h_stride,
+        activate(d, first_row + r, first, valid, width, {gates + r * gate_stride, bias}, h + r * h_stride,
                  layer_.has_projection ? unprojected + r * c_stride : h_next + r * h_stride, c + r * c_stride);
       }
     }
     if (layer_.has_projection) {
-      const DotTerm<scalar, T> term{unprojected, c_stride, layer_.w_hr(d).template const_data_ptr<T>(), hidden};
-      multiply_rows(&term, 1, active, features, static_cast<const scalar*>(nullptr), h_next, h_stride);
+      unprojected_rows.set(unprojected, c_stride);
+      const DotTerm<Operand, T> term{&unprojected_rows, layer_.w_hr(d).template const_data_ptr<T>()};
+      multiply_rows(&term, 1, active, features, h_next, h_stride);
       for (const auto r : c10::irange(active)) copy(y_row(d, first_row + r), h_next + r * h_stride, outputs);
     }
     for (const auto r : c10::irange(batch)) {
@@ -431,14 +452,16 @@ class Forward {
     const int64_t d = share.direction, begin = sequences.begin, end = sequences.end, batch = end - begin;
     const int64_t gate_columns = this->gate_columns(share.panels), gate_stride = row_stride<scalar>(gate_columns);
     const int64_t block_rows = this->block_rows(batch, gate_columns);
-    const int64_t x_stride = row_stride<scalar>(layer_.inputs), h_stride = this->h_stride(),
-                  c_stride = this->c_stride();
+    const int64_t h_stride = this->h_stride(), c_stride = this->c_stride();
     const Slice units = layer_.units(share.panels),
                 features = layer_.has_projection ? Slice{0, layer_.features} : units;
     const Direction& direction = *directions_[d];
-    const Scratch<scalar> gates(block_rows * gate_stride), copied_x(block_rows * x_stride);
+    const Scratch<scalar> gates(block_rows * gate_stride);
     const Scratch<scalar> unprojected(layer_.has_projection ? batch * c_stride : 0);
-    const Scratch<scalar> masked(layer_.h_mask ? batch * h_stride : 0);
+    const Scratch<scalar> products(kCopies ? batch * kSlots * kPanelGroup * Panels<scalar>::most : 0);
+    const OperandRows<Operand> copied_x(block_rows, layer_.inputs),
+        copied_h(kCopies || layer_.h_mask ? batch : 0, layer_.features),
+        copied_unprojected(kCopies && layer_.has_projection ? batch : 0, layer_.hidden);
     std::vector<const T*> x_rows(block_rows);
 
     // h_{t-1} and h_t change places after each step. A sequence that has not begun, or has ended, stands in both.
@@ -463,12 +486,9 @@ class Forward {
         const int64_t t = layer_.step(d, d == 0 ? i + j : stop - 1 - j);
         for (const auto r : c10::irange(layer_.active_of(t, begin, end))) x_rows[count++] = layer_.x_row(t, begin + r);
       }
-      for (const auto r : c10::irange(count)) {
-        std::copy_n(direction.bias.data() + gate_begin(share.panels.begin), gate_columns,
-                    gates.data() + r * gate_stride);
-      }
-      multiply_slices(RowTiles(count), read_rows(x_rows.data(), count, copied_x.data()), direction.w_ih, share.panels,
-                      layer_.inputs, gates.data(), gate_stride, kSlots, Cell::input_slot);
+      clear_others(share.panels, count, gates.data(), gate_stride);
+      multiply_slices(RowTiles(count), read_x(x_rows.data(), count, copied_x), direction.w_ih, share.panels,
+                      layer_.inputs, gates.data(), gate_stride, kSlots, Cell::input_slot, false);
 
       int64_t row = d == 0 ? 0 : count;
       for (; i < stop; ++i) {
@@ -480,11 +500,13 @@ class Forward {
         active_before = active;
         if (layer_.h_mask) {
           for (const auto r : c10::irange(active)) {
-            layer_.mask(d, begin + r, {0, layer_.features}, masked.data() + r * h_stride, h + r * h_stride);
+            layer_.mask(d, begin + r, {0, layer_.features}, copied_h.row(r), h + r * h_stride);
           }
         }
+        const LeftOperand<Operand> factor =
+            layer_.h_mask ? copied_h.operand() : read_own(h, h_stride, active, copied_h);
         run_step(direction, share, layer_.first_row[t] + begin, active, gates.data() + row * gate_stride, gate_stride,
-                 h, layer_.h_mask ? masked.data() : h, h_next, c, unprojected.data());
+                 h, factor, products.data(), h_next, c, unprojected.data(), copied_unprojected);
         if (d == 0) row += active;
         std::swap(h, h_next);
       }
@@ -497,55 +519,93 @@ class Forward {
     }
   }
 
+  // Zeros in the slots of some panels that W_ih does not write.
+  void clear_others(Slice panels, int64_t rows, scalar* gates, int64_t gate_stride) const {
+    std::array<bool, kSlots> is_written{};
+    for (int gate = 0; gate < (layer_.inputs > 0 ? Cell::gates : 0); ++gate) is_written[Cell::input_slot(gate)] = true;
+    for (const auto slot : c10::irange(kSlots)) {
+      if (is_written[slot]) continue;
+      for (const auto panel : c10::irange(panels.begin, panels.end)) {
+        const int64_t width = layer_.unit_panels().width(panel);
+        scalar* out = gates + gate_begin(panel) - gate_begin(panels.begin) + slot * width;
+        for (const auto r : c10::irange(rows)) std::fill_n(out + r * gate_stride, width, scalar(0));
+      }
+    }
+  }
+
   // Rows of x as a left operand: where they lie if they are as far apart each, and otherwise copied.
-  LeftOperand<scalar> read_rows(const T* const* rows, int64_t count, scalar* copied) const {
-    const int64_t k = layer_.inputs, stride = row_stride<scalar>(k);
+  static LeftOperand<Operand> read_x(const T* const* rows, int64_t count, const OperandRows<Operand>& copies) {
     if constexpr (std::is_same_v<scalar, T>) {
-      const int64_t ld = count > 1 ? rows[1] - rows[0] : stride;
+      const int64_t ld = count > 1 ? rows[1] - rows[0] : row_stride<scalar>(copies.k);
       bool even = count > 0 && ld != 0;
       for (int64_t r = 2; r < count && even; ++r) even = rows[r] - rows[r - 1] == ld;
-      if (even) return {rows[0], k, ld};
+      if (even) return {rows[0], copies.k, ld};
     }
-    for (const auto r : c10::irange(count)) copy(copied + r * stride, rows[r], {0, k});
-    return {copied, k, stride};
+    for (const auto r : c10::irange(count)) copies.copy(r, rows[r]);
+    return copies.operand();
+  }
+
+  // Rows of states, `ld` apart, as a left operand: where they lie, if products read what states are kept as.
+  static LeftOperand<Operand> read_own(const scalar* rows, int64_t ld, int64_t count,
+                                       const OperandRows<Operand>& copies) {
+    if constexpr (kCopies) {
+      for (const auto r : c10::irange(count)) copies.copy(r, rows + r * ld);
+      return copies.operand();
+    } else {
+      return {rows, copies.k, ld};
+    }
   }
 
   // One step of the first `active` sequences of a share, whose data is in the rows from first_row on. W_hh multiplies
   // `factor`: h, or h under the mask.
   void run_step(const Direction& direction, const Share& share, int64_t first_row, int64_t active, scalar* gates,
-                int64_t gate_stride, const scalar* h, const scalar* factor, scalar* h_next, scalar* c,
-                scalar* unprojected) const {
+                int64_t gate_stride, const scalar* h, const LeftOperand<Operand>& factor, scalar* products,
+                scalar* h_next, scalar* c, scalar* unprojected, const OperandRows<Operand>& copied_unprojected) const {
     const auto panels = layer_.unit_panels();
     const int64_t d = share.direction, features = layer_.features, h_stride = this->h_stride(),
                   c_stride = this->c_stride();
     const RowTiles tiles(active);
-    const LeftOperand<scalar> left{factor, features, h_stride};
     const auto slot_of = [](int64_t gate) { return gate; };
-    const int64_t last = last_slice<scalar>(tiles, features);
-    multiply_slices(tiles, left, direction.w_hh, share.panels, last, gates, gate_stride, kSlots, slot_of);
+    const int64_t last = last_slice<Operand>(tiles, features);
+    multiply_slices(tiles, factor, direction.w_hh, share.panels, last, gates, gate_stride, kSlots, slot_of);
     for (int64_t panel = share.panels.begin; panel < share.panels.end; panel += kPanelGroup) {
       const int64_t stop = std::min(panel + kPanelGroup, share.panels.end);
+      const int64_t columns = gate_begin(stop) - gate_begin(panel);
       scalar* group = gates + gate_begin(panel) - gate_begin(share.panels.begin);
-      multiply_panels(tiles, left, direction.w_hh, {panel, stop}, {last, features}, group, gate_stride, kSlots,
-                      slot_of);
+      multiply_panels(tiles, factor, direction.w_hh, {panel, stop}, {last, features}, kCopies ? products : group,
+                      kCopies ? columns : gate_stride, kSlots, slot_of, !kCopies);
       for (int64_t p = panel; p < stop; ++p) {
+        const int64_t column = gate_begin(p) - gate_begin(panel);
         for (const auto r : c10::irange(active)) {
           activate(d, first_row + r, panels.begin(p), panels.valid(p), panels.width(p),
-                   group + gate_begin(p) - gate_begin(panel) + r * gate_stride, h + r * h_stride,
-                   layer_.has_projection ? unprojected + r * c_stride : h_next + r * h_stride, c + r * c_stride);
+                   {group + column + r * gate_stride, direction.bias.data() + gate_begin(p),
+                    kCopies ? products + column + r * columns : nullptr},
+                   h + r * h_stride, layer_.has_projection ? unprojected + r * c_stride : h_next + r * h_stride,
+                   c + r * c_stride);
         }
       }
     }
     if (layer_.has_projection) {
-      multiply(tiles, {unprojected, layer_.hidden, c_stride}, direction.w_hr, direction.w_hr.panels.all(), h_next,
-               h_stride, false);
+      multiply(tiles, read_own(unprojected, c_stride, active, copied_unprojected), direction.w_hr,
+               direction.w_hr.panels.all(), h_next, h_stride, false);
       for (const auto r : c10::irange(active)) copy(y_row(d, first_row + r), h_next + r * h_stride, {0, features});
     }
   }
 
+  // What adds up to the pre-activations of a row of a panel, [slot][unit]. Products with h may stand apart.
+  struct Gates {
+    const scalar *products, *bias, *products_with_h = nullptr;
+
+    template <int N>
+    NLPKERNELS_INLINE Several<Vec<T>, N> load(int64_t slot, int64_t i) const {
+      const Several<Vec<T>, N> sum = load_several<N>(products + i) + load_several<N>(bias + i);
+      return slot < Cell::gates && products_with_h != nullptr ? sum + load_several<N>(products_with_h + i) : sum;
+    }
+  };
+
   // The cell, on one row of one panel. h is h_{t-1}; what the cell puts out goes to `h_next` and, unless it is still to
   // be projected, to y.
-  void activate(int64_t d, int64_t row, int64_t column, int64_t valid, int64_t width, const scalar* gates,
+  void activate(int64_t d, int64_t row, int64_t column, int64_t valid, int64_t width, const Gates& gates,
                 const scalar* h, scalar* h_next, scalar* c) const {
     T* kept = kept_ == nullptr ? nullptr : kept_ + (d * layer_.rows + row) * kSaved * layer_.hidden;
     T* out = layer_.has_projection ? nullptr : y_row(d, row);
@@ -553,7 +613,7 @@ class Forward {
       using V = Several<Vec<T>, N>;
       V a[kSlots], saved[std::max<int64_t>(1, kSaved)], c_t(0);
 #pragma GCC unroll 4
-      for (int64_t slot = 0; slot < kSlots; ++slot) a[slot] = load_several<N>(gates + slot * width + j);
+      for (int64_t slot = 0; slot < kSlots; ++slot) a[slot] = gates.template load<N>(slot, slot * width + j);
       if constexpr (Cell::has_c) c_t = load_several<N>(c + column + j);
       const V h_t = Cell::forward(a, Cell::has_c ? V(0) : load_several<N>(h + column + j), c_t, saved);
       if constexpr (Cell::has_c) store_several<N>(c + column + j, c_t);
@@ -585,6 +645,7 @@ class Forward {
 template <typename Cell, typename T>
 class Backward {
   using scalar = acc_t<T>;
+  using Operand = operand_t<T>;
   static constexpr int64_t kSlots = Cell::slots;
   static constexpr int64_t kSaved = Cell::saved;
 
@@ -602,8 +663,8 @@ class Backward {
         need_dweights_(need_dweights),
         dh_(layer.directions * layer.batch * row_stride<scalar>(layer.features)),
         dc_(Cell::has_c ? layer.directions * layer.batch * row_stride<scalar>(layer.hidden) : 0),
-        dgates_(layer.directions * layer.rows * layer.slot_stride() + kTilePadding),
-        dprojected_(layer.has_projection ? layer.directions * layer.rows * layer.features + kTilePadding : 0) {
+        dgates_(layer.directions * layer.rows, layer.slot_columns()),
+        dprojected_(layer.has_projection ? layer.directions * layer.rows : 0, layer.features) {
     const auto options = layer.x.options();
     dx = need_dx ? at::empty(layer.x.sizes(), options) : at::empty({0}, options);
     dh0 = at::empty(layer.h0.sizes(), options);
@@ -634,12 +695,10 @@ class Backward {
       w_hh.pack(layer.w_hh(d).template const_data_ptr<T>(), layer.features);
       if (layer.has_projection) w_hr.pack(layer.w_hr(d).template const_data_ptr<T>(), layer.hidden);
     }
-    PackedMatrix<scalar> w_hh, w_hr;
+    PackedMatrix<Operand> w_hh, w_hr;
   };
 
-  scalar* dgates_row(int64_t d, int64_t row) const {
-    return dgates_.data() + (d * layer_.rows + row) * layer_.slot_stride();
-  }
+  Operand* dgates_row(int64_t d, int64_t row) const { return dgates_.row(d * layer_.rows + row); }
 
   const T* workspace_row(int64_t d, int64_t row) const {
     return workspace_ + (d * layer_.rows + row) * kSaved * layer_.hidden;
@@ -687,12 +746,10 @@ class Backward {
         }
       }
       if (layer_.has_projection) {
-        for (const auto r : c10::irange(active)) {
-          std::copy_n(dh + r * h_stride, layer_.features,
-                      dprojected_.data() + (d * layer_.rows + first_row + r) * layer_.features);
-        }
-        multiply(tiles, {dh, layer_.features, h_stride}, direction.w_hr, direction.w_hr.panels.all(),
-                 unprojected.data(), c_stride, false);
+        const int64_t first = d * layer_.rows + first_row;
+        for (const auto r : c10::irange(active)) dprojected_.copy(first + r, dh + r * h_stride);
+        multiply(tiles, dprojected_.operand(first), direction.w_hr, direction.w_hr.panels.all(), unprojected.data(),
+                 c_stride, false);
         std::fill(dh, dh + active * h_stride, scalar(0));
       }
       for (const auto r : c10::irange(active)) {
@@ -700,7 +757,7 @@ class Backward {
         differentiate(d, t, begin + r, units, dh + r * h_stride, projected, dc + r * c_stride);
       }
       share.meet();
-      const LeftOperand<scalar> left{dgates_row(d, first_row), layer_.gate_rows(), layer_.slot_stride()};
+      const LeftOperand<Operand> left{dgates_row(d, first_row), layer_.gate_rows(), dgates_.stride};
       if (!layer_.h_mask) {
         multiply(tiles, left, direction.w_hh, panels, dh + features.begin, h_stride, true);
         continue;
@@ -733,7 +790,7 @@ class Backward {
     if constexpr (Cell::has_c) {
       c_previous = previous >= 0 ? workspace_row(d, previous) + Cell::saved_c * hidden : layer_.c0_row(d, b);
     }
-    scalar* out = dgates_row(d, row);
+    Operand* out = dgates_row(d, row);
     for_each_vector<T>(units.end - units.begin, [&](int64_t from_begin, int64_t n) {
       const int64_t j = units.begin + from_begin;
       Vec<T> saved[std::max<int64_t>(1, kSaved)], da[kSlots], h(0), h_prev(0), c_prev(0), dc_t(0);
@@ -784,16 +841,16 @@ class Backward {
         }
       });
     }
-    std::vector<TransposedProduct<scalar, T>> products;
+    std::vector<TransposedProduct<Operand, T, T>> products;
     const auto dweight = [&](int64_t d, int64_t i) {
       return dweights[d * layer_.weights_per_direction + i].template mutable_data_ptr<T>();
     };
     for (const auto d : c10::irange(layer_.directions)) {
       for (const GateRun& run : input_gate_runs<Cell>()) {
-        products.push_back({run.count * hidden, inputs, rows, dgates_row(d, 0) + run.slot * hidden,
-                            layer_.slot_stride(), x_rows.data(), dweight(d, 0) + run.gate * hidden * inputs, inputs});
+        products.push_back({run.count * hidden, inputs, rows, dgates_row(d, 0) + run.slot * hidden, dgates_.stride,
+                            x_rows.data(), dweight(d, 0) + run.gate * hidden * inputs, inputs});
       }
-      products.push_back({layer_.gate_rows(), features, rows, dgates_row(d, 0), layer_.slot_stride(), h_rows[d].data(),
+      products.push_back({layer_.gate_rows(), features, rows, dgates_row(d, 0), dgates_.stride, h_rows[d].data(),
                           dweight(d, 1), features});
     }
     run_products(products);
@@ -814,8 +871,8 @@ class Backward {
                        for (int64_t first = 0; first < layer_.rows; first += kChain) {
                          std::fill(chain.begin(), chain.end(), scalar(0));
                          for (const auto row : c10::irange(first, std::min(first + kChain, layer_.rows))) {
-                           const scalar* da = dgates_row(d, row) + begin;
-                           for (const auto j : c10::irange(end - begin)) chain[j] += da[j];
+                           const Operand* da = dgates_row(d, row) + begin;
+                           for (const auto j : c10::irange(end - begin)) chain[j] += static_cast<scalar>(da[j]);
                          }
                          for (const auto j : c10::irange(end - begin)) sums.data()[begin + j] += chain[j];
                        }
@@ -829,7 +886,7 @@ class Backward {
   void run_projection_weights() {
     if constexpr (Cell::has_c) {
       const int64_t rows = layer_.rows, hidden = layer_.hidden, features = layer_.features;
-      const Scratch<scalar> outputs(layer_.directions * rows * hidden);
+      const Scratch<Operand> outputs(layer_.directions * rows * hidden);
       at::parallel_for(0, layer_.directions * rows, 64, [&](int64_t begin, int64_t end) {
         for (const auto i : c10::irange(begin, end)) {
           const T* kept = workspace_row(i / rows, i % rows);
@@ -841,20 +898,15 @@ class Backward {
           });
         }
       });
-      // The product's own dtype is the scratch's; the tensor's follows.
-      std::vector<const scalar*> output_rows(layer_.directions * rows);
+      std::vector<const Operand*> output_rows(layer_.directions * rows);
       for (const auto i : c10::irange(layer_.directions * rows)) output_rows[i] = outputs.data() + i * hidden;
-      const Scratch<scalar> sums(layer_.directions * features * hidden);
-      std::vector<TransposedProduct<scalar, scalar>> products;
-      for (const auto d : c10::irange(layer_.directions)) {
-        products.push_back({features, hidden, rows, dprojected_.data() + d * rows * features, features,
-                            output_rows.data() + d * rows, sums.data() + d * features * hidden, hidden});
-      }
-      run_products(products);
+      std::vector<TransposedProduct<Operand, Operand, T>> products;
       for (const auto d : c10::irange(layer_.directions)) {
         const Tensor& dw_hr = dweights[(d + 1) * layer_.weights_per_direction - 1];
-        write(dw_hr.template mutable_data_ptr<T>(), sums.data() + d * features * hidden, {0, features * hidden});
+        products.push_back({features, hidden, rows, dprojected_.row(d * rows), dprojected_.stride,
+                            output_rows.data() + d * rows, dw_hr.template mutable_data_ptr<T>(), hidden});
       }
+      run_products(products);
     }
   }
 
@@ -885,7 +937,7 @@ class Backward {
   // Gates of W_ih of one direction whose slots are neighbours.
   struct Term {
     int64_t direction, slot;
-    std::unique_ptr<PackedMatrix<scalar>> w;
+    std::unique_ptr<PackedMatrix<Operand>> w;
   };
 
   std::vector<Term> input_terms(bool is_stored) const {
@@ -894,7 +946,7 @@ class Backward {
     for (const auto d : c10::irange(layer_.directions)) {
       for (const GateRun& run : input_gate_runs<Cell>()) {
         terms.push_back(
-            {d, run.slot, std::make_unique<PackedMatrix<scalar>>(run.count * hidden, inputs, 1, is_stored)});
+            {d, run.slot, std::make_unique<PackedMatrix<Operand>>(run.count * hidden, inputs, 1, is_stored)});
         terms.back().w->pack(layer_.w_ih(d).template const_data_ptr<T>() + run.gate * hidden * inputs, inputs);
       }
     }
@@ -906,10 +958,11 @@ class Backward {
     const int64_t first = all.begin(panels.begin), count = std::min(layer_.inputs, all.begin(panels.end)) - first;
     const int64_t stride = row_stride<scalar>(count);
     const RowTiles tiles(rows.end - rows.begin);
+    const ProductScope<Operand> scope;
     const Scratch<scalar> sum(tiles.total() * stride);
     for (const Term& term : terms) {
-      const scalar* dgates = dgates_row(term.direction, rows.begin) + term.slot * layer_.hidden;
-      multiply(tiles, {dgates, term.w->k, layer_.slot_stride()}, *term.w, panels, sum.data(), stride,
+      const Operand* dgates = dgates_row(term.direction, rows.begin) + term.slot * layer_.hidden;
+      multiply(tiles, {dgates, term.w->k, dgates_.stride}, *term.w, panels, sum.data(), stride,
                &term != &terms.front());
     }
     for (const auto r : c10::irange(rows.begin, rows.end)) {
@@ -935,7 +988,7 @@ class Backward {
   const bool need_dweights_;
   std::vector<std::unique_ptr<Direction>> directions_;
   const Scratch<scalar> dh_, dc_;  // [B, P] and [B, H] for each direction, rows padded
-  const Scratch<scalar> dgates_, dprojected_;
+  const OperandRows<Operand> dgates_, dprojected_;
 };
 
 // The ops ------------------------------------------------------------------------------------------------------------

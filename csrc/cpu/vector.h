@@ -98,10 +98,10 @@ template <typename V, int N>
 struct Math<Several<V, N>> {
   using S = Several<V, N>;
   static NLPKERNELS_INLINE S tanh(const S& x) {
-    return S::each([&](int i) { return Math<V>::tanh(x.v[i]); });
+    return S::each([&](int i) __attribute__((always_inline)) { return Math<V>::tanh(x.v[i]); });
   }
   static NLPKERNELS_INLINE S sigmoid(const S& x) {
-    return S::each([&](int i) { return Math<V>::sigmoid(x.v[i]); });
+    return S::each([&](int i) __attribute__((always_inline)) { return Math<V>::sigmoid(x.v[i]); });
   }
   static NLPKERNELS_INLINE S relu(const S& x) {
     return S::each([&](int i) { return Math<V>::relu(x.v[i]); });
@@ -157,6 +157,13 @@ NLPKERNELS_INLINE Vec<T> load_vector(const T* p, int64_t n = Vec<T>::size()) {
 template <typename T>
 NLPKERNELS_INLINE void store_vector(T* p, const Vec<T>& v, int64_t n = Vec<T>::size()) {
   constexpr int size = Vec<T>::size();
+#ifdef __AVX512BF16__
+  if constexpr (std::is_same_v<T, at::BFloat16>) {
+    const auto mask = static_cast<__mmask16>(n >= size ? 0xffff : (1 << n) - 1);
+    _mm256_mask_storeu_epi16(p, mask, reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(v)));
+    return;
+  }
+#endif
   const Vectorized<T> rounded = at::vec::convert<T>(v);
   if (n == size) {
     rounded.store(p, size);
