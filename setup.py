@@ -1,8 +1,8 @@
 """Build of the compiled libraries. All metadata is in pyproject.toml.
 
 csrc/library.cpp becomes `nlpkernels._C` (schemas and build facts). csrc/cpu is compiled once per instruction set, into
-`nlpkernels._cpu_default`, `_cpu_avx2` and `_cpu_avx512`, of which one is loaded at import. csrc/cuda becomes
-`nlpkernels._cuda` where CUDA is built (`cuda_wanted`).
+`nlpkernels._cpu_default`, `_cpu_avx2`, `_cpu_avx512` and `_cpu_amx`, of which one is loaded at import. csrc/cuda
+becomes `nlpkernels._cuda` where CUDA is built (`cuda_wanted`).
 """
 
 from __future__ import annotations

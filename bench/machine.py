@@ -138,22 +138,28 @@ def _library() -> ctypes.CDLL | str:
                 reason = error.stderr.decode(errors="replace").strip().splitlines()[-1]
                 continue
             library = ctypes.CDLL(str(target))
-            library.fma_rate.restype = library.copy_rate.restype = ctypes.c_double
-            library.fma_rate.argtypes = [ctypes.c_int, ctypes.c_double]
+            library.fma_rate.restype = library.tile_rate.restype = library.copy_rate.restype = ctypes.c_double
+            library.fma_rate.argtypes = library.tile_rate.argtypes = [ctypes.c_int, ctypes.c_double]
             library.copy_rate.argtypes = [ctypes.c_int, ctypes.c_long, ctypes.c_double]
             return library
     return reason
 
 
-def cpu_floor(threads: int, seconds: float = 0.3) -> Floor | str:
-    """The floor of `threads` cores, or the reason why it could not be measured."""
+def cpu_floor(dtype: torch.dtype, threads: int, seconds: float = 0.3) -> Floor | str:
+    """The floor of `threads` cores, or the reason why it could not be measured.
+
+    For every dtype the rate is that of float32, in which kernels compute, but for bfloat16 where there are tiles of it.
+    """
     library = _library()
     if isinstance(library, str):
         return library
     # What fits a cache is copied faster by one thread than by several, which must be woken first.
     counts = {1, threads}
     rates = tuple((size, max(float(library.copy_rate(n, size, seconds)) for n in counts)) for size in COPY_SIZES)
-    return Floor(float(library.fma_rate(threads, seconds)), rates)
+    flops = library.fma_rate(threads, seconds)
+    if dtype == torch.bfloat16:
+        flops = max(flops, library.tile_rate(threads, seconds))
+    return Floor(float(flops), rates)
 
 
 def _copy(target: torch.Tensor, source: torch.Tensor, times: int) -> None:
@@ -199,5 +205,5 @@ def cuda_floor(dtype: torch.dtype, repeats: int = 20) -> Floor:
 
 @functools.cache
 def floor(device: str, dtype: torch.dtype, threads: int) -> Floor | str:
-    """The floor for a case. On CPU it is the float32 rate for every dtype: half types compute in float32."""
-    return cuda_floor(dtype) if device == "cuda" else cpu_floor(threads)
+    """The floor for a case."""
+    return cuda_floor(dtype) if device == "cuda" else cpu_floor(dtype, threads)

@@ -108,11 +108,11 @@ struct LeftBlock<BFloat16> {
 template <>
 struct ProductScope<BFloat16> {
   ProductScope() {
-    struct {
+    static constexpr struct {  // static, as GCC does not know that all of it is read
       uint8_t palette = 1, start_row = 0, reserved[14] = {};
       uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
       uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
-    } const shapes;
+    } shapes;
     _tile_loadconfig(&shapes);
   }
   ~ProductScope() { _tile_release(); }
@@ -125,6 +125,9 @@ template <int M, int N>
 void multiply_tiles(int64_t depth, const BFloat16* a, int64_t lda, const Pair* b, int64_t width, float* c, int64_t ldc,
                     bool add) {
   const int64_t c_bytes = ldc * sizeof(float), a_bytes = lda * sizeof(BFloat16), b_bytes = width * sizeof(Pair);
+  asm volatile(
+      "" ::
+          : "memory");  // GCC does not know that tiles are read from memory: what is written before has to be there
   if (add) {
     _tile_loadd(0, c, c_bytes);
     if constexpr (N > 1) _tile_loadd(1, c + kTile, c_bytes);

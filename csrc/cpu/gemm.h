@@ -321,7 +321,7 @@ class OperandRows {
       std::copy_n(from, k, row(r));
     } else {
       for_each_vector<From>(
-          k, [&, to = row(r)](int64_t i, int64_t n) { store_vector(to + i, load_vector(from + i, n), n); });
+          k, [&, to = row(r)](int64_t i, int64_t n) { store_operand(to + i, load_vector(from + i, n), n); });
     }
   }
 

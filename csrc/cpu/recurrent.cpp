@@ -808,7 +808,7 @@ class Backward {
       if constexpr (Cell::has_c) store_vector(dc + j, dc_t);
       if (projected == nullptr) store_vector(dh + j, direct);
 #pragma GCC unroll 4
-      for (int64_t slot = 0; slot < kSlots; ++slot) store_vector(out + slot * hidden + j, da[slot], n);
+      for (int64_t slot = 0; slot < kSlots; ++slot) store_operand(out + slot * hidden + j, da[slot], n);
     });
   }
 

@@ -157,19 +157,24 @@ NLPKERNELS_INLINE Vec<T> load_vector(const T* p, int64_t n = Vec<T>::size()) {
 template <typename T>
 NLPKERNELS_INLINE void store_vector(T* p, const Vec<T>& v, int64_t n = Vec<T>::size()) {
   constexpr int size = Vec<T>::size();
-#ifdef __AVX512BF16__
-  if constexpr (std::is_same_v<T, at::BFloat16>) {
-    const auto mask = static_cast<__mmask16>(n >= size ? 0xffff : (1 << n) - 1);
-    _mm256_mask_storeu_epi16(p, mask, reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(v)));
-    return;
-  }
-#endif
   const Vectorized<T> rounded = at::vec::convert<T>(v);
   if (n == size) {
     rounded.store(p, size);
   } else {
     rounded.store(p, static_cast<int>(n));
   }
+}
+
+// The same where a subnormal number of bfloat16 may become 0, which is what products of bfloat16 take it for.
+template <typename T>
+NLPKERNELS_INLINE void store_operand(T* p, const Vec<T>& v, int64_t n = Vec<T>::size()) {
+#ifdef __AVX512BF16__
+  if constexpr (std::is_same_v<T, at::BFloat16>) {
+    const auto mask = static_cast<__mmask16>(n >= Vec<T>::size() ? 0xffff : (1 << n) - 1);
+    return _mm256_mask_storeu_epi16(p, mask, reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(v)));
+  }
+#endif
+  store_vector(p, v, n);
 }
 
 // Calls body(i, n) for the vectors of [0, count): n is a vector's size, but for the last what is left.
@@ -189,7 +194,7 @@ NLPKERNELS_INLINE Several<Vec<T>, N> load_several(const T* p, int64_t n = Vec<T>
 
 template <int N, typename T>
 NLPKERNELS_INLINE void store_several(T* p, const Several<Vec<T>, N>& values, int64_t n = Vec<T>::size()) {
-  for (int i = 0; i < N; ++i) store_vector(p + i * Vec<T>::size(), values.v[i], n);
+  for (int i = 0; i < N; ++i) store_operand(p + i * Vec<T>::size(), values.v[i], n);
 }
 
 // Calls body<M>(i, n) for groups of M vectors that together are [0, count), M = N as long as there are so many: n is a
