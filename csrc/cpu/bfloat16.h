@@ -4,7 +4,7 @@
 // they lie, with a tile of b, 16 pairs of 16 columns, and adds the products to a tile of 16 x 16 floats. b is packed in
 // panels like float's, [depth][width], but of pairs: that is what a tile of it looks like in memory.
 //
-// Two tiles of rows and two of columns make four sums, for which four tiles are loaded: a Sapphire Rapids core, which
+// Two tiles of rows and two of columns make four sums, for which four tiles are loaded: an Intel core, which
 // can multiply 3.1 TFLOP/s, then reaches 2.9 with both operands in the first-level cache and 2.5 with b in the second.
 // A tile takes as long with fewer rows; what is in the rows that are too many is dropped.
 //

@@ -70,9 +70,9 @@ int64_t grain(int64_t size) { return std::max<int64_t>(1, kGrain / std::max<int6
 // come into the first-level cache or the second. More lines can be on their way to the second, and Zen 4 needs that:
 // 400,000 random rows of 256 bytes take two thirds of the time. Zen 5 does not: with AVX-512 and with AVX2, 51,200
 // random rows of 512 bytes take half of the time, with two threads a third, if they come into the first, and rows that
-// are in a cache already 0.75 to 0.9. On Sapphire Rapids, cold rows of 256 to 512 bytes take 0.75 to 1.0 of the time if
-// they come into the second, but warm ones 1.1 to 1.4; if fewer bytes of them are asked for, cold ones 0.86 to 0.95 and
-// warm ones 0.98 to 1.04. Zen 3 has Zen 4's caches, others of family 6 are taken to be like Sapphire Rapids, and all
+// are in a cache already 0.75 to 0.9. On an Intel Xeon with AMX, cold rows of 256 to 512 bytes take 0.75 to 1.0 of the
+// time if they come into the second, but warm ones 1.1 to 1.4; if fewer bytes of them are asked for, cold ones 0.86 to
+// 0.95 and warm ones 0.98 to 1.04. Zen 3 has Zen 4's caches, others of family 6 are taken to be like that Xeon, and all
 // that is left like Zen 5.
 struct Ahead {
   int64_t rows, bytes;
@@ -784,7 +784,7 @@ struct Gradient {
 };
 
 // Rows of a gradient to write; row(i) is where the i-th of `count` rows in use stands. Those of a large one are asked
-// for some rows ahead: 51,200 random rows of 512 bytes take 0.6 of the time on Zen 5, 0.9 on Sapphire Rapids.
+// for some rows ahead: 51,200 random rows of 512 bytes take 0.6 of the time on Zen 5, 0.9 on an Intel Xeon.
 template <typename T, typename Row>
 struct Written {
   T* data;
