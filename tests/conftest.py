@@ -32,6 +32,9 @@ OF_CPU_KERNELS = (
     "test_instruction_set",
     "test_long_sums_are_exact",
     "test_sums_are_of_what_is_there",
+    "test_gradients_are_summed_in_order",
+    "test_bags_of_wide_rows",
+    "test_large_gradients",
 )
 
 os.environ.setdefault("NLPKERNELS_CUDA_CHECK", "now")  # tests of errors expect them at once
