@@ -11,10 +11,10 @@
 // Same bits: an element of c adds its products in the order of k, wherever in a tile it stands.
 #pragma once
 
-#include <cpuid.h>
 #include <immintrin.h>
 
-#include <cstring>
+#include <array>
+#include <memory>
 
 #include "dots.h"
 

@@ -784,7 +784,7 @@ struct Gradient {
 };
 
 // Rows of a gradient to write; row(i) is where the i-th of `count` rows in use stands. Those of a large one are asked
-// for some rows ahead: 51,200 random rows of 512 bytes take 0.6 of the time on Zen 5, 0.9 on an Intel Xeon.
+// for some rows ahead: 51,200 random rows of 512 bytes take 0.9 of the time on an Intel Xeon.
 template <typename T, typename Row>
 struct Written {
   T* data;
