@@ -247,10 +247,6 @@ def rnn_relu(
     )[:2]  # fmt: skip
 
 
-# What our kernels take.
-_DTYPES = frozenset({torch.float32, torch.float64, torch.bfloat16, torch.float16})
-
-
 def _renormalise(max_norm: float, norm_type: float, weight: Tensor, ids: Tensor, *bags: Any) -> None:
     """Scale the rows in use down to max_norm, in place, for a call of `_ops.embedding_bag` with the other arguments."""
     with torch.no_grad():
@@ -323,10 +319,10 @@ def embedding(
     _check_ids("embedding", input)
     _check_table("embedding", weight)
     padding = _wrap_padding("embedding", padding_idx, weight.shape[0])
-    is_left = weight.dtype not in _DTYPES or input.is_nested
+    is_left = weight.dtype not in reference.DTYPES or input.is_nested
     if not (is_left or sparse) and _ops.is_left_to_torch(weight) and input.device == weight.device:
         is_left = _ops.optimizer_of(weight) is None
-        reference.refuse_wrong_indices(input.reshape(-1), weight.shape[0])
+        reference.refuse_wrong_indices("embedding", input, weight.shape[0])
     if is_left:
         return torch.nn.functional.embedding(
             input, weight, padding_idx, max_norm, norm_type, scale_grad_by_freq, sparse
