@@ -30,22 +30,35 @@ inline void check_shape(const char* op, const char* name, const Tensor& tensor, 
   TORCH_CHECK(tensor.sizes() == expected, op, ": expected ", name, " of shape ", expected, ", got ", tensor.sizes());
 }
 
+// A storage can be made smaller than its tensors, which torch's own copies do not notice.
+inline void check_storage(const char* op, const char* name, const Tensor& tensor) {
+  if (tensor.numel() == 0) return;
+  int64_t last = tensor.storage_offset();
+  for (const auto i : c10::irange(tensor.dim())) last += (tensor.size(i) - 1) * tensor.stride(i);
+  const auto bytes = static_cast<int64_t>(tensor.storage().nbytes());
+  TORCH_CHECK(last < bytes / static_cast<int64_t>(tensor.itemsize()), op, ": expected ", name,
+              " with memory for all of its values, got a storage of ", bytes, " bytes");
+}
+
 inline void check_like(const char* op, const char* name, const Tensor& tensor, const char* other_name,
                        const Tensor& other) {
   TORCH_CHECK(tensor.scalar_type() == other.scalar_type(), op, ": expected ", name, " of dtype ", other.scalar_type(),
               " like ", other_name, ", got ", tensor.scalar_type());
   TORCH_CHECK(tensor.device() == other.device(), op, ": expected ", name, " on ", other.device(), " like ", other_name,
               ", got ", tensor.device());
+  check_storage(op, name, tensor);
 }
 
 inline void check_floating(const char* op, const char* name, const Tensor& tensor) {
   const auto dtype = tensor.scalar_type();
   TORCH_CHECK(dtype == at::kFloat || dtype == at::kDouble || dtype == at::kBFloat16 || dtype == at::kHalf, op,
               ": expected ", name, " of a floating dtype (float32, float64, bfloat16 or float16), got ", dtype);
+  check_storage(op, name, tensor);
 }
 
-// Whether sizes are so small that no product of some of them, times what is said of each to round it up, can wrap. Empty
-// and expanded tensors take up no memory, so that their sizes may be anything. In double, which does not wrap itself.
+// Whether sizes are so small that no product of some of them, times what is said of each to round it up, can wrap.
+// Empty and expanded tensors take up no memory, so that their sizes may be anything. In double, which does not wrap
+// itself.
 inline void check_product(const char* op, const char* names, std::initializer_list<int64_t> sizes) {
   constexpr double kMost = static_cast<double>(int64_t(1) << 54);  // bytes and padding are left 9 bits
   double product = 1;
@@ -92,6 +105,7 @@ inline RecurrentArguments check_recurrent(const Tensor& x, const OptionalTensor&
     TORCH_CHECK(batch_sizes->dim() == 1 && batch_sizes->scalar_type() == at::kLong && batch_sizes->is_cpu(), op,
                 ": expected batch_sizes to be a 1-D int64 tensor on the CPU, got ", batch_sizes->dim(), "-D ",
                 batch_sizes->scalar_type(), " on ", batch_sizes->device());
+    check_storage(op, "batch_sizes", *batch_sizes);
     const Tensor sizes = batch_sizes->contiguous();
     const int64_t* size = sizes.const_data_ptr<int64_t>();
     args.active.assign(size, size + sizes.numel());
@@ -213,6 +227,7 @@ inline Mode parse_mode(c10::string_view mode) {
 inline void check_integer(const char* op, const char* name, const Tensor& tensor) {
   TORCH_CHECK_TYPE(tensor.scalar_type() == at::kLong || tensor.scalar_type() == at::kInt, op, ": expected ", name,
                    " of dtype int32 or int64, got ", tensor.scalar_type());
+  check_storage(op, name, tensor);
 }
 
 // What every embedding_bag op can check without reading the data.
@@ -244,14 +259,15 @@ inline void check_embedding_bag(const char* op, const Tensor& like, const Tensor
 }
 
 // What the gradients of weight take beside embedding_bag's arguments. The values of offsets are the kernel's to check.
-inline void check_embedding_bag_backward(const char* op, const Tensor& grad, int64_t bags, const Tensor& aux,
-                                         Mode mode, int64_t num_embeddings = 0) {
+inline void check_embedding_bag_backward(const char* op, const Tensor& grad, int64_t bags, const Tensor& aux, Mode mode,
+                                         int64_t num_embeddings = 0) {
   TORCH_CHECK_VALUE(num_embeddings >= 0, op, ": expected num_embeddings of 0 or more, got ", num_embeddings);
   TORCH_CHECK_VALUE(grad.dim() == 2 && grad.size(0) == bags, op, ": expected grad of shape [", bags, ", columns], got ",
                     grad.sizes());
   check_product(op, "num_embeddings and columns", {num_embeddings, grad.size(1)});
   TORCH_CHECK_TYPE(aux.scalar_type() == at::kLong, op, ": expected aux of dtype int64, got ", aux.scalar_type());
   TORCH_CHECK(aux.device() == grad.device(), op, ": expected aux on ", grad.device(), " like grad, got ", aux.device());
+  check_storage(op, "aux", aux);
   if (mode == Mode::mean) check_shape(op, "aux", aux, {bags});
   if (mode == Mode::max) check_shape(op, "aux", aux, grad.sizes());
 }
@@ -296,6 +312,7 @@ inline void check_embedding_bag_update(const char* op, const Tensor& weight, con
   TORCH_CHECK_VALUE(weight.is_contiguous(), op, ": expected contiguous weight, got strides ", weight.strides());
   TORCH_CHECK_VALUE(grad.dim() == 2 && grad.size(1) == weight.size(1), op, ": expected grad of shape [bags, ",
                     weight.size(1), "], got ", grad.sizes());
+  check_floating(op, "weight", weight);
   check_like(op, "grad", grad, "weight", weight);
   const size_t wanted = rule == Rule::sgd ? 1 : rule == Rule::adam ? 4 : 2;
   TORCH_CHECK_VALUE(settings.size() == wanted, op, ": expected ", wanted, " settings, got ", settings.size());
@@ -309,6 +326,7 @@ inline void check_embedding_bag_update(const char* op, const Tensor& weight, con
                      state->scalar_type());
     TORCH_CHECK_VALUE(state->is_contiguous() && state->device() == weight.device(), op, ": expected contiguous ", name,
                       " on ", weight.device(), " like weight");
+    check_storage(op, name, *state);
   };
   const at::IntArrayRef by_row = weight.sizes().slice(0, 1);
   check_state("first", first, rule != Rule::sgd, rule == Rule::rowwise_adagrad ? by_row : weight.sizes());

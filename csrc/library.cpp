@@ -112,6 +112,14 @@ TORCH_LIBRARY_IMPL(nlpkernels, Autograd, m) {
   m.impl("embedding_bag_update", TORCH_FN(nlpkernels::UpdatesInPlace::refuse_derivative));
 }
 
+TORCH_LIBRARY_IMPL(nlpkernels, Negative, m) {
+  m.impl("embedding_bag_update", TORCH_FN(nlpkernels::UpdatesInPlace::resolve_views));
+}
+
+TORCH_LIBRARY_IMPL(nlpkernels, Conjugate, m) {
+  m.impl("embedding_bag_update", TORCH_FN(nlpkernels::UpdatesInPlace::resolve_views));
+}
+
 TORCH_LIBRARY_IMPL(nlpkernels, ADInplaceOrView, m) {
   m.impl("embedding_bag_update", TORCH_FN(nlpkernels::UpdatesInPlace::count_versions));
 }

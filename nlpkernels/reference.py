@@ -335,14 +335,17 @@ def refuse_wrong_indices(op: str, indices: Tensor, rows: int) -> None:
 
 
 def _check_bags(
-    like: Tensor, indices: Tensor, offsets: Tensor | None, per_sample_weights: Tensor | None, mode: str, **others: Tensor
+    like: Tensor,
+    indices: Tensor,
+    offsets: Tensor | None,
+    per_sample_weights: Tensor | None,
+    mode: str,
+    **others: Tensor,
 ) -> None:
     """What csrc/checks.h checks for the kernels; `like` is the table or its gradient."""
     if mode not in ("sum", "mean", "max", "lookup"):
         raise ValueError(f"embedding_bag: expected mode 'sum', 'mean', 'max' or 'lookup', got {mode!r}")
-    _refuse_strange(
-        "embedding_bag", {"weight": like, "per_sample_weights": per_sample_weights, **others}, like.dtype
-    )
+    _refuse_strange("embedding_bag", {"weight": like, "per_sample_weights": per_sample_weights, **others}, like.dtype)
     for name, integers in (("indices", indices), ("offsets", offsets)):
         if integers is not None and (
             integers.dtype not in (torch.int32, torch.int64) or integers.layout != torch.strided
