@@ -84,19 +84,37 @@ class Barrier {
  public:
   void arrive(int64_t shares) { arrived_.fetch_add(shares, std::memory_order_acq_rel); }
 
-  void wait(int64_t shares, const std::atomic<bool>& has_failed) const {
-    constexpr int kSpins = 4096;  // some tenth of a millisecond, many times what a step is late by
-    for (int spins = 0; arrived_.load(std::memory_order_acquire) < shares; ++spins) {
-      if (has_failed.load(std::memory_order_relaxed)) return;
-      if (spins > kSpins) std::this_thread::yield();  // another process may have the core that is waited for
+  // Returns whether that took so long that somebody else must have the core that is waited for.
+  bool wait(int64_t shares, const std::atomic<bool>& has_failed) const {
+    constexpr int kSpins = 1024;  // tens of microseconds, many times what a step is late by
+    int spins = 0;
+    for (; arrived_.load(std::memory_order_acquire) < shares; ++spins) {
+      if (has_failed.load(std::memory_order_relaxed)) break;
+      if (spins > kSpins) std::this_thread::yield();
 #if defined(__x86_64__)
       __builtin_ia32_pause();
 #endif
     }
+    return spins > kSpins;
   }
 
  private:
   alignas(64) std::atomic<int64_t> arrived_{0};
+};
+
+// Threads that wait for each other are many times slower than one alone where others want the cores too: other
+// processes, or calls of other threads. When many waits of a call were long, the next calls go without, and then one
+// tries again.
+class Company {
+ public:
+  static bool is_bad() { return calls_alone_.load(std::memory_order_relaxed) > 0 && calls_alone_.fetch_sub(1) > 0; }
+  static void report(int64_t waits, int64_t long_ones) {
+    constexpr int kCallsAlone = 64;
+    if (long_ones > 1 && 4 * long_ones > waits) calls_alone_.store(kCallsAlone, std::memory_order_relaxed);
+  }
+
+ private:
+  static inline std::atomic<int> calls_alone_{0};
 };
 
 // Whether all that parallel_for starts runs at once, so that it may wait for each other.
@@ -127,14 +145,15 @@ class Share {
   // Waits until the shares of the same sequences have all come here.
   void meet() {
     if (own_ == all_) return;
-    met_ += all_;
+    ++meetings_;
     barrier_.arrive(own_);
-    barrier_.wait(met_, has_failed_);
+    late_ += barrier_.wait(meetings_ * all_, has_failed_);
   }
 
   // For one that fails nobody waits, nor for what its thread was to do next; its exception ends the call.
   ~Share() {
     if (std::uncaught_exceptions() > exceptions_) has_failed_.store(true, std::memory_order_relaxed);
+    Company::report(meetings_, late_);
   }
 
   Share(const Share&) = delete;
@@ -143,7 +162,7 @@ class Share {
   Barrier& barrier_;
   const int64_t own_, all_;
   std::atomic<bool>& has_failed_;
-  int64_t met_ = 0;
+  int64_t meetings_ = 0, late_ = 0;
   const int exceptions_ = std::uncaught_exceptions();
 };
 
@@ -276,7 +295,8 @@ struct Layer : RecurrentArguments {
     const int64_t cores = wanted > 1 ? std::thread::hardware_concurrency() : 1,
                   parts = std::min(wanted, cores / directions);
     const int64_t step_work = batch * gate_rows() * features;
-    if (can_cut_units && parts > 1 && batch < parts * kTileRows && step_work >= parts * kMinStepWork) {
+    if (can_cut_units && parts > 1 && batch < parts * kTileRows && step_work >= parts * kMinStepWork &&
+        !Company::is_bad()) {
       return {1, std::min(parts, unit_panels().count())};
     }
     return {std::min(batch, std::max(wanted, ceil_div(batch, kMaxRows<Operand>))), 1};
