@@ -540,14 +540,6 @@ def optimizer_of(table: Tensor) -> Any:
     return None if found is None else found()
 
 
-def collect(table: Tensor, *use: Any) -> None:
-    """What csrc/autograd.h calls in backward, with all that a table's gradient is made of."""
-    optimizer = optimizer_of(table)
-    if optimizer is None:
-        raise RuntimeError("the optimizer (nlpkernels.optim) that was to update a table in backward is gone")
-    optimizer.collect(table, *use)
-
-
 # --- What the rest of the package calls ------------------------------------------------------------------------------
 
 
