@@ -47,10 +47,10 @@ is refused. Where torch.distributed runs with several processes and process_grou
 RuntimeError before a table changes; `process_group=False` says that each process trains tables of its own.
 
 **What cannot work** raises a RuntimeError, with the table as it was: a second backward pass through one graph,
-derivatives of the gradient, `torch.autograd.grad` of a table, one that also gets a gradient in another way, hooks on the
-table. `step()` raises where a table was replaced, as by load_state_dict(assign=True) or fully_shard, so that nothing but
-the optimizer has it any more. Momentum, weight decay and "maximize" are not there, and a group or a state_dict that
-asks for them is refused with a ValueError.
+derivatives of the gradient, `torch.autograd.grad` of a table, one that also gets a gradient in another way, hooks on
+the table, indices that are changed in place before the end of backward. `step()` raises where a table was replaced, as
+by load_state_dict(assign=True) or fully_shard, so that nothing but the optimizer has it any more. Momentum, weight
+decay and "maximize" are not there, and a group or a state_dict that asks for them is refused with a ValueError.
 
 In the place of the gradient, `table.grad`, stands an object that raises when it is used, so that clipping by global
 norm, `torch.amp.GradScaler` and other optimizers, which would not find the table's part, do not go on without it. The
@@ -61,13 +61,14 @@ compiled layer's gradient is refused by step(). It can be printed, copied, set t
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 import os
 import sys
 import threading
 import weakref
-from collections.abc import Iterable
-from typing import Any, NoReturn
+from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -85,10 +86,10 @@ __all__ = ["SGD", "Adagrad", "RowWiseAdagrad", "SparseAdam"]
 class _Applied(Tensor):
     """A shape, dtype and device without data: whoever wants a gradient's values is told that there is none."""
 
-    __torch_function__ = torch._C._disabled_torch_function_impl
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> _Applied:
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> _Applied:  # type: ignore[override]
         aten = torch.ops.aten
         if func in (aten.zero_.default, aten.detach.default):
             return args[0]  # type: ignore[no-any-return]
@@ -96,9 +97,9 @@ class _Applied(Tensor):
             like, options = args[0], kwargs or {}
             return _stand_in(like.shape, options.get("dtype") or like.dtype, options.get("device") or like.device)
         raise RuntimeError(
-            "this table has no gradient: its optimizer (nlpkernels.optim) applies it in backward. Clipping, GradScaler, "
-            "other optimizers and gradients that come in another way cannot take part: leave the table out of them, or "
-            "train it with sparse=True and torch.optim; zero_grad() removes this placeholder"
+            "this table has no gradient: its optimizer (nlpkernels.optim) applies it in backward. Clipping, "
+            "GradScaler, other optimizers and gradients that come in another way cannot take part: leave the table out "
+            "of them, or train it with sparse=True and torch.optim; zero_grad() removes this placeholder"
         )
 
     def __repr__(self, **_: Any) -> str:  # type: ignore[override]
@@ -122,6 +123,7 @@ def _stand_in(shape: torch.Size, dtype: torch.dtype, device: torch.device) -> _A
 # --- Backward passes -------------------------------------------------------------------------------------------------
 
 _Use = tuple[Any, ...]  # the gradient of a layer's output and what `embedding_bag_update` takes after the states
+_Uses = dict[Tensor, list[tuple[_Use, list[int]]]]  # of each table, with the versions of a use's tensors
 
 _queue_callback = torch.autograd.Variable._execution_engine.queue_callback
 
@@ -130,7 +132,7 @@ class _Pass:
     """The uses of tables in a backward pass. The engine alone holds it, so that it goes when its pass goes."""
 
     def __init__(self) -> None:
-        self.uses: dict[_InBackward, dict[Tensor, list[tuple[_Use, list[int]]]]] = {}
+        self.uses: dict[_InBackward, _Uses] = {}
         self.is_nested = False
 
     def end(self) -> None:
@@ -171,7 +173,7 @@ def collect(table: Tensor, *use: Any) -> None:
     optimizer: _InBackward | None = _ops.optimizer_of(table)
     if optimizer is None:
         raise RuntimeError("the optimizer (nlpkernels.optim) that was to update a table in backward is gone")
-    if table._backward_hooks or table._post_accumulate_grad_hooks:  # type: ignore[attr-defined]
+    if table._backward_hooks or table._post_accumulate_grad_hooks:
         raise RuntimeError(
             f"{type(optimizer).__name__}: the table of shape {list(table.shape)} has a hook (register_hook, "
             "register_post_accumulate_grad_hook) that waits for its gradient: updated in backward, it has none"
@@ -182,13 +184,13 @@ def collect(table: Tensor, *use: Any) -> None:
         _current_pass().uses.setdefault(optimizer, {}).setdefault(table, []).append((use, versions))
 
 
-def _apply(uses: dict[_InBackward, dict[Tensor, list[tuple[_Use, list[int]]]]]) -> None:
+def _apply(uses: dict[_InBackward, _Uses]) -> None:
     with contextlib.ExitStack() as locks:
         for optimizer in sorted(uses, key=id):  # in one order, or two threads could wait for each other
             locks.enter_context(optimizer._lock)
-        updates = [(optimizer, optimizer._prepare(tables)) for optimizer, tables in uses.items()]
-        for optimizer, prepared in updates:  # from here on tables change
-            optimizer._finish(prepared)
+        updates = [update for optimizer, tables in uses.items() for update in optimizer._prepare(tables)]
+        for update in updates:  # from here on tables change
+            update()
 
 
 def _forget_locks() -> None:
@@ -345,38 +347,61 @@ class _InBackward(torch.optim.Optimizer):
             state[name] = state[name].to(table.device, dtype).contiguous()
         return state
 
-    def _prepare(self, tables: dict[Tensor, list[tuple[_Use, list[int]]]]) -> list[tuple[Any, ...]]:
-        """All that can fail of the updates of a pass, before anything changes."""
+    def _prepare(self, tables: _Uses) -> list[Callable[[], None]]:
+        """The updates of a pass, or what keeps them for step(). All that can fail does so here, before the first."""
         if self.process_group is None and dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
             raise RuntimeError(
                 f"{type(self).__name__}: {dist.get_world_size()} processes train here. For a table that they train "
-                "together say process_group=torch.distributed.group.WORLD, or another group (step() then makes the same "
-                "update in all); for tables of this process alone say process_group=False"
+                "together say process_group=torch.distributed.group.WORLD, or another group (step() then makes the "
+                "same update in all); for tables of this process alone say process_group=False"
             )
         groups = {table: group for group in self.param_groups for table in group["params"]}
-        prepared = []
-        for table, uses in tables.items():
+        prepared: list[Callable[[], None]] = []
+        for table, versioned in tables.items():
             self._refuse_other_gradient(table)
-            for use, versions in uses:
+            for use, versions in versioned:
                 self._refuse_changes(table, use, versions)
-            merged = [use for use, _ in uses]
+            uses = [use for use, _ in versioned]
             if self.process_group:
-                prepared.append((table, *_coalesce(table, merged)))
+                prepared.append(functools.partial(self._keep, table, *_coalesce(table, uses)))
             else:
-                use = merged[0] if len(merged) == 1 else _as_lookup(*_coalesce(table, merged))
-                prepared.append((table, self._state_of(table, groups[table]), groups[table], use))
-        return [self._with_settings(*each) for each in prepared] if not self.process_group else prepared
+                use = uses[0] if len(uses) == 1 else _as_lookup(*_coalesce(table, uses))
+                prepared.append(self._prepare_update(table, groups[table], use))
+        return prepared
 
-    def _with_settings(
-        self, table: Tensor, state: dict[str, Any], group: dict[str, Any], use: _Use
-    ) -> tuple[Tensor, dict[str, Any], _Use]:
-        return table, state, (*use, self.rule, self._settings(group, int(state.get("step", 0)) + 1))
+    def _prepare_update(self, table: Tensor, group: dict[str, Any], use: _Use) -> Callable[[], None]:
+        state = self._state_of(table, group)
+        settings = self._settings(group, int(state.get("step", 0)) + 1)
+        return functools.partial(self._update, table, state, use, settings)
+
+    def _update(self, table: Tensor, state: dict[str, Any], use: _Use, settings: list[float]) -> None:
+        first, second, *_ = (*(state[name] for name in self.states), None, None)
+        if table.numel() > 0:  # the mean of no columns is NaN
+            rest: tuple[Any, ...] = (*use[1:], self.rule, settings)
+            _C.embedding_bag_update(use[0], table, first, second, *rest)
+        if state:
+            state["step"] += 1
+            self.state[table] = state
+        self._updated.add(id(table))
+        self._mark(table)
+
+    def _keep(self, table: Tensor, rows: Tensor, values: Tensor) -> None:
+        self._kept.setdefault(table, []).append((rows, values))
+        self._mark(table)
+
+    def _mark(self, table: Tensor) -> None:
+        """Put the stand-in where a gradient would be."""
+        if table.grad is None:
+            found = self._stand_ins.get(id(table))
+            if found is None or (found.shape, found.dtype, found.device) != (table.shape, table.dtype, table.device):
+                found = self._stand_ins[id(table)] = _stand_in(table.shape, table.dtype, table.device)
+            table.grad = found
 
     def _refuse_changes(self, table: Tensor, use: _Use, versions: list[int]) -> None:
         if [part._version for part in use if isinstance(part, Tensor)] != versions:
             raise RuntimeError(
-                f"{type(self).__name__}: indices, or a gradient, of the table of shape {list(table.shape)} were changed "
-                "in place before the end of backward, where they are applied"
+                f"{type(self).__name__}: indices, or a gradient, of the table of shape {list(table.shape)} were "
+                "changed in place before the end of backward, where they are applied"
             )
         grad = use[0]
         if (grad.dtype, grad.device, grad.shape[1]) != (table.dtype, table.device, table.shape[1]):
@@ -385,31 +410,6 @@ class _InBackward(torch.optim.Optimizer):
                 f"changed between forward and backward, whose gradient is {grad.dtype} of {grad.shape[1]} columns on "
                 f"{grad.device}"
             )
-
-    def _finish(self, prepared: list[tuple[Any, ...]]) -> None:
-        """Make the updates of a pass, or keep them for step()."""
-        for table, *rest in prepared:
-            if self.process_group:
-                self._kept.setdefault(table, []).append((rest[0], rest[1]))
-            else:
-                self._update(table, *rest)
-            if table.grad is None:
-                table.grad = self._stand_in_for(table)
-
-    def _update(self, table: Tensor, state: dict[str, Any], use: _Use) -> None:
-        first, second, *_ = (*(state[name] for name in self.states), None, None)
-        if table.numel() > 0:  # a mean of no columns is NaN
-            _C.embedding_bag_update(use[0], table, first, second, *use[1:])
-        if state:
-            state["step"] += 1
-            self.state[table] = state
-        self._updated.add(id(table))
-
-    def _stand_in_for(self, table: Tensor) -> _Applied:
-        found = self._stand_ins.get(id(table))
-        if found is None or (found.shape, found.dtype, found.device) != (table.shape, table.dtype, table.device):
-            found = self._stand_ins[id(table)] = _stand_in(table.shape, table.dtype, table.device)
-        return found
 
     def _refuse_other_gradient(self, table: Tensor) -> None:
         if table.grad is not None and not isinstance(table.grad, _Applied):
@@ -481,14 +481,13 @@ class _InBackward(torch.optim.Optimizer):
                     f"this process: {others}, expected {tables}"
                 )
         updates = []
-        for (table, group), part, of_ranks in zip(groups, own, zip(*(f[2] for f in facts), strict=True), strict=True):
-            if all(size is None for size in of_ranks):
-                continue
-            together = _gather(table, part, [size or 0 for size in of_ranks], self.process_group)
-            updates.append(self._with_settings(table, self._state_of(table, group), group, _as_lookup(*together)))
+        for (table, group), part, *of_ranks in zip(groups, own, *(f[2] for f in facts), strict=True):
+            if any(size is not None for size in of_ranks):
+                together = _gather(table, part, [size or 0 for size in of_ranks], self.process_group)
+                updates.append(self._prepare_update(table, group, _as_lookup(*together)))
         self._kept.clear()
         for update in updates:
-            self._update(*update)
+            update()
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Remove what stands in the place of gradients; with a process_group, also what step() was to apply."""
