@@ -513,7 +513,7 @@ def test_failed_passes_leave_no_memory() -> None:
         cotangent = torch.ones(6, E)
         seen = weakref.ref(cotangent)
         with pytest.raises(ArithmeticError):
-            torch.autograd.backward([run(ids), Fails.apply(leaf())], [cotangent, None])
+            torch.autograd.backward([Fails.apply(leaf()), run(ids)], [None, cotangent])
         del cotangent
         gc.collect()
         assert seen() is None
