@@ -60,7 +60,6 @@ compiled layer's gradient is refused by step(). It can be printed, copied, set t
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import math
 import os
@@ -123,7 +122,8 @@ def _stand_in(shape: torch.Size, dtype: torch.dtype, device: torch.device) -> _A
 # --- Backward passes -------------------------------------------------------------------------------------------------
 
 _Use = tuple[Any, ...]  # the gradient of a layer's output and what `embedding_bag_update` takes after the states
-_Uses = dict[Tensor, list[tuple[_Use, list[int]]]]  # of each table, with the versions of a use's tensors
+# Those of each table, by its id (torch's hash of a tensor is slow), with the versions of a use's tensors.
+_Uses = dict[int, tuple[Tensor, list[tuple[_Use, list[int]]]]]
 
 _queue_callback = torch.autograd.Variable._execution_engine.queue_callback
 
@@ -131,40 +131,51 @@ _queue_callback = torch.autograd.Variable._execution_engine.queue_callback
 class _Pass:
     """The uses of tables in a backward pass. The engine alone holds it, so that it goes when its pass goes."""
 
-    def __init__(self) -> None:
+    def __init__(self, task: int) -> None:
+        self.task = task
         self.uses: dict[_InBackward, _Uses] = {}
         self.is_nested = False
+
+    def add(self, optimizer: _InBackward, table: Tensor, uses: list[tuple[_Use, list[int]]]) -> None:
+        tables = self.uses.setdefault(optimizer, {})
+        found = tables.get(id(table))
+        if found is None:
+            tables[id(table)] = table, uses
+        else:
+            found[1].extend(uses)
 
     def end(self) -> None:
         """What the engine calls when the pass has come through."""
         if torch._C._current_autograd_node() is None:
-            _apply(self.uses)
+            _apply(self.uses, sorted(self.uses, key=id))
         else:
             self.is_nested = True  # in a node of another pass, which can still fail
 
     def __del__(self) -> None:
+        _passes.pop(self.task, None)
         # The engine lets go of a nested pass that has come through where the one around it goes on.
         if self.is_nested and torch._C._current_graph_task_id() < 0:
-            _apply(self.uses)
+            _apply(self.uses, sorted(self.uses, key=id))
         elif self.is_nested:
             with _lock:
                 outer = _current_pass()
                 for optimizer, tables in self.uses.items():
-                    of_outer = outer.uses.setdefault(optimizer, {})
-                    for table, uses in tables.items():
-                        of_outer.setdefault(table, []).extend(uses)
+                    for table, uses in tables.values():
+                        outer.add(optimizer, table, uses)
 
 
 _lock = threading.RLock()  # of _passes and what is in them
-_passes: weakref.WeakValueDictionary[int, _Pass] = weakref.WeakValueDictionary()  # by the number of the engine's task
+_passes: dict[int, weakref.ref[_Pass]] = {}  # by the number of the engine's task, which no other pass gets
 
 
 def _current_pass() -> _Pass:
     task = torch._C._current_graph_task_id()
-    found = _passes.get(task)
+    reference = _passes.get(task)
+    found = None if reference is None else reference()
     if found is None:
-        found = _passes[task] = _Pass()
+        found = _Pass(task)
         _queue_callback(found.end)
+        _passes[task] = weakref.ref(found)
     return found
 
 
@@ -179,25 +190,28 @@ def collect(table: Tensor, *use: Any) -> None:
             "register_post_accumulate_grad_hook) that waits for its gradient: updated in backward, it has none"
         )
     optimizer._refuse_other_gradient(table)
-    versions = [part._version for part in use if isinstance(part, Tensor)]
     with _lock:
-        _current_pass().uses.setdefault(optimizer, {}).setdefault(table, []).append((use, versions))
+        _current_pass().add(optimizer, table, [(use, _versions(use))])
 
 
-def _apply(uses: dict[_InBackward, _Uses]) -> None:
-    with contextlib.ExitStack() as locks:
-        for optimizer in sorted(uses, key=id):  # in one order, or two threads could wait for each other
-            locks.enter_context(optimizer._lock)
-        updates = [update for optimizer, tables in uses.items() for update in optimizer._prepare(tables)]
-        for update in updates:  # from here on tables change
-            update()
+def _versions(use: _Use) -> list[int]:
+    return [tensor._version for tensor in use[:5] if tensor is not None]
+
+
+def _apply(uses: dict[_InBackward, _Uses], unlocked: list[_InBackward]) -> None:
+    if unlocked:  # always in the same order, or two threads could wait for each other
+        with unlocked[0]._lock:
+            return _apply(uses, unlocked[1:])
+    updates = [update for optimizer, tables in uses.items() for update in optimizer._prepare(tables)]
+    for update in updates:  # from here on tables change
+        update()
 
 
 def _forget_locks() -> None:
     """After a fork: the threads that held them are not here."""
     global _lock
     _lock = threading.RLock()
-    for reference in _ops.UPDATED_IN_BACKWARD.values():
+    for _, reference in _ops.UPDATED_IN_BACKWARD.values():
         optimizer = reference()
         if optimizer is not None:
             optimizer._lock = threading.RLock()
@@ -309,7 +323,7 @@ class _InBackward(torch.optim.Optimizer):
             if other is not None and other is not self:
                 raise ValueError(f"{type(self).__name__}: a table is trained by {type(other).__name__} already")
         for table in tables:
-            _ops.UPDATED_IN_BACKWARD[table] = weakref.ref(self)
+            _ops.update_in_backward(table, self)
 
     def _refuse_settings(self, group: dict[str, Any]) -> None:
         for name in ("momentum", "weight_decay", "maximize", "amsgrad"):
@@ -330,22 +344,26 @@ class _InBackward(torch.optim.Optimizer):
     def _shape_of_states(self, table: Tensor) -> torch.Size:
         return table.shape[:1] if self.rule == "rowwise_adagrad" else table.shape
 
-    def _state_of(self, table: Tensor, group: dict[str, Any]) -> dict[str, Any]:
-        """A table's state, made where there is none and moved to where the table is now, but not yet kept."""
-        state: dict[str, Any] = dict(self.state.get(table) or {})
-        shape, dtype = self._shape_of_states(table), _dtype_of_states(table)
-        if not state and self.states:
+    def _state_of(self, table: Tensor, group: dict[str, Any]) -> tuple[dict[str, Any], bool]:
+        """A table's state, and whether it is yet to be kept: where there is none that fits to where the table is."""
+        if not self.states:
+            return {}, False
+        kept: dict[str, Any] | None = self.state.get(table)
+        shape, dtype, device = self._shape_of_states(table), _dtype_of_states(table), table.device
+        if not kept:
             initial = float(group.get("initial_accumulator_value", 0))
-            state["step"] = torch.tensor(0.0)
-            state |= {name: torch.full(shape, initial, dtype=dtype, device=table.device) for name in self.states}
+            states = {name: torch.full(shape, initial, dtype=dtype, device=device) for name in self.states}
+            return {"step": torch.tensor(0.0), **states}, True
+        state = kept
         for name in self.states:
-            if state[name].shape != shape:
+            found = kept[name]
+            if found.shape != shape:
                 raise RuntimeError(
-                    f"{type(self).__name__}: expected a state {name!r} of shape {list(shape)}, got "
-                    f"{list(state[name].shape)}"
+                    f"{type(self).__name__}: expected a state {name!r} of shape {list(shape)}, got {list(found.shape)}"
                 )
-            state[name] = state[name].to(table.device, dtype).contiguous()
-        return state
+            if found.dtype != dtype or found.device != device:
+                state = {**state, name: found.to(device, dtype)}
+        return state, state is not kept
 
     def _prepare(self, tables: _Uses) -> list[Callable[[], None]]:
         """The updates of a pass, or what keeps them for step(). All that can fail does so here, before the first."""
@@ -355,9 +373,9 @@ class _InBackward(torch.optim.Optimizer):
                 "together say process_group=torch.distributed.group.WORLD, or another group (step() then makes the "
                 "same update in all); for tables of this process alone say process_group=False"
             )
-        groups = {table: group for group in self.param_groups for table in group["params"]}
+        groups = {id(table): group for group in self.param_groups for table in group["params"]}
         prepared: list[Callable[[], None]] = []
-        for table, versioned in tables.items():
+        for table, versioned in tables.values():
             self._refuse_other_gradient(table)
             for use, versions in versioned:
                 self._refuse_changes(table, use, versions)
@@ -366,22 +384,25 @@ class _InBackward(torch.optim.Optimizer):
                 prepared.append(functools.partial(self._keep, table, *_coalesce(table, uses)))
             else:
                 use = uses[0] if len(uses) == 1 else _as_lookup(*_coalesce(table, uses))
-                prepared.append(self._prepare_update(table, groups[table], use))
+                prepared.append(self._prepare_update(table, groups[id(table)], use))
         return prepared
 
     def _prepare_update(self, table: Tensor, group: dict[str, Any], use: _Use) -> Callable[[], None]:
-        state = self._state_of(table, group)
-        settings = self._settings(group, int(state.get("step", 0)) + 1)
-        return functools.partial(self._update, table, state, use, settings)
+        state, is_new = self._state_of(table, group)
+        step = int(state["step"]) + 1 if state else 1
+        return functools.partial(self._update, table, state, is_new, step, use, self._settings(group, step))
 
-    def _update(self, table: Tensor, state: dict[str, Any], use: _Use, settings: list[float]) -> None:
+    def _update(
+        self, table: Tensor, state: dict[str, Any], is_new: bool, step: int, use: _Use, settings: list[float]
+    ) -> None:
         first, second, *_ = (*(state[name] for name in self.states), None, None)
         if table.numel() > 0:  # the mean of no columns is NaN
             rest: tuple[Any, ...] = (*use[1:], self.rule, settings)
             _C.embedding_bag_update(use[0], table, first, second, *rest)
         if state:
-            state["step"] += 1
-            self.state[table] = state
+            state["step"].fill_(step)
+            if is_new:
+                self.state[table] = state
         self._updated.add(id(table))
         self._mark(table)
 
@@ -391,20 +412,24 @@ class _InBackward(torch.optim.Optimizer):
 
     def _mark(self, table: Tensor) -> None:
         """Put the stand-in where a gradient would be."""
-        if table.grad is None:
-            found = self._stand_ins.get(id(table))
-            if found is None or (found.shape, found.dtype, found.device) != (table.shape, table.dtype, table.device):
-                found = self._stand_ins[id(table)] = _stand_in(table.shape, table.dtype, table.device)
+        if table.grad is not None:
+            return
+        found = self._stand_ins.get(id(table))
+        try:
             table.grad = found
+        except RuntimeError:  # it is what the table was, of another dtype, device or shape
+            found = None
+        if found is None:
+            table.grad = self._stand_ins[id(table)] = _stand_in(table.shape, table.dtype, table.device)
 
     def _refuse_changes(self, table: Tensor, use: _Use, versions: list[int]) -> None:
-        if [part._version for part in use if isinstance(part, Tensor)] != versions:
+        if _versions(use) != versions:
             raise RuntimeError(
                 f"{type(self).__name__}: indices, or a gradient, of the table of shape {list(table.shape)} were "
                 "changed in place before the end of backward, where they are applied"
             )
         grad = use[0]
-        if (grad.dtype, grad.device, grad.shape[1]) != (table.dtype, table.device, table.shape[1]):
+        if grad.dtype != table.dtype or grad.device != table.device or grad.shape[1] != table.shape[1]:
             raise RuntimeError(
                 f"{type(self).__name__}: the table, {table.dtype} of shape {list(table.shape)} on {table.device}, was "
                 f"changed between forward and backward, whose gradient is {grad.dtype} of {grad.shape[1]} columns on "
@@ -430,19 +455,23 @@ class _InBackward(torch.optim.Optimizer):
     def _step(self, closure: Any) -> None:
         if closure is not None:
             raise RuntimeError(f"{type(self).__name__}: a closure would be called after the update, made in backward")
-        with self._lock:
-            if self.process_group:
+        if self.process_group:
+            with self._lock:
                 self._step_together()
-            else:
-                self._check_tables()
-            self._updated.clear()
+        else:
+            self._check_tables()
+        self._updated.clear()
 
     _step_with_hooks = torch.optim.Optimizer.profile_hook_step(_step)
 
     def _check_tables(self) -> None:
         for group in self.param_groups:
-            for table, references in zip(group["params"], _references(group["params"]), strict=True):
+            tables = group["params"]
+            for table in tables:
                 self._refuse_other_gradient(table)
+            if self._updated.issuperset(map(id, tables)):
+                continue
+            for table, references in zip(tables, _references(tables), strict=True):
                 used = id(table) in self._updated or table in self._kept
                 if not used and references <= _REFERENCES_OF_A_LIST + (table in self.state):
                     raise RuntimeError(
