@@ -299,9 +299,10 @@ class EmbeddingBagFunction : public torch::autograd::Function<EmbeddingBagFuncti
     const bool updated = ctx->saved_data.count("table") != 0;
     TORCH_CHECK(!updated || !at::GradMode::is_enabled(),
                 "a gradient that is applied in backward (nlpkernels.optim) cannot be differentiated");
-    TORCH_CHECK(ctx->saved_data.count("used") == 0,
-                "a second backward pass through one graph: the first one has updated the table (nlpkernels.optim), and "
-                "this one's gradient would be that of the table as it was");
+    TORCH_CHECK(
+        ctx->saved_data.count("used") == 0,
+        "a second backward pass through one graph: unless it failed, the first one has updated the table "
+        "(nlpkernels.optim), and this one's gradient would be that of the table as it was; call the layer again");
     if (!grads[0].defined()) return result;
     const auto saved = ctx->get_saved_variables();
     const Tensor &weight = saved[0], &aux = saved[4];
