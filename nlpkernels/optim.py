@@ -277,10 +277,11 @@ class _InBackward(torch.optim.Optimizer):
             least_excluded = 1.0 if name == "betas" else math.inf
             if not all(0 <= float(v) < least_excluded for v in values):
                 raise ValueError(f"{type(self).__name__}: expected {name} of 0 or more, betas below 1, got {value}")
-        if process_group not in (None, False) and not (dist.is_available() and dist.is_initialized()):
+        is_group = dist.is_available() and isinstance(process_group, dist.ProcessGroup)
+        if not (is_group or process_group is None or process_group is False):
             raise ValueError(
-                f"{type(self).__name__}: expected process_group of an initialized torch.distributed, False or None, "
-                f"got {process_group!r}"
+                f"{type(self).__name__}: expected process_group to be a group of torch.distributed that this process "
+                f"belongs to, False or None, got {process_group!r}"
             )
         self._start(process_group)
         super().__init__(params, defaults)
@@ -558,7 +559,7 @@ class SGD(_InBackward):
 
     Raises:
         ValueError: a table's shape, dtype, layout or type does not fit, another optimizer has it, lr is negative, or
-            torch.distributed is not initialized.
+            process_group is something else.
 
     Example:
         >>> import torch, nlpkernels

@@ -459,6 +459,72 @@ def test_passes_within_a_pass_make_one_update(name: str, passes: Any) -> None:
     assert all(state["step"] == 2 for state in fused.state.values())
 
 
+def random_pass(depth: int = 0) -> dict[str, Any]:
+    """Uses of three tables, some in checkpoints, and passes that hooks make; inner passes may fail."""
+    terms: list[tuple[Any, ...]] = []
+    for _ in range(int(torch.randint(1, 4, ()))):
+        kind = float(torch.rand(()))
+        if kind < 0.35 and depth < 4:
+            terms.append(("hook", random_pass(depth + 1)))
+        else:
+            ids = torch.randint(V // 4, (2, int(torch.randint(1, 5, ()))))
+            how = "reentrant" if kind < 0.5 else "checkpoint" if kind < 0.6 else "use"
+            terms.append((how, int(torch.randint(3, ())), ids))
+    return {"terms": terms, "fails": depth > 0 and float(torch.rand(())) < 0.15}
+
+
+def go(plan: dict[str, Any], modules: nn.ModuleList, skips_failures: bool) -> None:
+    """Make a pass. torch's optimizers would take what a failing one has left, so theirs skip it."""
+    if plan["fails"] and skips_failures:
+        return
+    x = leaf()
+    total = (Fails.apply(x) if plan["fails"] else x) * torch.zeros((), dtype=torch.float64)  # made first: it runs last
+    for how, *what in plan["terms"]:
+        if how == "hook":
+
+            def inner(plan: dict[str, Any] = what[0]) -> None:
+                try:
+                    go(plan, modules, skips_failures)
+                except ArithmeticError:
+                    assert plan["fails"]
+
+            total = total + around(inner, x)
+        elif how == "use":
+            total = total + modules[what[0]](what[1]).square().sum()
+        else:
+
+            def run(ids: Tensor, scale: Tensor, module: nn.Module = modules[what[0]]) -> Tensor:
+                return module(ids).square() * scale
+
+            total = total + checkpoint(run, what[1], x * 2, use_reentrant=how == "reentrant").sum()
+    total.backward()
+
+
+@pytest.mark.parametrize("name", ["SGD", "Adagrad", "SparseAdam"])
+def test_random_passes(name: str) -> None:
+    """Two optimizers, one of them with two tables; each makes one update of each outermost pass."""
+    for _ in range(40):
+        both = []
+        for make_layer, package in ((nlpkernels.EmbeddingBag, optim), (nn.EmbeddingBag, torch.optim)):
+            options = {} if package is optim else {"sparse": True}
+            bags = nn.ModuleList(make_layer(V, 3, mode="sum", dtype=torch.float64, **options) for _ in range(3))
+            groups = [[bags[0].weight, bags[1].weight], [bags[2].weight]]
+            both.append((bags, [getattr(package, name)(group, lr=0.1, **SETTINGS[name]) for group in groups]))
+        both[1][0].load_state_dict(both[0][0].state_dict())
+        for _ in range(2):
+            plan = random_pass()
+            for skips_failures, (bags, optimizers) in enumerate(both):
+                for optimizer in optimizers:
+                    optimizer.zero_grad()
+                go(plan, bags, bool(skips_failures))
+                for bag in bags if skips_failures else ():
+                    bag.weight.grad = None if bag.weight.grad is None else bag.weight.grad.coalesce()
+                for optimizer in optimizers:
+                    optimizer.step()
+            for ours, theirs in zip(*(bags.parameters() for bags, _ in both), strict=True):
+                torch.testing.assert_close(ours, theirs, msg=lambda text, plan=plan: f"{text}\n{plan}")
+
+
 def test_a_hundred_passes_within_each_other() -> None:
     """torch takes another thread for those from the sixtieth on."""
     theirs, unfused, ours, fused = make("SGD", "cpu", torch.float64)
@@ -820,6 +886,8 @@ def test_bad_arguments() -> None:
     bag = nlpkernels.EmbeddingBag(V, E)
     with pytest.raises(ValueError, match="lr"):
         optim.SGD(bag.parameters(), lr=-1.0)
+    with pytest.raises(ValueError, match="expected process_group to be a group"):
+        optim.SGD(bag.parameters(), process_group=True)
     with pytest.raises(ValueError, match="betas"):
         optim.SparseAdam(bag.parameters(), betas=(0.9, 1.0))
     with pytest.raises(ValueError, match=r"\[rows, columns\]"):
