@@ -259,7 +259,8 @@ def _gather(
         own[: len(rows), :8] = rows.unsqueeze(1).view(torch.uint8)
         own[: len(rows), 8:] = (values / len(sizes)).view(torch.uint8)
     everyone = [torch.empty_like(own) for _ in sizes]
-    dist.all_gather(everyone, own, process_group)
+    if max(sizes) > 0:
+        dist.all_gather(everyone, own, process_group)
     used = torch.cat([each[:size] for each, size in zip(everyone, sizes, strict=True)])
     rows = used[:, :8].contiguous().view(torch.int64).squeeze(1)
     return rows, used[:, 8:].contiguous().view(table.dtype)
@@ -312,8 +313,8 @@ class _InBackward(torch.optim.Optimizer):
             if type(table) not in (Tensor, torch.nn.Parameter):
                 raise ValueError(
                     f"{type(self).__name__}: expected tables that are tensors of torch's own, got a "
-                    f"{type(getattr(table, 'data', table)).__name__}: keep a table out of shards (fully_shard's "
-                    "ignored_params) and out of what else replaces parameters"
+                    f"{type(table).__name__}: keep a table out of shards (fully_shard's ignored_params) and out of "
+                    "what else replaces parameters"
                 )
             if table.dim() != 2 or not table.is_floating_point() or not table.is_contiguous():
                 raise ValueError(
@@ -468,13 +469,12 @@ class _InBackward(torch.optim.Optimizer):
     def _check_tables(self) -> None:
         for group in self.param_groups:
             tables = group["params"]
+            references = [] if self._updated.issuperset(map(id, tables)) else _references(tables)
             for table in tables:
                 self._refuse_other_gradient(table)
-            if self._updated.issuperset(map(id, tables)):
-                continue
-            for table, references in zip(tables, _references(tables), strict=True):
+            for table, count in zip(tables, references, strict=False):
                 used = id(table) in self._updated or table in self._kept
-                if not used and references <= _REFERENCES_OF_A_LIST + (table in self.state):
+                if not used and count <= _REFERENCES_OF_A_LIST + (table in self.state):
                     raise RuntimeError(
                         f"{type(self).__name__}: nothing but this optimizer has the table of shape "
                         f"{list(table.shape)} any more: it was replaced, as by load_state_dict(assign=True) or "

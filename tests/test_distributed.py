@@ -90,13 +90,14 @@ OPTIMIZERS: dict[str, dict[str, Any]] = {
 
 
 def batch(step: int, rank: int) -> tuple[Tensor, bool]:
-    """Of another size in each process, none at all in one of them; the second table is used by some, then by none."""
+    """Of another size in each process, empty in one of them, in the end in all; the second table not used by all."""
     generator = torch.Generator().manual_seed(100 * step + rank)
-    return torch.randint(20, (2 * ((rank + step) % 3), 4), generator=generator), step < 2 and rank != step
+    size = 2 * ((rank + step) % 3) if step < 3 else 0
+    return torch.randint(20, (size, 4), generator=generator), step != 2 and rank != step
 
 
 def same_as_one_process(name: str, wrap: Any, accumulated: int = 1) -> None:
-    """Three steps of all processes and, in each of them, of one process with the whole batch."""
+    """Four steps of all processes and, in each of them, of one process with the whole batch."""
     from torch.distributed import group
 
     rank, count = torch.distributed.get_rank(), torch.distributed.get_world_size()
@@ -110,7 +111,8 @@ def same_as_one_process(name: str, wrap: Any, accumulated: int = 1) -> None:
             mine.copy_(other.full_tensor() if hasattr(other, "full_tensor") else other)
     unfused = getattr(torch.optim, name)(theirs.tables(), **OPTIMIZERS[name])
     step_of_rest = torch.optim.SGD(theirs.linear.parameters(), lr=0.1)
-    for step in range(3):
+    start = [table.detach().clone() for table in ours.tables()]
+    for step in range(4):
         for optimizer in (fused, rest, unfused, step_of_rest):
             optimizer.zero_grad()
         for part in range(accumulated):
@@ -129,7 +131,21 @@ def same_as_one_process(name: str, wrap: Any, accumulated: int = 1) -> None:
             everyone = [torch.empty_like(table.detach()) for _ in range(count)]
             torch.distributed.all_gather(everyone, table.detach())
             assert all(torch.equal(table, each) for each in everyone)
-    assert not torch.equal(before[0], ours.tables()[0])
+    assert not any(map(torch.equal, ours.tables(), start))
+
+
+def same_bits(dtype: torch.dtype) -> None:
+    """Tables of a width that nothing divides, with rows that all processes use."""
+    rank, count = torch.distributed.get_rank(), torch.distributed.get_world_size()
+    bag = nlpkernels.EmbeddingBag(9, 5, dtype=dtype)
+    optimizer = nlpkernels.optim.RowWiseAdagrad(bag.parameters(), process_group=torch.distributed.group.WORLD)
+    before = bag.weight.detach().clone()
+    bag(torch.tensor([[0, 0, 1 + rank]])).square().sum().backward()
+    optimizer.step()
+    assert (bag.weight != before).any(1).tolist() == [row <= count for row in range(9)]
+    everyone: list[Any] = [None] * count
+    torch.distributed.all_gather_object(everyone, bag.weight.tolist())
+    assert all(each == everyone[0] for each in everyone)
 
 
 def refusing(message: str, tables: list[Tensor], run: Any, error: type[Exception] = RuntimeError) -> None:
@@ -179,6 +195,8 @@ def worker_with_tables() -> None:
     for option in ("find_unused_parameters", "static_graph", "gradient_as_bucket_view"):
         same_as_one_process("SparseAdam", frozen(**{option: True}))
     same_as_one_process("Adagrad", ignored)
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        same_bits(dtype)
     say("together agrees")
 
     ids = torch.full((2, 3), 5 * rank)
