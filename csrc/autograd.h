@@ -10,6 +10,7 @@
 #include <ATen/ops/empty.h>
 #include <c10/core/impl/LocalDispatchKeySet.h>
 #include <c10/util/irange.h>
+#include <pybind11/gil_safe_call_once.h>
 #include <pybind11/pybind11.h>
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/csrc/autograd/graph_task.h>
@@ -255,10 +256,16 @@ inline bool accumulates(Context* ctx, const Tensor& table) {
   TORCH_CHECK(
       plan != nullptr,
       "a table that is updated in backward (nlpkernels.optim) has no gradient outside of it: expected backward()");
-  const auto planned = plan->find(torch::autograd::impl::grad_accumulator(table).get());
+  const auto accumulator = torch::autograd::impl::grad_accumulator(table);
+  const auto planned = plan->find(accumulator.get());
   TORCH_CHECK(planned == plan->end() || !planned->second.captures_,
               "torch.autograd.grad wants the gradient of a table that is updated in backward (nlpkernels.optim): there "
               "is none, expected backward()");
+  TORCH_CHECK(accumulator->post_hooks().empty(),
+              "DistributedDataParallel, or a hook of another kind, waits for the gradient of a table of shape ",
+              table.sizes(),
+              " that is updated in backward (nlpkernels.optim) and has none: wrap the model while the table does not "
+              "require a gradient, and give its optimizer a process_group");
   return true;
 }
 
@@ -266,9 +273,10 @@ inline bool accumulates(Context* ctx, const Tensor& table) {
 inline void collect(const Tensor& table, const Tensor& grad, const Tensor& indices, const OptionalTensor& offsets,
                     const OptionalTensor& per_sample_weights, const Tensor& aux, const PoolingSettings& settings) {
   const pybind11::gil_scoped_acquire gil;
-  pybind11::module_::import("nlpkernels._ops")
-      .attr("collect")(table, grad, indices, offsets, per_sample_weights, aux, settings.mode, settings.padding_idx,
-                       settings.include_last_offset, settings.scale_grad_by_freq);
+  static pybind11::gil_safe_call_once_and_store<pybind11::object> of_optim;
+  of_optim.call_once_and_store_result([] { return pybind11::module_::import("nlpkernels.optim").attr("collect"); });
+  of_optim.get_stored()(table, grad, indices, offsets, per_sample_weights, aux, settings.mode, settings.padding_idx,
+                        settings.include_last_offset, settings.scale_grad_by_freq);
 }
 
 class EmbeddingBagFunction : public torch::autograd::Function<EmbeddingBagFunction> {
@@ -293,9 +301,10 @@ class EmbeddingBagFunction : public torch::autograd::Function<EmbeddingBagFuncti
     const bool updated = ctx->saved_data.count("table") != 0;
     TORCH_CHECK(!updated || !at::GradMode::is_enabled(),
                 "a gradient that is applied in backward (nlpkernels.optim) cannot be differentiated");
-    TORCH_CHECK(ctx->saved_data.count("used") == 0,
-                "a second backward pass through one graph: the first one has updated the table (nlpkernels.optim), and "
-                "this one's gradient would be that of the table as it was");
+    TORCH_CHECK(
+        ctx->saved_data.count("used") == 0,
+        "a second backward pass through one graph: unless it failed, the first one has updated the table "
+        "(nlpkernels.optim), and this one's gradient would be that of the table as it was; call the layer again");
     if (!grads[0].defined()) return result;
     const auto saved = ctx->get_saved_variables();
     const Tensor &weight = saved[0], &aux = saved[4];

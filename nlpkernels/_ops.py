@@ -15,7 +15,7 @@ from __future__ import annotations
 import inspect
 import os
 import weakref
-from collections.abc import Callable, MutableMapping, Sequence
+from collections.abc import Callable, Sequence
 from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,6 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._subclasses import FakeTensor
-from torch.utils.weak import WeakIdKeyDictionary
 
 from nlpkernels import _C, reference  # _C registers the schemas
 
@@ -551,22 +550,26 @@ _embedding_bag = _differentiable("embedding_bag", _save_embedding_bag, _backward
 
 # --- Tables that are updated in backward -----------------------------------------------------------------------------
 
-# Which optimizer of optim.py has which table, for as long as it lives.
-UPDATED_IN_BACKWARD: MutableMapping[Tensor, weakref.ref[Any]] = WeakIdKeyDictionary()
+# Which optimizer of optim.py has which table, by the table's id, for as long as both live. (A dictionary whose keys are
+# weak takes a microsecond to ask.)
+UPDATED_IN_BACKWARD: dict[int, tuple[weakref.ref[Tensor], weakref.ref[Any]]] = {}
+
+
+def update_in_backward(table: Tensor, optimizer: Any) -> None:
+    """From now on `optimizer_of(table)` is this one."""
+    key = id(table)
+
+    def forget(reference: Any) -> None:
+        if UPDATED_IN_BACKWARD.get(key, (None,))[0] is reference:
+            del UPDATED_IN_BACKWARD[key]
+
+    UPDATED_IN_BACKWARD[key] = weakref.ref(table, forget), weakref.ref(optimizer)
 
 
 def optimizer_of(table: Tensor) -> Any:
     """The optimizer that updates a table in backward, or None."""
-    found = UPDATED_IN_BACKWARD.get(table)
-    return None if found is None else found()
-
-
-def collect(table: Tensor, *use: Any) -> None:
-    """What csrc/autograd.h calls in backward, with all that a table's gradient is made of."""
-    optimizer = optimizer_of(table)
-    if optimizer is None:
-        raise RuntimeError("the optimizer (nlpkernels.optim) that was to update a table in backward is gone")
-    optimizer.collect(table, *use)
+    found = UPDATED_IN_BACKWARD.get(id(table))
+    return None if found is None or found[0]() is not table else found[1]()
 
 
 # --- What the rest of the package calls ------------------------------------------------------------------------------

@@ -22,25 +22,55 @@ rate and the bias correction that it was captured with.
 
 A table is trained where backward would add to its gradient: not when frozen, nor by `backward(inputs=others)`.
 
-What cannot work raises a RuntimeError, with the table as it was: a second backward pass through one graph, derivatives
-of the gradient, `torch.autograd.grad` of a table, one that also gets a gradient in another way. Momentum, weight decay
-and "maximize" are not there, and a group or a state_dict that asks for them is refused with a ValueError.
+**Backward passes.** A pass's uses are applied together when it has come through. What a pass inside another finds, a
+hook's or a reentrant checkpoint's, belongs to the outermost one and makes one update with that one's. (Not where 60
+and more are nested, when torch takes another thread: such a pass updates by itself.) A pass that fails leaves its
+tables as they were, all of them, unless memory runs out in the midst of several tables' updates. Any number of threads
+may be in backward at once: updates of a table come one after the other and none is lost. A forward pass that reads the
+table meanwhile may see some rows before an update and others after it.
+
+**Several processes.** With `process_group`, one table is trained by all processes of that group, each of which has a
+copy. `step()` then makes the update, and not backward: the processes gather their rows and the gradients of these,
+average them, as DistributedDataParallel does, and all make the same update, that of one process with the whole batch.
+Uses are kept from backward until then, those of several passes are summed, and `zero_grad()` drops them. Every process
+has to call `step()`, also one without a use of the table, and to construct the optimizer, where all get the tables of
+the group's first process. If one finds a mistake, all raise a RuntimeError and no table changes.
+DistributedDataParallel has to leave the table out, or it would reduce a gradient of the table's size:
+
+    optimizer = nlpkernels.optim.SGD(bag.parameters(), lr=0.1, process_group=torch.distributed.group.WORLD)
+    bag.requires_grad_(False)
+    model = DistributedDataParallel(model)     # takes what requires a gradient at this moment
+    bag.requires_grad_(True)
+
+FSDP2 has to be told as well: `fully_shard(model, ignored_params=set(bag.parameters()))`; a table in shards, a DTensor,
+is refused. Where torch.distributed runs with several processes and process_group is None, backward raises a
+RuntimeError before a table changes; `process_group=False` says that each process trains tables of its own.
+
+**What cannot work** raises a RuntimeError, with the table as it was: a second backward pass through one graph,
+derivatives of the gradient, `torch.autograd.grad` of a table, one that also gets a gradient in another way, hooks on
+the table, indices that are changed in place before the end of backward. `step()` raises where a table was replaced, as
+by load_state_dict(assign=True) or fully_shard, so that nothing but the optimizer has it any more. Momentum, weight
+decay and "maximize" are not there, and a group or a state_dict that asks for them is refused with a ValueError.
 
 In the place of the gradient, `table.grad`, stands an object that raises when it is used, so that clipping by global
 norm, `torch.amp.GradScaler` and other optimizers, which would not find the table's part, do not go on without it. The
 scaler, which only multiplies the loss until then, finds out at its first unscale_() or step(), after one update; a
-compiled layer's gradient is refused by step().
+compiled layer's gradient is refused by step(). It can be printed, copied, set to zero and moved along with its model.
 """
 
 from __future__ import annotations
 
 import functools
 import math
+import os
+import sys
+import threading
 import weakref
-from collections.abc import Iterable
-from typing import Any, NoReturn
+from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.optim.optimizer import _global_optimizer_post_hooks as _after_steps
 from torch.optim.optimizer import _global_optimizer_pre_hooks as _before_steps
@@ -49,26 +79,191 @@ from nlpkernels import _C, _ops
 
 __all__ = ["SGD", "Adagrad", "RowWiseAdagrad", "SparseAdam"]
 
+# --- What stands in the place of a gradient --------------------------------------------------------------------------
+
 
 class _Applied(Tensor):
-    """What stands where a gradient would be: whoever uses it is told that there is none."""
+    """A shape, dtype and device without data: whoever wants a gradient's values is told that there is none."""
+
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
     @classmethod
-    def __torch_function__(cls, *args: Any, **kwargs: Any) -> NoReturn:
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> _Applied:  # type: ignore[override]
+        aten = torch.ops.aten
+        if func in (aten.zero_.default, aten.detach.default):
+            return args[0]  # type: ignore[no-any-return]
+        if func in (aten._to_copy.default, aten.empty_like.default, aten.clone.default):
+            like, options = args[0], kwargs or {}
+            return _stand_in(like.shape, options.get("dtype") or like.dtype, options.get("device") or like.device)
         raise RuntimeError(
-            "this table has no gradient: its optimizer (nlpkernels.optim) has applied it in backward. Clipping, "
-            "GradScaler and other optimizers cannot take part: leave the table out of them, or train it with "
-            "sparse=True and torch.optim; zero_grad() removes this placeholder"
+            "this table has no gradient: its optimizer (nlpkernels.optim) applies it in backward. Clipping, "
+            "GradScaler, other optimizers and gradients that come in another way cannot take part: leave the table out "
+            "of them, or train it with sparse=True and torch.optim; zero_grad() removes this placeholder"
         )
 
+    def __repr__(self, **_: Any) -> str:  # type: ignore[override]
+        return f"<applied in backward by nlpkernels.optim: {self.dtype} of shape {list(self.shape)} on {self.device}>"
 
-@functools.lru_cache(maxsize=256)
+    def __deepcopy__(self, memo: Any) -> _Applied:
+        return _stand_in(self.shape, self.dtype, self.device)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return _stand_in, (self.shape, self.dtype, self.device)
+
+    def share_memory_(self) -> _Applied:
+        return self
+
+
 def _stand_in(shape: torch.Size, dtype: torch.dtype, device: torch.device) -> _Applied:
-    return torch.zeros((), dtype=dtype, device=device).expand(shape).as_subclass(_Applied)
+    stand_in: _Applied = Tensor._make_wrapper_subclass(_Applied, shape, dtype=dtype, device=device)
+    return stand_in
+
+
+# --- Backward passes -------------------------------------------------------------------------------------------------
+
+_Use = tuple[Any, ...]  # the gradient of a layer's output and what `embedding_bag_update` takes after the states
+# Those of each table, by its id (torch's hash of a tensor is slow), with the versions of a use's tensors.
+_Uses = dict[int, tuple[Tensor, list[tuple[_Use, list[int]]]]]
+
+_queue_callback = torch.autograd.Variable._execution_engine.queue_callback
+
+
+class _Pass:
+    """The uses of tables in a backward pass. The engine alone holds it, so that it goes when its pass goes."""
+
+    def __init__(self, task: int) -> None:
+        self.task = task
+        self.uses: dict[_InBackward, _Uses] = {}
+        self.is_nested = False
+
+    def add(self, optimizer: _InBackward, table: Tensor, uses: list[tuple[_Use, list[int]]]) -> None:
+        tables = self.uses.setdefault(optimizer, {})
+        found = tables.get(id(table))
+        if found is None:
+            tables[id(table)] = table, uses
+        else:
+            found[1].extend(uses)
+
+    def end(self) -> None:
+        """What the engine calls when the pass has come through."""
+        if torch._C._current_autograd_node() is None:
+            _apply(self.uses, sorted(self.uses, key=id))
+        else:
+            self.is_nested = True  # in a node of another pass, which can still fail
+
+    def __del__(self) -> None:
+        _passes.pop(self.task, None)
+        # The engine lets go of a nested pass that has come through where the one around it goes on.
+        if self.is_nested and torch._C._current_graph_task_id() < 0:
+            _apply(self.uses, sorted(self.uses, key=id))
+        elif self.is_nested:
+            with _lock:
+                outer = _current_pass()
+                for optimizer, tables in self.uses.items():
+                    for table, uses in tables.values():
+                        outer.add(optimizer, table, uses)
+
+
+_lock = threading.RLock()  # of _passes and what is in them
+_passes: dict[int, weakref.ref[_Pass]] = {}  # by the number of the engine's task, which no other pass gets
+
+
+def _current_pass() -> _Pass:
+    task = torch._C._current_graph_task_id()
+    reference = _passes.get(task)
+    found = None if reference is None else reference()
+    if found is None:
+        found = _Pass(task)
+        _queue_callback(found.end)
+        _passes[task] = weakref.ref(found)
+    return found
+
+
+def collect(table: Tensor, *use: Any) -> None:
+    """Take note of a use of a table: csrc/autograd.h calls it from within backward, with all that a gradient is of."""
+    optimizer: _InBackward | None = _ops.optimizer_of(table)
+    if optimizer is None:
+        raise RuntimeError("the optimizer (nlpkernels.optim) that was to update a table in backward is gone")
+    if table._backward_hooks or table._post_accumulate_grad_hooks:
+        raise RuntimeError(
+            f"{type(optimizer).__name__}: the table of shape {list(table.shape)} has a hook (register_hook, "
+            "register_post_accumulate_grad_hook) that waits for its gradient: updated in backward, it has none"
+        )
+    optimizer._refuse_other_gradient(table)
+    with _lock:
+        _current_pass().add(optimizer, table, [(use, _versions(use))])
+
+
+def _versions(use: _Use) -> list[int]:
+    return [tensor._version for tensor in use[:5] if tensor is not None]
+
+
+def _apply(uses: dict[_InBackward, _Uses], unlocked: list[_InBackward]) -> None:
+    if unlocked:  # always in the same order, or two threads could wait for each other
+        with unlocked[0]._lock:
+            return _apply(uses, unlocked[1:])
+    updates = [update for optimizer, tables in uses.items() for update in optimizer._prepare(tables)]
+    for update in updates:  # from here on tables change
+        update()
+
+
+def _forget_locks() -> None:
+    """After a fork: the threads that held them are not here."""
+    global _lock
+    _lock = threading.RLock()
+    for _, reference in _ops.UPDATED_IN_BACKWARD.values():
+        optimizer = reference()
+        if optimizer is not None:
+            optimizer._lock = threading.RLock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forget_locks)
+
+# --- Optimizers ------------------------------------------------------------------------------------------------------
 
 
 def _dtype_of_states(table: Tensor) -> torch.dtype:
     return torch.float64 if table.dtype == torch.float64 else torch.float32
+
+
+def _references(tables: list[Tensor]) -> list[int]:
+    return [sys.getrefcount(table) for table in tables]
+
+
+_REFERENCES_OF_A_LIST = _references([torch.nn.Parameter(torch.empty(0))])[0]
+
+
+def _coalesce(table: Tensor, uses: list[_Use]) -> tuple[Tensor, Tensor]:
+    """Rows [R] in use, sorted and each once for each use, and their gradients [R, E]."""
+    parts = [torch.ops.nlpkernels.embedding_bag_sparse_backward(use[0], table.shape[0], *use[1:]) for use in uses]
+    if len(parts) == 1:
+        return parts[0]  # type: ignore[no-any-return]
+    rows, values = (torch.cat(part) for part in zip(*parts, strict=True))
+    return rows, values
+
+
+def _as_lookup(rows: Tensor, values: Tensor) -> _Use:
+    """Rows and their gradients as a use: of a lookup of these rows."""
+    return values, rows.unsqueeze(1), None, None, rows.new_empty(0), "lookup", -1, False, False
+
+
+def _gather(
+    table: Tensor, part: tuple[Tensor, Tensor] | None, sizes: list[int], process_group: Any
+) -> tuple[Tensor, Tensor]:
+    """The rows of all processes, sizes[rank] from each, one after the other, and their gradients over their number."""
+    width = table.shape[1] * table.element_size()
+    own = torch.zeros(max(sizes), 8 + width, dtype=torch.uint8, device=table.device)
+    if part is not None:
+        rows, values = part
+        own[: len(rows), :8] = rows.unsqueeze(1).view(torch.uint8)
+        own[: len(rows), 8:] = (values / len(sizes)).view(torch.uint8)
+    everyone = [torch.empty_like(own) for _ in sizes]
+    if max(sizes) > 0:
+        dist.all_gather(everyone, own, process_group)
+    used = torch.cat([each[:size] for each, size in zip(everyone, sizes, strict=True)])
+    rows = used[:, :8].contiguous().view(torch.int64).squeeze(1)
+    return rows, used[:, 8:].contiguous().view(table.dtype)
 
 
 class _InBackward(torch.optim.Optimizer):
@@ -77,18 +272,30 @@ class _InBackward(torch.optim.Optimizer):
     rule: str
     states: tuple[str, ...] = ()
 
-    def __init__(self, params: Iterable[Any], defaults: dict[str, Any]) -> None:
+    def __init__(self, params: Iterable[Any], defaults: dict[str, Any], process_group: Any) -> None:
         for name, value in defaults.items():
             values = value if isinstance(value, tuple) else (value,)
             least_excluded = 1.0 if name == "betas" else math.inf
             if not all(0 <= float(v) < least_excluded for v in values):
                 raise ValueError(f"{type(self).__name__}: expected {name} of 0 or more, betas below 1, got {value}")
-        self._task: int | None = None
-        self._pending: dict[Tensor, list[tuple[Any, ...]]] = {}
+        is_group = dist.is_available() and isinstance(process_group, dist.ProcessGroup)
+        if not (is_group or process_group is None or process_group is False):
+            raise ValueError(
+                f"{type(self).__name__}: expected process_group to be a group of torch.distributed that this process "
+                f"belongs to, False or None, got {process_group!r}"
+            )
+        self._start(process_group)
         super().__init__(params, defaults)
 
+    def _start(self, process_group: Any) -> None:
+        self.process_group = process_group
+        self._lock = threading.RLock()  # of tables, their states, and what is below
+        self._stand_ins: dict[int, _Applied] = {}  # by id of table
+        self._updated: set[int] = set()  # ids of tables with an update since the last step()
+        self._kept: dict[Tensor, list[tuple[Tensor, Tensor]]] = {}  # for step(): rows and values of each pass
+
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Take over more tables."""
+        """Take over more tables; with a process_group, its first process's."""
         super().add_param_group(param_group)
         try:
             self._refuse_settings(self.param_groups[-1])
@@ -96,9 +303,19 @@ class _InBackward(torch.optim.Optimizer):
         except ValueError:
             self.param_groups.pop()
             raise
+        if self.process_group:
+            first = dist.get_global_rank(self.process_group, 0)
+            for table in self.param_groups[-1]["params"]:
+                dist.broadcast(table.detach(), first, self.process_group)
 
     def _take_over(self, tables: list[Tensor]) -> None:
         for table in tables:
+            if type(table) not in (Tensor, torch.nn.Parameter):
+                raise ValueError(
+                    f"{type(self).__name__}: expected tables that are tensors of torch's own, got a "
+                    f"{type(table).__name__}: keep a table out of shards (fully_shard's ignored_params) and out of "
+                    "what else replaces parameters"
+                )
             if table.dim() != 2 or not table.is_floating_point() or not table.is_contiguous():
                 raise ValueError(
                     f"{type(self).__name__}: expected contiguous tables of shape [rows, columns] and a floating "
@@ -108,7 +325,7 @@ class _InBackward(torch.optim.Optimizer):
             if other is not None and other is not self:
                 raise ValueError(f"{type(self).__name__}: a table is trained by {type(other).__name__} already")
         for table in tables:
-            _ops.UPDATED_IN_BACKWARD[table] = weakref.ref(self)
+            _ops.update_in_backward(table, self)
 
     def _refuse_settings(self, group: dict[str, Any]) -> None:
         for name in ("momentum", "weight_decay", "maximize", "amsgrad"):
@@ -117,8 +334,9 @@ class _InBackward(torch.optim.Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self._task, self._pending = None, {}
-        for group in self.param_groups:  # a copy's tables, or an unpickled optimizer's
+        if not hasattr(self, "_lock"):  # a copy's, or an unpickled optimizer's; a process group cannot be copied
+            self._start(None)
+        for group in self.param_groups:
             self._take_over(group["params"])
 
     def _settings(self, group: dict[str, Any], step: int) -> list[float]:
@@ -128,79 +346,182 @@ class _InBackward(torch.optim.Optimizer):
     def _shape_of_states(self, table: Tensor) -> torch.Size:
         return table.shape[:1] if self.rule == "rowwise_adagrad" else table.shape
 
-    def _state_of(self, table: Tensor, group: dict[str, Any]) -> dict[str, Any]:
-        state: dict[str, Any] = self.state[table]
-        if not state and self.states:
-            shape = self._shape_of_states(table)
+    def _state_of(self, table: Tensor, group: dict[str, Any]) -> tuple[dict[str, Any], bool]:
+        """A table's state, and whether it is yet to be kept: where there is none that fits to where the table is."""
+        if not self.states:
+            return {}, False
+        kept: dict[str, Any] | None = self.state.get(table)
+        shape, dtype, device = self._shape_of_states(table), _dtype_of_states(table), table.device
+        if not kept:
             initial = float(group.get("initial_accumulator_value", 0))
-            state["step"] = torch.tensor(0.0)
-            dtype = _dtype_of_states(table)
-            state |= {name: torch.full(shape, initial, dtype=dtype, device=table.device) for name in self.states}
-        return state
+            states = {name: torch.full(shape, initial, dtype=dtype, device=device) for name in self.states}
+            return {"step": torch.tensor(0.0), **states}, True
+        state = kept
+        for name in self.states:
+            found = kept[name]
+            if found.shape != shape:
+                raise RuntimeError(
+                    f"{type(self).__name__}: expected a state {name!r} of shape {list(shape)}, got {list(found.shape)}"
+                )
+            if found.dtype != dtype or found.device != device:
+                state = {**state, name: found.to(device, dtype)}
+        return state, state is not kept
 
-    def collect(self, table: Tensor, *use: Any) -> None:
-        """Take note of a use of a table, from within backward; at the end of backward all are applied."""
-        if table.grad is not None and not isinstance(table.grad, _Applied):
+    def _prepare(self, tables: _Uses) -> list[Callable[[], None]]:
+        """The updates of a pass, or what keeps them for step(). All that can fail does so here, before the first."""
+        if self.process_group is None and dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+            raise RuntimeError(
+                f"{type(self).__name__}: {dist.get_world_size()} processes train here. For a table that they train "
+                "together say process_group=torch.distributed.group.WORLD, or another group (step() then makes the "
+                "same update in all); for tables of this process alone say process_group=False"
+            )
+        groups = {id(table): group for group in self.param_groups for table in group["params"]}
+        prepared: list[Callable[[], None]] = []
+        for table, versioned in tables.values():
             self._refuse_other_gradient(table)
-        task = torch._C._current_graph_task_id()
-        if task != self._task:  # what a pass that failed has left is dropped
-            self._task, self._pending = task, {}
-            torch.autograd.Variable._execution_engine.queue_callback(self._apply)
-        self._pending.setdefault(table, []).append(use)
+            for use, versions in versioned:
+                self._refuse_changes(table, use, versions)
+            uses = [use for use, _ in versioned]
+            if self.process_group:
+                prepared.append(functools.partial(self._keep, table, *_coalesce(table, uses)))
+            else:
+                use = uses[0] if len(uses) == 1 else _as_lookup(*_coalesce(table, uses))
+                prepared.append(self._prepare_update(table, groups[id(table)], use))
+        return prepared
 
-    def _apply(self) -> None:
-        pending, self._pending, self._task = self._pending, {}, None
-        for table in pending:
-            if table.grad is not None and not isinstance(table.grad, _Applied):
-                self._refuse_other_gradient(table)
-        groups = {table: group for group in self.param_groups for table in group["params"]}
-        for table, uses in pending.items():
-            group = groups[table]
-            state = self._state_of(table, group)
-            step = int(state.get("step", 0)) + 1
-            first, second, *_ = (*(state[name] for name in self.states), None, None)
-            use = uses[0] if len(uses) == 1 else self._merge(table, uses)
-            rest: tuple[Any, ...] = (*use[1:], self.rule, self._settings(group, step))
+    def _prepare_update(self, table: Tensor, group: dict[str, Any], use: _Use) -> Callable[[], None]:
+        state, is_new = self._state_of(table, group)
+        step = int(state["step"]) + 1 if state else 1
+        return functools.partial(self._update, table, state, is_new, step, use, self._settings(group, step))
+
+    def _update(
+        self, table: Tensor, state: dict[str, Any], is_new: bool, step: int, use: _Use, settings: list[float]
+    ) -> None:
+        first, second, *_ = (*(state[name] for name in self.states), None, None)
+        if table.numel() > 0:  # the mean of no columns is NaN
+            rest: tuple[Any, ...] = (*use[1:], self.rule, settings)
             _C.embedding_bag_update(use[0], table, first, second, *rest)
-            if state:
-                state["step"] += 1
-            if table.grad is None:
-                table.grad = _stand_in(table.shape, table.dtype, table.device)
+        if state:
+            state["step"].fill_(step)
+            if is_new:
+                self.state[table] = state
+        self._updated.add(id(table))
+        self._mark(table)
 
-    @staticmethod
-    def _merge(table: Tensor, uses: list[tuple[Any, ...]]) -> tuple[Any, ...]:
-        """Several uses as one: a lookup of their coalesced gradients' rows."""
-        parts = [torch.ops.nlpkernels.embedding_bag_sparse_backward(u[0], table.shape[0], *u[1:]) for u in uses]
-        rows, values = (torch.cat(part) for part in zip(*parts, strict=True))
-        return values, rows.unsqueeze(1), None, None, rows.new_empty(0), "lookup", -1, False, False
+    def _keep(self, table: Tensor, rows: Tensor, values: Tensor) -> None:
+        self._kept.setdefault(table, []).append((rows, values))
+        self._mark(table)
 
-    def _refuse_other_gradient(self, table: Tensor) -> NoReturn:
-        raise RuntimeError(
-            f"{type(self).__name__}: the table of shape {list(table.shape)} has got a gradient in another way than "
-            "through nlpkernels' Embedding or EmbeddingBag in eager mode: it cannot be applied in backward"
-        )
+    def _mark(self, table: Tensor) -> None:
+        """Put the stand-in where a gradient would be."""
+        if table.grad is not None:
+            return
+        found = self._stand_ins.get(id(table))
+        try:
+            table.grad = found
+        except RuntimeError:  # it is what the table was, of another dtype, device or shape
+            found = None
+        if found is None:
+            table.grad = self._stand_ins[id(table)] = _stand_in(table.shape, table.dtype, table.device)
+
+    def _refuse_changes(self, table: Tensor, use: _Use, versions: list[int]) -> None:
+        if _versions(use) != versions:
+            raise RuntimeError(
+                f"{type(self).__name__}: indices, or a gradient, of the table of shape {list(table.shape)} were "
+                "changed in place before the end of backward, where they are applied"
+            )
+        grad = use[0]
+        if grad.dtype != table.dtype or grad.device != table.device or grad.shape[1] != table.shape[1]:
+            raise RuntimeError(
+                f"{type(self).__name__}: the table, {table.dtype} of shape {list(table.shape)} on {table.device}, was "
+                f"changed between forward and backward, whose gradient is {grad.dtype} of {grad.shape[1]} columns on "
+                f"{grad.device}"
+            )
+
+    def _refuse_other_gradient(self, table: Tensor) -> None:
+        if table.grad is not None and not isinstance(table.grad, _Applied):
+            raise RuntimeError(
+                f"{type(self).__name__}: the table of shape {list(table.shape)} has got a gradient in another way than "
+                "through nlpkernels' Embedding or EmbeddingBag in eager mode: it cannot be applied in backward"
+            )
 
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
-        """Check that all there was to apply has been applied in backward."""
+        """Check that all there was to apply has been applied in backward; with a process_group, apply it."""
         if any((_before_steps, _after_steps, self._optimizer_step_pre_hooks, self._optimizer_step_post_hooks)):
             self._step_with_hooks(closure)
         else:
-            self._check_gradients(closure)
+            self._step(closure)
 
     step.hooked = True  # type: ignore[attr-defined]  # torch would record every step for its profiler
 
-    def _check_gradients(self, closure: Any) -> None:
+    def _step(self, closure: Any) -> None:
         if closure is not None:
             raise RuntimeError(f"{type(self).__name__}: a closure would be called after the update, made in backward")
-        for group in self.param_groups:
-            for table in group["params"]:
-                if table.grad is not None and not isinstance(table.grad, _Applied):
-                    self._refuse_other_gradient(table)
+        if self.process_group:
+            with self._lock:
+                self._step_together()
+        else:
+            self._check_tables()
+        self._updated.clear()
 
-    _step_with_hooks = torch.optim.Optimizer.profile_hook_step(_check_gradients)
+    _step_with_hooks = torch.optim.Optimizer.profile_hook_step(_step)
+
+    def _check_tables(self) -> None:
+        for group in self.param_groups:
+            tables = group["params"]
+            references = [] if self._updated.issuperset(map(id, tables)) else _references(tables)
+            for table in tables:
+                self._refuse_other_gradient(table)
+            for table, count in zip(tables, references, strict=False):
+                used = id(table) in self._updated or table in self._kept
+                if not used and count <= _REFERENCES_OF_A_LIST + (table in self.state):
+                    raise RuntimeError(
+                        f"{type(self).__name__}: nothing but this optimizer has the table of shape "
+                        f"{list(table.shape)} any more: it was replaced, as by load_state_dict(assign=True) or "
+                        "fully_shard, and what replaces it is not trained. Make the optimizer after that"
+                    )
+
+    def _step_together(self) -> None:
+        """The same update in all processes of the group; all of them raise if one cannot."""
+        count = dist.get_world_size(self.process_group)
+        groups = [(table, group) for group in self.param_groups for table in group["params"]]
+        error: Exception | None = None
+        own: list[tuple[Tensor, Tensor] | None] = []
+        tables: list[Any] = []
+        try:
+            self._check_tables()
+            for table, group in groups:
+                parts = self._kept.get(table)
+                own.append(None if parts is None else _coalesce(table, [_as_lookup(*part) for part in parts]))
+                settings = self._settings(group, int(self.state.get(table, {}).get("step", 0)) + 1)
+                tables.append((self.rule, tuple(table.shape), str(table.dtype), settings))
+        except Exception as caught:  # whatever it is, the others must not wait for this process
+            error = caught
+        sizes = [None if part is None else len(part[0]) for part in own]
+        facts: list[Any] = [None] * count
+        dist.all_gather_object(facts, (None if error is None else str(error), tables, sizes), self.process_group)
+        if error is not None:
+            raise error
+        for rank, (message, others, _) in enumerate(facts):
+            if message is not None:
+                raise RuntimeError(f"{type(self).__name__}: no table is updated, for in rank {rank}: {message}")
+            if others != tables:
+                raise RuntimeError(
+                    f"{type(self).__name__}: no table is updated, for rank {rank} has others, or other settings, than "
+                    f"this process: {others}, expected {tables}"
+                )
+        updates = []
+        for (table, group), part, *of_ranks in zip(groups, own, *(f[2] for f in facts), strict=True):
+            if any(size is not None for size in of_ranks):
+                together = _gather(table, part, [size or 0 for size in of_ranks], self.process_group)
+                updates.append(self._prepare_update(table, group, _as_lookup(*together)))
+        self._kept.clear()
+        for update in updates:
+            update()
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Remove what stands in the place of gradients."""
+        """Remove what stands in the place of gradients; with a process_group, also what step() was to apply."""
+        self._kept.clear()
         for group in self.param_groups:
             for table in group["params"]:
                 table.grad = None
@@ -233,9 +554,12 @@ class SGD(_InBackward):
     Args:
         params: tables [V, E], or groups of them.
         lr: the learning rate.
+        process_group: a group of torch.distributed whose processes train the tables together, in step(); False where
+            each of several processes trains tables of its own; None where there is one process.
 
     Raises:
-        ValueError: a table's shape, dtype or layout does not fit, another optimizer has it, or lr is negative.
+        ValueError: a table's shape, dtype, layout or type does not fit, another optimizer has it, lr is negative, or
+            process_group is something else.
 
     Example:
         >>> import torch, nlpkernels
@@ -249,8 +573,8 @@ class SGD(_InBackward):
 
     rule = "sgd"
 
-    def __init__(self, params: Iterable[Any], lr: float | Tensor = 1e-3) -> None:
-        super().__init__(params, {"lr": lr})
+    def __init__(self, params: Iterable[Any], lr: float | Tensor = 1e-3, *, process_group: Any = None) -> None:
+        super().__init__(params, {"lr": lr}, process_group)
 
     def _settings(self, group: dict[str, Any], step: int) -> list[float]:
         return [float(group["lr"])]
@@ -268,9 +592,11 @@ class Adagrad(_InBackward):
         lr_decay: float = 0,
         initial_accumulator_value: float = 0,
         eps: float = 1e-10,
+        *,
+        process_group: Any = None,
     ) -> None:
         defaults = {"lr": lr, "lr_decay": lr_decay, "initial_accumulator_value": initial_accumulator_value, "eps": eps}
-        super().__init__(params, defaults)
+        super().__init__(params, defaults, process_group)
 
     def _settings(self, group: dict[str, Any], step: int) -> list[float]:
         return [float(group["lr"]) / (1 + (step - 1) * group["lr_decay"]), float(group["eps"])]
@@ -296,8 +622,10 @@ class SparseAdam(_InBackward):
         lr: float | Tensor = 1e-3,
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
+        *,
+        process_group: Any = None,
     ) -> None:
-        super().__init__(params, {"lr": lr, "betas": betas, "eps": eps})
+        super().__init__(params, {"lr": lr, "betas": betas, "eps": eps}, process_group)
 
     def _settings(self, group: dict[str, Any], step: int) -> list[float]:
         beta1, beta2 = group["betas"]

@@ -3,8 +3,17 @@
 from __future__ import annotations
 
 import copy
+import gc
 import io
+import os
 import pickle
+import subprocess
+import sys
+import threading
+import time
+import weakref
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,6 +21,7 @@ import torch
 from tolerances import FEW, FLOOR, relative_error
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
+from torch.utils.checkpoint import checkpoint
 
 import nlpkernels
 from nlpkernels import optim
@@ -341,15 +351,6 @@ def test_a_failed_backward_pass_applies_nothing(device: str) -> None:
     _, _, bag, _ = make("Adagrad", device)
     before, ids = bag.weight.detach().clone(), torch.randint(V, (6, 7), device=device)
 
-    class Fails(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx: Any, x: Tensor) -> Tensor:
-            return x.clone()
-
-        @staticmethod
-        def backward(ctx: Any, g: Tensor) -> Tensor:
-            raise ArithmeticError
-
     x = torch.zeros(6, E, device=device, requires_grad=True)
     with pytest.raises(ArithmeticError):  # what was made last runs first: the bag, then the failure
         (Fails.apply(x) + bag(ids)).sum().backward()
@@ -363,10 +364,533 @@ def test_a_failed_backward_pass_applies_nothing(device: str) -> None:
     assert torch.equal(bag.weight, once[0].weight)
 
 
+class Fails(torch.autograd.Function):
+    """The identity, without a backward pass."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> Tensor:
+        raise ArithmeticError
+
+
+def leaf(device: str = "cpu") -> Tensor:
+    return torch.ones((), device=device, requires_grad=True)
+
+
+def around(inner: Callable[[], None], x: Tensor | None = None) -> Tensor:
+    """What calls `inner`, which goes backward itself, when it is gone through backward."""
+
+    def hook(_: Tensor) -> None:
+        with torch.enable_grad():
+            inner()
+
+    middle = (leaf() if x is None else x) * 1
+    middle.register_hook(hook)
+    return middle
+
+
+def nested_hooks(module: nn.Module, ids: Tensor) -> None:
+    """Passes in a pass: two beside each other, one of them with a third one in it."""
+
+    def innermost() -> None:
+        module(ids[2]).square().sum().backward()
+
+    def first() -> None:
+        (module(ids[0]).sum() + around(innermost)).backward()
+
+    def second() -> None:
+        module(ids[1]).square().sum().backward()
+
+    (around(first) + around(second) + module(ids[3]).square().sum()).backward()
+
+
+def only_in_a_hook(module: nn.Module, ids: Tensor) -> None:
+    around(lambda: module(ids[0]).square().sum().backward()).backward()
+
+
+def made_before(module: nn.Module, ids: Tensor) -> None:
+    """The graph of the inner pass is older than the outer pass."""
+    inner = module(ids[0]).square().sum()
+    (around(inner.backward) + module(ids[1]).square().sum()).backward()
+
+
+def within_grad(module: nn.Module, ids: Tensor) -> None:
+    x = leaf()
+    torch.autograd.grad(around(lambda: module(ids[0]).square().sum().backward(), x), x)
+
+
+def reentrant_checkpoints(module: nn.Module, ids: Tensor) -> None:
+    def run(ids: Tensor, scale: Tensor) -> Tensor:
+        return module(ids).square() * scale
+
+    def within(ids: Tensor, scale: Tensor) -> Tensor:
+        return checkpoint(run, ids, scale * 2, use_reentrant=True)
+
+    scale = leaf()
+    first = checkpoint(run, ids[0], scale, use_reentrant=True)
+    second = checkpoint(within, ids[1], first.mean(), use_reentrant=True)
+    (first.sum() + second.sum() + module(ids[2]).sum()).backward()
+
+
+def other_checkpoints(module: nn.Module, ids: Tensor) -> None:
+    (checkpoint(module, ids[0], use_reentrant=False).square().sum() + module(ids[1]).sum()).backward()
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+@pytest.mark.parametrize(
+    "passes",
+    [nested_hooks, only_in_a_hook, made_before, within_grad, reentrant_checkpoints, other_checkpoints],
+    ids=lambda f: f.__name__,
+)
+def test_passes_within_a_pass_make_one_update(name: str, passes: Any) -> None:
+    theirs, unfused, ours, fused = make(name, "cpu", torch.float64)
+    for _ in range(2):
+        ids = torch.randint(V, (4, 6, 7))
+        for module, optimizer in ((theirs, unfused), (ours, fused)):
+            optimizer.zero_grad()
+            passes(module, ids)
+            if module is theirs and theirs.sparse:
+                theirs.weight.grad = theirs.weight.grad.coalesce()
+            optimizer.step()
+        torch.testing.assert_close(ours.weight, theirs.weight)
+    assert all(state["step"] == 2 for state in fused.state.values())
+
+
+def random_pass(depth: int = 0) -> dict[str, Any]:
+    """Uses of three tables, some in checkpoints, and passes that hooks make; inner passes may fail."""
+    terms: list[tuple[Any, ...]] = []
+    for _ in range(int(torch.randint(1, 4, ()))):
+        kind = float(torch.rand(()))
+        if kind < 0.35 and depth < 4:
+            terms.append(("hook", random_pass(depth + 1)))
+        else:
+            ids = torch.randint(V // 4, (2, int(torch.randint(1, 5, ()))))
+            how = "reentrant" if kind < 0.5 else "checkpoint" if kind < 0.6 else "use"
+            terms.append((how, int(torch.randint(3, ())), ids))
+    return {"terms": terms, "fails": depth > 0 and float(torch.rand(())) < 0.15}
+
+
+def go(plan: dict[str, Any], modules: nn.ModuleList, skips_failures: bool) -> None:
+    """Make a pass. torch's optimizers would take what a failing one has left, so theirs skip it."""
+    if plan["fails"] and skips_failures:
+        return
+    x = leaf()
+    total = (Fails.apply(x) if plan["fails"] else x) * torch.zeros((), dtype=torch.float64)  # made first: it runs last
+    for how, *what in plan["terms"]:
+        if how == "hook":
+
+            def inner(plan: dict[str, Any] = what[0]) -> None:
+                try:
+                    go(plan, modules, skips_failures)
+                except ArithmeticError:
+                    assert plan["fails"]
+
+            total = total + around(inner, x)
+        elif how == "use":
+            total = total + modules[what[0]](what[1]).square().sum()
+        else:
+
+            def run(ids: Tensor, scale: Tensor, module: nn.Module = modules[what[0]]) -> Tensor:
+                return module(ids).square() * scale
+
+            total = total + checkpoint(run, what[1], x * 2, use_reentrant=how == "reentrant").sum()
+    total.backward()
+
+
+@pytest.mark.parametrize("name", ["SGD", "Adagrad", "SparseAdam"])
+def test_random_passes(name: str) -> None:
+    """Two optimizers, one of them with two tables; each makes one update of each outermost pass."""
+    for _ in range(40):
+        both = []
+        for make_layer, package in ((nlpkernels.EmbeddingBag, optim), (nn.EmbeddingBag, torch.optim)):
+            options = {} if package is optim else {"sparse": True}
+            bags = nn.ModuleList(make_layer(V, 3, mode="sum", dtype=torch.float64, **options) for _ in range(3))
+            groups = [[bags[0].weight, bags[1].weight], [bags[2].weight]]
+            both.append((bags, [getattr(package, name)(group, lr=0.1, **SETTINGS[name]) for group in groups]))
+        both[1][0].load_state_dict(both[0][0].state_dict())
+        for _ in range(2):
+            plan = random_pass()
+            for skips_failures, (bags, optimizers) in enumerate(both):
+                for optimizer in optimizers:
+                    optimizer.zero_grad()
+                go(plan, bags, bool(skips_failures))
+                for bag in bags if skips_failures else ():
+                    bag.weight.grad = None if bag.weight.grad is None else bag.weight.grad.coalesce()
+                for optimizer in optimizers:
+                    optimizer.step()
+            for ours, theirs in zip(*(bags.parameters() for bags, _ in both), strict=True):
+                torch.testing.assert_close(ours, theirs, msg=lambda text, plan=plan: f"{text}\n{plan}")
+
+
+def test_a_hundred_passes_within_each_other() -> None:
+    """torch takes another thread for those from the sixtieth on."""
+    theirs, unfused, ours, fused = make("SGD", "cpu", torch.float64)
+    ids = torch.randint(V, (100, 6, 7))
+
+    def run(module: nn.Module, depth: int) -> None:
+        rest = around(lambda: run(module, depth + 1)) if depth < 99 else leaf()
+        (module(ids[depth]).sum() + rest).backward()
+
+    for module, optimizer in ((theirs, unfused), (ours, fused)):
+        run(module, 0)
+        optimizer.step()
+    torch.testing.assert_close(ours.weight, theirs.weight)
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_failed_passes_within_a_pass(name: str) -> None:
+    """What fails is dropped, with all that is in it; what goes on is applied, and nothing of the former."""
+    theirs, unfused, ours, fused = make(name, "cpu", torch.float64)
+    before, ids = ours.weight.detach().clone(), torch.randint(V, (4, 6, 7))
+
+    def fails() -> None:  # what was made last runs first: the bag, then the failure
+        (Fails.apply(leaf()) + ours(ids[0]).sum()).backward()
+
+    def caught() -> None:
+        with pytest.raises(ArithmeticError):
+            fails()
+
+    def succeeds() -> None:
+        ours(ids[1]).sum().backward()
+
+    with pytest.raises(ArithmeticError):
+        (Fails.apply(leaf()) + around(succeeds) + ours(ids[2]).sum()).backward()
+    with pytest.raises(ArithmeticError):
+        (around(fails) + ours(ids[2]).sum()).backward()
+    with pytest.raises(ArithmeticError):
+        (Fails.apply(leaf()) + around(caught)).backward()
+    assert torch.equal(ours.weight, before)
+    assert not fused.state_dict()["state"]
+    (around(caught) + ours(ids[3]).square().sum()).backward()
+    (theirs(ids[3]).square().sum()).backward()
+    if theirs.sparse:
+        theirs.weight.grad = theirs.weight.grad.coalesce()
+    unfused.step()
+    torch.testing.assert_close(ours.weight, theirs.weight)
+
+
+def test_failed_passes_leave_no_memory() -> None:
+    _, _, bag, _ = make("SGD", "cpu")
+    ids = torch.randint(V, (6, 7))
+    for run in (bag, lambda ids: checkpoint(lambda i, _: bag(i), ids, leaf(), use_reentrant=True)):
+        cotangent = torch.ones(6, E)
+        seen = weakref.ref(cotangent)
+        with pytest.raises(ArithmeticError):
+            torch.autograd.backward([Fails.apply(leaf()), run(ids)], [None, cotangent])
+        del cotangent
+        gc.collect()
+        assert seen() is None
+        assert not optim._passes
+
+
+def run_all(*works: Callable[[], None]) -> None:
+    """At once, in threads, within a minute; the first error is raised here."""
+    errors: list[BaseException] = []
+
+    def guarded(work: Callable[[], None]) -> None:
+        try:
+            work()
+        except BaseException as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=guarded, args=(work,), daemon=True) for work in works]
+    deadline = time.monotonic() + 60
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(max(0.0, deadline - time.monotonic()))
+        assert not thread.is_alive(), "no end in a minute"
+    for error in errors:
+        raise error
+
+
+@pytest.mark.parametrize("shared", [True, False], ids=["one optimizer", "an optimizer each"])
+def test_threads_lose_nothing(shared: bool) -> None:
+    """Whole numbers, which no order of sums rounds; both tables in one pass, some passes nested, some failing."""
+    tables = [nn.Parameter(torch.zeros(4, 64)) for _ in range(2)]
+    groups = [tables] if shared else [[table] for table in tables]
+    optimizers = [optim.SGD(group, lr=1.0) for group in groups]
+
+    def work(k: int) -> None:
+        ids, x = torch.full((5, 20), k), torch.randn(64, 64)
+        linear = nn.Linear(64, 64)
+
+        def loss() -> Tensor:
+            order = tables if k % 2 else tables[::-1]
+            looked_up = [nlpkernels.functional.embedding_bag(ids, table, mode="sum").sum() for table in order]
+            return linear(linear(x)).sum() + looked_up[0] + looked_up[1]
+
+        for turn in range(30):
+            if turn % 5 == 1:
+                with pytest.raises(ArithmeticError):
+                    (Fails.apply(leaf()) + loss()).backward()
+            elif turn % 5 == 2:
+                around(lambda: loss().backward()).backward()
+            else:
+                loss().backward()
+
+    run_all(*(lambda k=k: work(k) for k in range(4)))
+    for table in tables:
+        assert (-table.detach()).eq(24 * 100).all(), -table.detach()[:, 0]
+    for optimizer in optimizers:
+        optimizer.step()
+
+
+@pytest.mark.parametrize("name", ["Adagrad", "RowWiseAdagrad", "SparseAdam"])
+def test_states_of_threads(name: str) -> None:
+    """Threads that train other rows of one table: as those rows alone are trained, but that Adam counts all steps."""
+    _, _, ours, fused = make(name, "cpu", torch.float64, mode="sum")
+    _, _, alone, single = make(name, "cpu", torch.float64, mode="sum")
+    alone.load_state_dict(ours.state_dict())
+    for optimizer in (fused, single):
+        optimizer.param_groups[0] |= {"betas": (0.0, 0.0)} if name == "SparseAdam" else {"lr_decay": 0}
+    ids = torch.randint(V // 3, (3, 20, 6, 7)) * 3 + torch.arange(3).view(3, 1, 1, 1)
+
+    def work(k: int, module: nn.Module) -> None:
+        for own in ids[k]:
+            module(own).square().sum().backward()
+
+    run_all(*(lambda k=k: work(k, ours) for k in range(3)))
+    for k in range(3):
+        work(k, alone)
+    assert fused.state[ours.weight]["step"] == 60
+    torch.testing.assert_close(ours.weight, alone.weight)
+
+
+FORK = """
+import os, threading, torch, nlpkernels
+bag = nlpkernels.EmbeddingBag(9, 4, mode="sum")
+optimizer = nlpkernels.optim.SGD(bag.parameters(), lr=1.0)
+torch.nn.init.zeros_(bag.weight)
+held = threading.Event()
+def hold():
+    with nlpkernels.optim._lock, optimizer._lock:
+        held.set()
+        threading.Event().wait()
+threading.Thread(target=hold, daemon=True).start()
+held.wait()
+if os.fork() == 0:
+    torch.set_num_threads(1)
+    bag(torch.tensor([[1, 2]])).sum().backward()
+    print("sum", bag.weight.sum().item(), flush=True)
+else:
+    os.wait()
+os._exit(0)
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork")
+def test_a_fork_in_the_midst_of_an_update() -> None:
+    """The locks of a thread that is not in the child are not waited for there."""
+    root = str(Path(nlpkernels.__file__).parent.parent)
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join([root, os.environ.get("PYTHONPATH", "")])}
+    done = subprocess.run([sys.executable, "-c", FORK], capture_output=True, text=True, timeout=60, env=env)
+    assert done.stdout == "sum -8.0\n", done.stderr
+
+
+def other_gradient(bags: Any, optimizer: Any, ids: Tensor) -> None:
+    bags[1].weight.grad = torch.ones(V, E)
+
+
+def another_dtype(bags: Any, optimizer: Any, ids: Tensor) -> None:
+    bags[1].double()
+
+
+def another_state(bags: Any, optimizer: Any, ids: Tensor) -> None:
+    optimizer.state[bags[1].weight] = {
+        "step": torch.tensor(0.0), "exp_avg": torch.zeros(1, E), "exp_avg_sq": torch.zeros(V, E),
+    }  # fmt: skip
+
+
+def other_ids(bags: Any, optimizer: Any, ids: Tensor) -> None:
+    ids += V
+
+
+def no_rate(bags: Any, optimizer: Any, ids: Tensor) -> None:
+    optimizer.param_groups[1]["lr"] = None
+
+
+@pytest.mark.parametrize("change", [other_gradient, another_dtype, another_state, other_ids, no_rate])
+@pytest.mark.parametrize("separate", [True, False], ids=["an optimizer each", "one optimizer"])
+def test_all_tables_are_updated_or_none(change: Any, separate: bool) -> None:
+    """What is wrong with the second table is found before the first one changes, here at the end of backward."""
+    bags = nn.ModuleList([nlpkernels.EmbeddingBag(V, E) for _ in range(2)])
+    if separate:
+        optimizers = [optim.SparseAdam(bag.parameters(), lr=0.1) for bag in bags]
+        second = optimizers[1]
+        second.param_groups.append(second.param_groups[0])  # where `no_rate` looks
+    else:
+        second = optim.SparseAdam([{"params": bag.parameters()} for bag in bags], lr=0.1)
+        optimizers = [second]
+    ids = torch.randint(V, (2, 6, 7))
+    middle = leaf() * 1  # made first: it runs when both bags have been gone through
+    middle.register_hook(lambda _: change(bags, second, ids[1]))
+    before = [bag.weight.detach().clone() for bag in bags]
+    loss = middle + bags[1](ids[1]).sum() + bags[0](ids[0]).sum()
+    with pytest.raises((RuntimeError, TypeError)):
+        loss.backward()
+    for bag, was in zip(bags, before, strict=True):
+        torch.testing.assert_close(bag.weight.detach().to(was.dtype), was, rtol=0, atol=0)
+    assert not optimizers[0].state.get(bags[0].weight)
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (1, 3), (3, 1), (V, E)], ids=str)
+def test_refuses_a_gradient_from_elsewhere(shape: tuple[int, int]) -> None:
+    """Also beside the placeholder, of a table of any shape, and also with a graph of its own."""
+    bag = nlpkernels.EmbeddingBag(*shape)
+    optimizer = optim.SGD(bag.parameters(), lr=1.0)
+    bag(torch.zeros(1, 1, dtype=torch.long)).sum().backward()
+    optimizer.step()
+    before = bag.weight.detach().clone()
+    for options in ({}, {"create_graph": True}):
+        with refusing("in another way"):
+            bag.weight.sum().backward(**options)
+    with refusing("in another way"):
+        (bag.weight.sum() + bag(torch.zeros(1, 1, dtype=torch.long)).sum()).backward()
+    assert torch.equal(bag.weight, before)
+    optimizer.zero_grad()
+    bag.weight.sum().backward()
+    with refusing("in another way"):
+        optimizer.step()
+    assert torch.equal(bag.weight, before)
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_tables_without_columns(name: str) -> None:
+    table = nn.Parameter(torch.zeros(3, 0))
+    optimizer = getattr(optim, name)([table], lr=1.0)
+    nlpkernels.functional.embedding_bag(torch.tensor([[0, 1]]), table).sum().backward()
+    optimizer.step()
+    for state in optimizer.state.values():
+        assert state["step"] == 1
+        assert all(value.isfinite().all() for value in state.values())
+
+
+@pytest.mark.parametrize("name", ["SGD", "SparseAdam"])
+@pytest.mark.parametrize("count", [1, 2])
+def test_a_replaced_table_is_noticed(name: str, count: int) -> None:
+    """By step(), where nothing else has the old one."""
+    model = nn.Sequential(*(nlpkernels.EmbeddingBag(V, E) for _ in range(count)))
+    optimizer = getattr(optim, name)(model.parameters(), lr=0.1)
+    ids = torch.randint(V, (6, 7))
+    optimizer.step()
+    for used in (model[0], model[-1], model[0]):  # a table without a use is no mistake
+        optimizer.zero_grad()
+        used(ids).sum().backward()
+        optimizer.step()
+    state = {key: value.detach().clone() for key, value in model.state_dict().items()}
+    model.load_state_dict(state)
+    model[0](ids).sum().backward()
+    optimizer.step()
+    model.load_state_dict({key: value.clone() for key, value in state.items()}, assign=True)
+    model[0](ids).sum().backward()
+    for _ in range(2):
+        with refusing("it was replaced"):
+            optimizer.step()
+    optimizer = getattr(optim, name)(model.parameters(), lr=0.1)
+    model.zero_grad()
+    model[0](ids).sum().backward()
+    optimizer.step()
+    assert not torch.equal(model[0].weight, state["0.weight"])
+
+
+def test_refuses_hooks() -> None:
+    """They would wait for a gradient for ever. Once removed they do not matter."""
+    _, _, bag, _ = make("SGD", "cpu")
+    before, ids = bag.weight.detach().clone(), torch.randint(V, (6, 7))
+    calls: list[Any] = []
+    accumulator = bag.weight.view_as(bag.weight).grad_fn.next_functions[0][0]
+    for register in (bag.weight.register_hook, bag.weight.register_post_accumulate_grad_hook):
+        handle = register(calls.append)
+        with refusing("has a hook"):
+            bag(ids).sum().backward()
+        handle.remove()
+    accumulator.register_hook(lambda *given: calls.append(given))  # as DistributedDataParallel's
+    with refusing("waits for the gradient of a table"):
+        bag(ids).sum().backward()
+    assert torch.equal(bag.weight, before)
+    assert not calls
+    del accumulator
+    bag(ids).sum().backward()
+    assert not torch.equal(bag.weight, before)
+
+
+def test_the_placeholder() -> None:
+    """It can be shown, copied, pickled, zeroed; everything else says what it is."""
+    _, _, bag, optimizer = make("SparseAdam", "cpu")
+    bag(torch.randint(V, (6, 7))).sum().backward()
+    for stand_in in (bag.weight.grad, copy.deepcopy(bag.weight.grad), pickle.loads(pickle.dumps(bag.weight.grad))):
+        for shown in (repr(stand_in), str(stand_in), f"{stand_in}"):
+            assert shown == f"<applied in backward by nlpkernels.optim: torch.float32 of shape [{V}, {E}] on cpu>"
+        for use in (
+            lambda g: g + 1, lambda g: g.norm(), lambda g: g.mul_(2), lambda g: g.sum().item(), torch.isfinite,
+            lambda g: torch.zeros(V, E).copy_(g),
+        ):  # fmt: skip
+            with refusing("this table has no gradient"):
+                use(stand_in)
+    bag.zero_grad(set_to_none=False)
+    optimizer.zero_grad(set_to_none=False)
+    assert bag.weight.grad is None
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_models_move_after_an_update(name: str) -> None:
+    """And go on, with their states, as a new optimizer with the same states."""
+    _, _, ours, fused = make(name, "cpu", mode="sum")
+    ids = torch.randint(V, (6, 7))
+    cotangents = torch.randint(1, 9, (2, 6, E)) / 8
+    ours(ids).backward(cotangents[0])
+    ours.cpu()
+    ours.share_memory()
+    ours.to(torch.float32)
+    ours.double()
+    assert (ours.weight.grad.dtype, ours.weight.grad.shape) == (torch.float64, (V, E))
+    twin = nlpkernels.EmbeddingBag(V, E, mode="sum", _weight=ours.weight.detach().clone())
+    other = getattr(optim, name)(twin.parameters())
+    other.load_state_dict(fused.state_dict())
+    for module in (ours, twin):
+        module(ids).backward(cotangents[1].double())
+    fused.step()
+    assert torch.equal(ours.weight, twin.weight)
+    for state in fused.state.values():
+        assert all(state[key].dtype == torch.float64 for key in fused.states)
+    ours.to("meta")
+    assert ours.weight.grad.device.type == "meta"
+
+
+@pytest.mark.parametrize("how", [copy.deepcopy, lambda both: pickle.loads(pickle.dumps(both))], ids=["copy", "pickle"])
+def test_models_are_copied_after_an_update(how: Any) -> None:
+    _, _, ours, fused = make("SparseAdam", "cpu")
+    ids = torch.randint(V, (6, 7))
+    ours(ids).sum().backward()
+    twin = how(ours)
+    assert torch.equal(twin.weight, ours.weight)
+    assert twin.weight.grad is None
+    ours(ids).sum().backward()
+    fused.step()
+    assert not torch.equal(twin.weight, ours.weight)
+
+
+def test_refuses_the_gradient_of_a_compiled_layer_after_an_update() -> None:
+    _, _, bag, optimizer = make("SGD", "cpu")
+    ids = torch.randint(V, (6, 7))
+    bag(ids).sum().backward()
+    before = bag.weight.detach().clone()
+    with refusing("another way|in eager mode"):
+        torch.compile(bag, backend="aot_eager")(ids).sum().backward()
+        optimizer.step()
+    assert torch.equal(bag.weight, before)
+
+
 def test_bad_arguments() -> None:
     bag = nlpkernels.EmbeddingBag(V, E)
     with pytest.raises(ValueError, match="lr"):
         optim.SGD(bag.parameters(), lr=-1.0)
+    with pytest.raises(ValueError, match="expected process_group to be a group"):
+        optim.SGD(bag.parameters(), process_group=True)
     with pytest.raises(ValueError, match="betas"):
         optim.SparseAdam(bag.parameters(), betas=(0.9, 1.0))
     with pytest.raises(ValueError, match=r"\[rows, columns\]"):
