@@ -605,32 +605,37 @@ def _is_plain(x: Tensor) -> bool:
 
 def is_left_to_torch(tensor: Tensor) -> bool:
     """Whether torch's own layers are to serve a tensor; torch.compile, torch.func and fakes are for our ops."""
-    return tensor.device.type in LEFT_TO_TORCH and not (
+    return bool(LEFT_TO_TORCH) and tensor.device.type in LEFT_TO_TORCH and not (
         torch.compiler.is_compiling() or _is_transformed() or isinstance(tensor, FakeTensor)
     )
 
 
-def recurrent_step(x: Tensor, states: tuple[Tensor, ...], weights: list[Tensor], cell: str) -> list[Tensor] | None:
+def recurrent_step(
+    x: Tensor, states: Sequence[Tensor] | None, weights: list[Tensor], cell: str
+) -> list[Tensor] | None:
     """One step of x [B, I] from states (h,) or (h, c), [B, H], to such; None where `recurrent` has to take it.
 
-    In Python the way to the kernel takes longer than a small step.
+    That is so of tensors that are not plain, too, and of what are no tensors or none that fit. In Python the way to the kernel takes longer than a small step.
     """
     return _C.recurrent_step(x, states, weights, cell) if _is_plain(x) else None
 
 
 def recurrent_layers(
     x: Tensor,
-    states: tuple[Tensor, ...] | None,
+    states: Sequence[Tensor] | None,
     weights: list[Tensor],
     cell: str,
     num_layers: int,
     directions: int,
     batch_first: bool,
 ) -> list[Tensor] | None:
-    """Output, h_n and, for an LSTM, c_n of all layers; None where they are to be run one by one, or do not fit."""
+    """Output, h_n and, for an LSTM, c_n of all layers; None where they are to be run one by one, or do not fit.
+
+    That is so of tensors that are not plain, too.
+    """
     if not _is_plain(x):
         return None
-    return _C.recurrent_layers(x, states or (), weights, cell, num_layers, directions, batch_first)
+    return _C.recurrent_layers(x, states, weights, cell, num_layers, directions, batch_first)
 
 
 def embedding_bag(

@@ -12,14 +12,15 @@ from __future__ import annotations
 
 import numbers
 from collections.abc import Iterable, Sequence
-from typing import NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.modules.rnn import RNNBase, RNNCellBase
 from torch.nn.utils.rnn import PackedSequence
 
 from nlpkernels import _ops, functional
+from nlpkernels._giving_way import in_graph, is_torchs, leaves, refuse
 
 __all__ = ["GRU", "LSTM", "RNN", "GRUCell", "LSTMCell", "RNNCell"]
 
@@ -49,6 +50,9 @@ def _parameters_of(module: torch.nn.Module, names: Iterable[str]) -> list[Tensor
 class _Layers(RNNBase):
     """What RNN, LSTM and GRU share: checks, states, and input in all its forms."""
 
+    _torchs: ClassVar[type[nn.Module]]
+    """The layer of torch.nn that this one is in the place of."""
+
     recurrent_dropout: float = 0.0
     """Of the class, for layers that were made without one: by torch.nn, or before there was such an argument."""
 
@@ -72,21 +76,27 @@ class _Layers(RNNBase):
     def _run(
         self,
         input: Tensor | PackedSequence,
-        states: tuple[Tensor, ...] | None,
+        hx: Tensor | tuple[Tensor, Tensor] | None,
         lengths: Tensor | Sequence[int] | None,
         return_state_sequence: bool,
-    ) -> tuple[Tensor | PackedSequence, tuple[Tensor, ...]]:
-        """Output and final states, or those of all steps; `states` are (h_0,), or (h_0, c_0), or None for zeros."""
+    ) -> Any:
+        """What a call returns: output and final states, or those of all steps."""
+        has_c = self.mode == "LSTM"
         weights = _parameters_of(self, self._flat_weights_names)
         is_whole = len(weights) == len(self._flat_weights_names)
         draws = self.training and (self.dropout or self.recurrent_dropout)
         if isinstance(input, Tensor) and is_whole and lengths is None and not (return_state_sequence or draws):
             directions = 2 if self.bidirectional else 1
+            given: Any = hx if has_c or hx is None else (hx,)
             results = _ops.recurrent_layers(
-                input, states, weights, self.mode.lower(), self.num_layers, directions, self.batch_first
+                input, given, weights, self.mode.lower(), self.num_layers, directions, self.batch_first
             )
             if results is not None:
-                return results[0], tuple(results[1:])
+                return results[0], (results[1], results[2]) if has_c else results[1]
+        data = input.data if isinstance(input, PackedSequence) else input
+        if is_torchs(data, lengths, *leaves(hx), *weights):
+            return self._by_torch(input, hx, lengths, return_state_sequence)
+        states = _states_of(type(self).__name__, hx, 2 if has_c else 1)
         packed = input if isinstance(input, PackedSequence) else None
         x = input if isinstance(input, Tensor) else input.data
         name, batch_dim = type(self).__name__, 0 if self.batch_first else 1
@@ -146,11 +156,23 @@ class _Layers(RNNBase):
         elif inverse is not None:
             final = [state.index_select(1, inverse) for state in final]
         if packed is not None:
-            return PackedSequence(output, batch_sizes, order, inverse), tuple(final)
-        if not is_batched:
+            output = PackedSequence(output, batch_sizes, order, inverse)
+        elif not is_batched:
             output = output.squeeze(batch_dim)
             final = [state.squeeze(batch_dim + 1 if return_state_sequence else 1) for state in final]
-        return output, tuple(final)
+        return output, tuple(final) if has_c else final[0]
+
+    def _by_torch(self, input: Any, hx: Any, lengths: Any, return_state_sequence: bool) -> Any:
+        node = in_graph(self, input, hx, lengths=lengths, return_state_sequence=return_state_sequence)
+        if node is not None:
+            return node
+        refuse(
+            type(self).__name__,
+            lengths=lengths is not None,
+            return_state_sequence=return_state_sequence,
+            recurrent_dropout=self.training and self.recurrent_dropout > 0,
+        )
+        return self._torchs.forward(self, input, hx)
 
     def _check_dimensions(self, expected: int, states: tuple[Tensor, ...] | None) -> None:
         if states is None or all(state.dim() == expected for state in states):
@@ -257,9 +279,8 @@ class _OneState(_Layers):
         return_state_sequence: bool = False,
     ) -> tuple[Tensor | PackedSequence, Tensor]:
         """Run all layers; see the class."""
-        states = _states_of(type(self).__name__, hx, 1)
-        output, (h_n,) = self._run(input, states, lengths, return_state_sequence)
-        return output, h_n
+        result: tuple[Tensor | PackedSequence, Tensor] = self._run(input, hx, lengths, return_state_sequence)
+        return result
 
 
 class RNN(_OneState):
@@ -322,6 +343,8 @@ class RNN(_OneState):
         torch.Size([2, 3, 5, 20])
     """
 
+    _torchs = nn.RNN
+
     def __init__(
         self,
         input_size: int,
@@ -376,6 +399,8 @@ class GRU(_OneState):
         >>> output.shape, h_n.shape
         (torch.Size([5, 3, 40]), torch.Size([2, 3, 20]))
     """
+
+    _torchs = nn.GRU
 
     def __init__(
         self,
@@ -456,6 +481,12 @@ class LSTM(_Layers):
         (torch.Size([5, 3, 20]), torch.Size([2, 3, 20]), torch.Size([2, 3, 20]))
     """
 
+    _torchs = nn.LSTM
+    # What torch.nn's layers have beside forward, which RNNBase has not.
+    check_forward_args = nn.LSTM.check_forward_args
+    get_expected_cell_size = nn.LSTM.get_expected_cell_size
+    permute_hidden = nn.LSTM.permute_hidden
+
     def __init__(
         self,
         input_size: int,
@@ -495,19 +526,27 @@ class LSTM(_Layers):
         return_state_sequence: bool = False,
     ) -> tuple[Tensor | PackedSequence, tuple[Tensor, Tensor]]:
         """Run all layers; see the class."""
-        states = _states_of("LSTM", hx, 2)
-        output, (h_n, c_n) = self._run(input, states, lengths, return_state_sequence)
-        return output, (h_n, c_n)
+        result: tuple[Tensor | PackedSequence, tuple[Tensor, Tensor]]
+        result = self._run(input, hx, lengths, return_state_sequence)
+        return result
 
 
 class _Cell(RNNCellBase):
     """What the cells share. A cell is a layer of one step."""
 
-    def _step(self, cell: str, input: Tensor, states: tuple[Tensor, ...] | None) -> Sequence[Tensor]:
-        """New states, (h,) or (h, c); `states` are of the same form, or None for zeros."""
+    _torchs: ClassVar[type[nn.Module]]
+    """The cell of torch.nn that this one is in the place of."""
+
+    def _step(self, cell: str, input: Tensor, hx: Tensor | tuple[Tensor, Tensor] | None) -> Any:
+        """What a call returns: new states, h or (h, c)."""
         weights = _parameters_of(self, ("weight_ih", "weight_hh", "bias_ih", "bias_hh"))
-        if states is not None and (stepped := _ops.recurrent_step(input, states, weights, cell)) is not None:
-            return stepped
+        given: Any = hx if cell == "lstm" or hx is None else (hx,)
+        if (stepped := _ops.recurrent_step(input, given, weights, cell)) is not None:
+            return tuple(stepped) if cell == "lstm" else stepped[0]
+        if is_torchs(input, *leaves(hx), *weights):
+            node = in_graph(self, input, hx)
+            return self._torchs.forward(self, input, hx) if node is None else node
+        states = _states_of(type(self).__name__, hx, 2 if cell == "lstm" else 1)
         dim, shape = input.dim(), (*input.shape[:-1], self.hidden_size)
         if states is None:
             zeros = input.new_zeros(shape)
@@ -529,7 +568,9 @@ class _Cell(RNNCellBase):
                 input, None, h0.unsqueeze(0), None if c0 is None else c0.unsqueeze(0), weights, cell
             )
             final = (h,) if c0 is None else (h, c.squeeze(0))
-        return final if dim == 2 else tuple(state.squeeze(0) for state in final)
+        if dim == 1:
+            final = tuple(state.squeeze(0) for state in final)
+        return final if cell == "lstm" else final[0]
 
     def _refuse(self, cell: str, input: Tensor, states: tuple[Tensor, ...]) -> None:
         name = type(self).__name__
@@ -570,6 +611,8 @@ class RNNCell(_Cell):
 
     __constants__ = ["input_size", "hidden_size", "bias", "nonlinearity"]  # noqa: RUF012 -- as torch.nn declares it
 
+    _torchs = nn.RNNCell
+
     def __init__(
         self,
         input_size: int,
@@ -586,7 +629,8 @@ class RNNCell(_Cell):
         """Take one step; see the class."""
         if self.nonlinearity not in ("tanh", "relu"):
             raise RuntimeError(f"Unknown nonlinearity: {self.nonlinearity}")
-        return self._step(f"rnn_{self.nonlinearity}", input, _states_of("RNNCell", hx, 1))[0]
+        h: Tensor = self._step(f"rnn_{self.nonlinearity}", input, hx)
+        return h
 
 
 class GRUCell(_Cell):
@@ -605,6 +649,8 @@ class GRUCell(_Cell):
         torch.Size([3, 20])
     """
 
+    _torchs = nn.GRUCell
+
     def __init__(
         self,
         input_size: int,
@@ -617,7 +663,8 @@ class GRUCell(_Cell):
 
     def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor:
         """Take one step; see the class."""
-        return self._step("gru", input, _states_of("GRUCell", hx, 1))[0]
+        h: Tensor = self._step("gru", input, hx)
+        return h
 
 
 class LSTMCell(_Cell):
@@ -638,6 +685,8 @@ class LSTMCell(_Cell):
         (torch.Size([3, 20]), torch.Size([3, 20]))
     """
 
+    _torchs = nn.LSTMCell
+
     def __init__(
         self,
         input_size: int,
@@ -650,5 +699,5 @@ class LSTMCell(_Cell):
 
     def forward(self, input: Tensor, hx: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, Tensor]:
         """Take one step; see the class."""
-        h, c = self._step("lstm", input, _states_of("LSTMCell", hx, 2))
-        return h, c
+        states: tuple[Tensor, Tensor] = self._step("lstm", input, hx)
+        return states
