@@ -17,12 +17,14 @@ import os
 import weakref
 from collections.abc import Callable, MutableMapping, Sequence
 from importlib.machinery import EXTENSION_SUFFIXES
+from math import prod
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch._subclasses import FakeTensor
+from torch.utils.flop_counter import register_flop_formula
 from torch.utils.weak import WeakIdKeyDictionary
 
 from nlpkernels import _C, reference  # _C registers the schemas
@@ -217,6 +219,64 @@ def _(grad: Tensor, weight: Tensor, indices: Tensor, *others: Any) -> Tensor:
 @torch.library.register_fake("nlpkernels::embedding_bag_update")
 def _(*args: Any) -> None:
     pass
+
+
+# --- Operations that torch.utils.flop_counter counts: two for each entry of a matrix that is multiplied by a row --------
+# As in torch, lookups and bags have none, nor has what is done element by element. All get shapes in place of tensors.
+
+_Shape = Sequence[int]
+
+
+def _matrices(weights: Sequence[_Shape], h0: _Shape) -> tuple[int, int]:
+    """How many entries the matrices of a layer's weights have: those that multiply x, and the others."""
+    per_direction = len(weights) // h0[0]
+    entries = [prod(weight) if len(weight) == 2 else 0 for weight in weights]
+    of_x = sum(entries[::per_direction])
+    return of_x, sum(entries) - of_x
+
+
+@register_flop_formula(_ops.recurrent)
+def _(x: _Shape, batch_sizes: object, h0: _Shape, c0: object, weights: Sequence[_Shape], *_: Any, **__: Any) -> int:
+    return 2 * prod(x[:-1]) * sum(_matrices(weights, h0))
+
+
+@register_flop_formula(_ops.recurrent_backward)
+def _(
+    dy: object,
+    dh_n: object,
+    dc_n: object,
+    x: _Shape,
+    batch_sizes: object,
+    h0: _Shape,
+    c0: object,
+    weights: Sequence[_Shape],
+    cell: str,
+    y: object,
+    workspace: object,
+    need_dx: bool,
+    need_dweights: bool,
+    *_: Any,
+    **__: Any,
+) -> int:
+    of_x, of_h = _matrices(weights, h0)
+    return 2 * prod(x[:-1]) * (of_x * (need_dx + need_dweights) + of_h * (1 + need_dweights))
+
+
+@register_flop_formula(_ops.recurrent_states_backward)
+def _(
+    dy: object,
+    dh_n: object,
+    dc_n: object,
+    dworkspace: object,
+    x: _Shape,
+    batch_sizes: object,
+    h0: _Shape,
+    c0: object,
+    weights: Sequence[_Shape],
+    *_: Any,
+    **__: Any,
+) -> int:
+    return 2 * prod(x[:-1]) * 3 * sum(_matrices(weights, h0))  # forward once more, and every gradient
 
 
 # --- Derivatives -----------------------------------------------------------------------------------------------------

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.overrides import handle_torch_function, has_torch_function_variadic
 
 from nlpkernels import _ops, reference
 from nlpkernels._giving_way import is_torchs, refuse
@@ -330,13 +331,15 @@ def embedding(
     options = (padding_idx, max_norm, norm_type, scale_grad_by_freq, sparse)
     if is_torchs(input, weight):
         return torch.nn.functional.embedding(input, weight, *options)
-    _check_ids("embedding", input)
-    _check_table("embedding", weight)
-    padding = _wrap_padding("embedding", padding_idx, weight.shape[0])
-    if input.is_nested and input.layout is torch.jagged:
+    if has_torch_function_variadic(input, weight):  # a mode, or jagged indices
+        if not getattr(input, "is_nested", False):
+            return handle_torch_function(embedding, (input, weight), input, weight, *options)
         rows = embedding(input.values(), weight, *options)
         offsets, lengths, ragged = input.offsets(), input.lengths(), input._ragged_idx  # type: ignore[attr-defined]
         return torch.nested.nested_tensor_from_jagged(rows, offsets, lengths, ragged)
+    _check_ids("embedding", input)
+    _check_table("embedding", weight)
+    padding = _wrap_padding("embedding", padding_idx, weight.shape[0])
     is_left = weight.dtype not in _DTYPES or input.is_nested
     if not (is_left or sparse) and _ops.is_left_to_torch(weight) and input.device == weight.device:
         is_left = _ops.optimizer_of(weight) is None
@@ -390,11 +393,14 @@ def embedding_bag(
         TypeError: input or offsets are not int32 or int64.
         ValueError: a shape, an offset or mode does not fit.
     """
-    if is_torchs(input, weight, offsets, per_sample_weights):
-        return torch.nn.functional.embedding_bag(
-            input, weight, offsets, max_norm, norm_type, scale_grad_by_freq, mode, sparse, per_sample_weights,
-            include_last_offset, padding_idx,
-        )  # fmt: skip
+    tensors = (input, weight, offsets, per_sample_weights)
+    options = (
+        max_norm, norm_type, scale_grad_by_freq, mode, sparse, per_sample_weights, include_last_offset, padding_idx
+    )  # fmt: skip
+    if is_torchs(*tensors):
+        return torch.nn.functional.embedding_bag(input, weight, offsets, *options)
+    if has_torch_function_variadic(*tensors):  # a mode, or jagged indices
+        return handle_torch_function(embedding_bag, tensors, input, weight, offsets, *options)
     _check_ids("embedding_bag", input)
     _check_table("embedding_bag", weight)
     if per_sample_weights is not None and input.size() != per_sample_weights.size():
