@@ -2,8 +2,8 @@
 
 That is so where our kernels cannot see through what they are given: a subclass of Tensor that has its own way with
 torch's functions (DTensor, quantised tensors, ExpandedWeight, a user's) or a proxy of torch.fx, as an input, a state or
-a parameter; and under torch.jit.trace and torch.onnx.export, which know torch's ops alone. torch.compile,
-torch.export, fake tensors and the transforms of torch.func know ours too.
+a parameter; and under torch.jit.trace and torch.onnx.export, which know torch's ops alone (but see `_onnx.py`).
+torch.compile, torch.export, fake tensors and the transforms of torch.func know ours too.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.fx import Proxy
 from torch.nested._internal.nested_tensor import NestedTensor
 
-__all__ = ["in_graph", "is_torchs", "refuse"]
+__all__ = ["exports_to_onnx", "in_graph", "is_torchs", "leaves", "refuse"]
 
 _PLAIN = frozenset({Tensor, nn.Parameter, type(None), list})  # (lengths may be a list)
 # Our ops know the first two; of jagged tensors the embeddings see through to what is inside.
@@ -26,16 +26,21 @@ _NO_FUNCTION = torch._C._disabled_torch_function_impl
 _NO_DISPATCH = torch._C._disabled_torch_dispatch_impl
 
 
-def is_torchs(*values: object) -> bool:
-    """Whether a call with these inputs, states and parameters is torch's."""
+def is_torchs(*values: object, has_onnx: bool = False) -> bool:
+    """Whether a call with these inputs, states and parameters is torch's; `has_onnx` if `_onnx.py` has it."""
     if torch.compiler.is_compiling():
-        if torch.compiler.is_exporting() and torch.onnx.is_in_onnx_export():
+        if not has_onnx and exports_to_onnx():
             return True
     elif torch._C._is_tracing():
         return True
     elif _PLAIN.issuperset(map(type, values)):
         return False
     return any(_has_its_own_way(type(value)) for value in values)
+
+
+def exports_to_onnx() -> bool:
+    """Whether torch.onnx.export is at work, with dynamo=True: the other exporter goes by torch.jit.trace."""
+    return torch.compiler.is_compiling() and torch.compiler.is_exporting() and torch.onnx.is_in_onnx_export()
 
 
 def _has_its_own_way(kind: type) -> bool:

@@ -27,7 +27,8 @@ from torch._subclasses import FakeTensor
 from torch.utils.flop_counter import register_flop_formula
 from torch.utils.weak import WeakIdKeyDictionary
 
-from nlpkernels import _C, reference  # _C registers the schemas
+from nlpkernels import _C, _onnx, reference  # _C registers the schemas
+from nlpkernels._giving_way import exports_to_onnx
 
 # --- Libraries -------------------------------------------------------------------------------------------------------
 
@@ -643,6 +644,8 @@ def recurrent(
     if not (wants_c or torch.compiler.is_compiling() or _is_transformed()):
         y, h_n, c_n = _C.recurrent(x, batch_sizes, h0, c0, weights, cell, h_mask)
         return y, h_n, c_n, None
+    if exports_to_onnx():
+        return _onnx.recurrent(x, h0, c0, weights, cell)
     keep = wants_c or (
         torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in (x, h0, c0, *weights))
     )

@@ -36,8 +36,12 @@ def _layers(
     recurrent_dropout: float,
 ) -> Any:
     """Output and final states: (y, h_n, c_n) of an LSTM, else (y, h_n)."""
+    directions = 2 if bidirectional else 1
     draws = train and recurrent_dropout > 0
-    if is_torchs(input, batch_sizes, h0, c0, *params):
+    is_in_onnx = batch_sizes is None and len(params) == num_layers * directions * (4 if has_biases else 2)
+    if is_torchs(
+        input, batch_sizes, h0, c0, *params, has_onnx=is_in_onnx and not (return_state_sequence or draws)
+    ):
         refuse(cell, return_state_sequence=return_state_sequence, recurrent_dropout=draws)
         hx = h0 if c0 is None else (h0, c0)
         rest = (params, has_biases, num_layers, dropout, train, bidirectional)
@@ -45,7 +49,6 @@ def _layers(
         if batch_sizes is None:
             return function(input, hx, *rest, batch_first)
         return function(input, batch_sizes, hx, *rest)
-    directions = 2 if bidirectional else 1
     if num_layers < 1:
         raise ValueError(f"{cell}: expected num_layers of 1 or more, got {num_layers}")
     per_layer = len(params) // num_layers

@@ -94,8 +94,18 @@ class _Layers(RNNBase):
             if results is not None:
                 return results[0], (results[1], results[2]) if has_c else results[1]
         data = input.data if isinstance(input, PackedSequence) else input
-        if is_torchs(data, lengths, *leaves(hx), *weights):
-            return self._by_torch(input, hx, lengths, return_state_sequence)
+        beyond = {
+            "lengths": lengths is not None,
+            "return_state_sequence": return_state_sequence,
+            "recurrent_dropout": self.training and self.recurrent_dropout > 0,
+        }
+        has_onnx = isinstance(input, Tensor) and not self.proj_size and not any(beyond.values())
+        if is_torchs(data, lengths, *leaves(hx), *weights, has_onnx=has_onnx):
+            node = in_graph(self, input, hx, lengths=lengths, return_state_sequence=return_state_sequence)
+            if node is not None:
+                return node
+            refuse(type(self).__name__, **beyond)
+            return self._torchs.forward(self, input, hx)
         states = _states_of(type(self).__name__, hx, 2 if has_c else 1)
         packed = input if isinstance(input, PackedSequence) else None
         x = input if isinstance(input, Tensor) else input.data
@@ -161,18 +171,6 @@ class _Layers(RNNBase):
             output = output.squeeze(batch_dim)
             final = [state.squeeze(batch_dim + 1 if return_state_sequence else 1) for state in final]
         return output, tuple(final) if has_c else final[0]
-
-    def _by_torch(self, input: Any, hx: Any, lengths: Any, return_state_sequence: bool) -> Any:
-        node = in_graph(self, input, hx, lengths=lengths, return_state_sequence=return_state_sequence)
-        if node is not None:
-            return node
-        refuse(
-            type(self).__name__,
-            lengths=lengths is not None,
-            return_state_sequence=return_state_sequence,
-            recurrent_dropout=self.training and self.recurrent_dropout > 0,
-        )
-        return self._torchs.forward(self, input, hx)
 
     def _check_dimensions(self, expected: int, states: tuple[Tensor, ...] | None) -> None:
         if states is None or all(state.dim() == expected for state in states):
