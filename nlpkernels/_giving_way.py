@@ -69,7 +69,7 @@ def in_graph(layer: nn.Module, *args: Any, **kwargs: Any) -> Proxy | None:
 
 def leaves(*values: Any) -> list[Any]:
     """Values, with what is in tuples (packed sequences are such) and lists in their place."""
-    flat = []
+    flat: list[Any] = []
     for value in values:
         if isinstance(value, tuple | list):
             flat += value

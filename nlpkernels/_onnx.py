@@ -5,6 +5,8 @@ torch.nn's layers are unrolled there, for one length only; ONNX's own take any.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -31,7 +33,7 @@ def recurrent(
         of_directions = [weight.chunk(len(order)) for weight in weights[place::per_direction]]
         return torch.stack([torch.cat([gates[gate] for gate in order]) for gates in of_directions])
 
-    attributes: dict[str, int | str | list[str]] = {
+    attributes: dict[str, Any] = {
         "hidden_size": hidden,
         "direction": "bidirectional" if directions == 2 else "forward",
     }

@@ -79,13 +79,15 @@ class _Layers(RNNBase):
         hx: Tensor | tuple[Tensor, Tensor] | None,
         lengths: Tensor | Sequence[int] | None,
         return_state_sequence: bool,
+        mask: Tensor | None,
     ) -> Any:
         """What a call returns: output and final states, or those of all steps."""
         has_c = self.mode == "LSTM"
         weights = _parameters_of(self, self._flat_weights_names)
         is_whole = len(weights) == len(self._flat_weights_names)
         draws = self.training and (self.dropout or self.recurrent_dropout)
-        if isinstance(input, Tensor) and is_whole and lengths is None and not (return_state_sequence or draws):
+        is_padded = lengths is not None or mask is not None
+        if isinstance(input, Tensor) and is_whole and not (is_padded or return_state_sequence or draws):
             directions = 2 if self.bidirectional else 1
             given: Any = hx if has_c or hx is None else (hx,)
             results = _ops.recurrent_layers(
@@ -96,12 +98,13 @@ class _Layers(RNNBase):
         data = input.data if isinstance(input, PackedSequence) else input
         beyond = {
             "lengths": lengths is not None,
+            "mask": mask is not None,
             "return_state_sequence": return_state_sequence,
             "recurrent_dropout": self.training and self.recurrent_dropout > 0,
         }
         has_onnx = isinstance(input, Tensor) and not self.proj_size and not any(beyond.values())
-        if is_torchs(data, lengths, *leaves(hx), *weights, has_onnx=has_onnx):
-            node = in_graph(self, input, hx, lengths=lengths, return_state_sequence=return_state_sequence)
+        if is_torchs(data, lengths, mask, *leaves(hx), *weights, has_onnx=has_onnx):
+            node = in_graph(self, input, hx, lengths=lengths, return_state_sequence=return_state_sequence, mask=mask)
             if node is not None:
                 return node
             refuse(type(self).__name__, **beyond)
@@ -119,9 +122,13 @@ class _Layers(RNNBase):
             if not is_batched:
                 x = x.unsqueeze(batch_dim)
                 states = None if states is None else tuple(state.unsqueeze(1) for state in states)
-        if lengths is not None and (packed is not None or not is_batched):
+        if is_padded and (packed is not None or not is_batched):
             what = "a PackedSequence, which has its own" if packed is not None else "an unbatched sequence"
             raise ValueError(f"{name}: lengths are for padded batches, expected a 3D input, got {what}")
+        if mask is not None:
+            if lengths is not None:
+                raise ValueError(f"{name}: expected lengths or a mask, got both")
+            lengths = _lengths_of(mask, x, self.batch_first)
         self._check_x(x, weights[0], packed is not None)
         if packed is None:
             batch = x.size(batch_dim)
@@ -210,6 +217,19 @@ class _Layers(RNNBase):
         return states
 
 
+def _lengths_of(mask: Tensor, x: Tensor, batch_first: bool) -> Tensor:
+    """How many steps of each sequence a mask, [T, B], or [B, T] if batch_first, says are real."""
+    if mask.dtype != torch.bool or mask.shape != x.shape[:2]:
+        raise ValueError(
+            f"expected mask to be bool of shape {list(x.shape[:2])}, one for each step, "
+            f"got shape {list(mask.shape)} of {mask.dtype}"
+        )
+    step = 1 if batch_first else 0
+    if not torch.compiler.is_compiling() and bool((mask.int().diff(dim=step) > 0).any()):
+        raise ValueError("expected mask to be true for the first steps of each sequence, got steps after a gap")
+    return mask.sum(step)
+
+
 class _Padding(NamedTuple):
     """Where the real rows of a padded batch are, and their order when packed: step by step, longest sequence first."""
 
@@ -275,9 +295,10 @@ class _OneState(_Layers):
         *,
         lengths: Tensor | Sequence[int] | None = None,
         return_state_sequence: bool = False,
+        mask: Tensor | None = None,
     ) -> tuple[Tensor | PackedSequence, Tensor]:
         """Run all layers; see the class."""
-        result: tuple[Tensor | PackedSequence, Tensor] = self._run(input, hx, lengths, return_state_sequence)
+        result: tuple[Tensor | PackedSequence, Tensor] = self._run(input, hx, lengths, return_state_sequence, mask)
         return result
 
 
@@ -310,6 +331,9 @@ class RNN(_OneState):
         and costs nothing; output is zero there, the reverse direction starts at each sequence's own end, and h_n holds
         the states at the ends; a sequence of length 0 keeps its initial states. The lengths are read by the CPU. Under
         torch.compile give a tensor (each new list is compiled anew) and fullgraph=True (or the graph breaks there).
+
+        mask: the lengths in another form, that in which TorchRL has them: bool, [T, B], or [B, T] if batch_first, true
+        for the steps that are real, which come before the others.
 
         return_state_sequence (haste's name): return in the place of the final states those after every step of every
         layer, [L D, T, B, H], with steps and batch laid out as in output ([L D, N, H] for a PackedSequence).
@@ -459,7 +483,7 @@ class LSTM(_Layers):
         recurrent_dropout: by keyword: see `RNN`. Of P features with a projection.
 
     Call:
-        `layer(input, hx=None, *, lengths=None, return_state_sequence=False)`: see `RNN`. The state sequences are
+        `layer(input, hx=None, *, lengths=None, return_state_sequence=False, mask=None)`: see `RNN`. The state sequences are
         (h [L D, T, B, P], c [L D, T, B, H]). A gradient of c between the steps comes from plain torch operations, step
         by step, and is slow; gradients of h and of the final c are not.
 
@@ -481,9 +505,9 @@ class LSTM(_Layers):
 
     _torchs = nn.LSTM
     # What torch.nn's layers have beside forward, which RNNBase has not.
-    check_forward_args = nn.LSTM.check_forward_args
+    check_forward_args = nn.LSTM.check_forward_args  # type: ignore[assignment]
     get_expected_cell_size = nn.LSTM.get_expected_cell_size
-    permute_hidden = nn.LSTM.permute_hidden
+    permute_hidden = nn.LSTM.permute_hidden  # type: ignore[assignment]
 
     def __init__(
         self,
@@ -522,10 +546,11 @@ class LSTM(_Layers):
         *,
         lengths: Tensor | Sequence[int] | None = None,
         return_state_sequence: bool = False,
+        mask: Tensor | None = None,
     ) -> tuple[Tensor | PackedSequence, tuple[Tensor, Tensor]]:
         """Run all layers; see the class."""
         result: tuple[Tensor | PackedSequence, tuple[Tensor, Tensor]]
-        result = self._run(input, hx, lengths, return_state_sequence)
+        result = self._run(input, hx, lengths, return_state_sequence, mask)
         return result
 
 
