@@ -155,9 +155,9 @@ inline std::optional<variable_list> recurrent_step(const Tensor& x, std::optiona
   for (const Tensor& state : *states) {
     if (!has_shape(state, {batch, features})) return std::nullopt;
   }
-  auto results = recurrent(x, std::nullopt, states->at(0).unsqueeze(0),
-                           has_c ? OptionalTensor(states->at(1).unsqueeze(0)) : std::nullopt, weights, cell,
-                           std::nullopt);
+  auto results =
+      recurrent(x, std::nullopt, states->at(0).unsqueeze(0),
+                has_c ? OptionalTensor(states->at(1).unsqueeze(0)) : std::nullopt, weights, cell, std::nullopt);
   if (!has_c) return variable_list{results[0]};
   return variable_list{results[0], results[2].squeeze(0)};
 }

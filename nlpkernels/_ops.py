@@ -222,7 +222,7 @@ def _(*args: Any) -> None:
     pass
 
 
-# --- Operations that torch.utils.flop_counter counts: two for each entry of a matrix that is multiplied by a row --------
+# --- Operations for torch.utils.flop_counter: two for each entry of a matrix and each row that it multiplies ----------
 # As in torch, lookups and bags have none, nor has what is done element by element. All get shapes in place of tensors.
 
 _Shape = Sequence[int]
@@ -668,17 +668,18 @@ def _is_plain(x: Tensor) -> bool:
 
 def is_left_to_torch(tensor: Tensor) -> bool:
     """Whether torch's own layers are to serve a tensor; torch.compile, torch.func and fakes are for our ops."""
-    return bool(LEFT_TO_TORCH) and tensor.device.type in LEFT_TO_TORCH and not (
-        torch.compiler.is_compiling() or _is_transformed() or isinstance(tensor, FakeTensor)
+    return (
+        bool(LEFT_TO_TORCH)
+        and tensor.device.type in LEFT_TO_TORCH
+        and not (torch.compiler.is_compiling() or _is_transformed() or isinstance(tensor, FakeTensor))
     )
 
 
-def recurrent_step(
-    x: Tensor, states: Sequence[Tensor] | None, weights: list[Tensor], cell: str
-) -> list[Tensor] | None:
+def recurrent_step(x: Tensor, states: Sequence[Tensor] | None, weights: list[Tensor], cell: str) -> list[Tensor] | None:
     """One step of x [B, I] from states (h,) or (h, c), [B, H], to such; None where `recurrent` has to take it.
 
-    That is so of tensors that are not plain, too, and of what are no tensors or none that fit. In Python the way to the kernel takes longer than a small step.
+    That is so of tensors that are not plain, too, and of what are no tensors or none that fit. In Python the way to the
+    kernel takes longer than a small step.
     """
     return _C.recurrent_step(x, states, weights, cell) if _is_plain(x) else None
 

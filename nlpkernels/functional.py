@@ -39,9 +39,7 @@ def _layers(
     directions = 2 if bidirectional else 1
     draws = train and recurrent_dropout > 0
     is_in_onnx = batch_sizes is None and len(params) == num_layers * directions * (4 if has_biases else 2)
-    if is_torchs(
-        input, batch_sizes, h0, c0, *params, has_onnx=is_in_onnx and not (return_state_sequence or draws)
-    ):
+    if is_torchs(input, batch_sizes, h0, c0, *params, has_onnx=is_in_onnx and not (return_state_sequence or draws)):
         refuse(cell, return_state_sequence=return_state_sequence, recurrent_dropout=draws)
         hx = h0 if c0 is None else (h0, c0)
         rest = (params, has_biases, num_layers, dropout, train, bidirectional)

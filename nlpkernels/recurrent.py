@@ -483,9 +483,9 @@ class LSTM(_Layers):
         recurrent_dropout: by keyword: see `RNN`. Of P features with a projection.
 
     Call:
-        `layer(input, hx=None, *, lengths=None, return_state_sequence=False, mask=None)`: see `RNN`. The state sequences are
-        (h [L D, T, B, P], c [L D, T, B, H]). A gradient of c between the steps comes from plain torch operations, step
-        by step, and is slow; gradients of h and of the final c are not.
+        `layer(input, hx=None, *, lengths=None, return_state_sequence=False, mask=None)`: see `RNN`. The state sequences
+        are (h [L D, T, B, P], c [L D, T, B, H]). A gradient of c between the steps comes from plain torch operations,
+        step by step, and is slow; gradients of h and of the final c are not.
 
     Shape:
         input [T, B, I], [T, I] for one sequence, or a PackedSequence; hx = (h_0 [L D, B, P], c_0 [L D, B, H]) or

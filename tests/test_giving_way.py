@@ -10,7 +10,6 @@ import os
 import subprocess
 import sys
 import warnings
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -94,9 +93,8 @@ class Tagged(Tensor):
 
 
 @pytest.fixture(autouse=True)
-def nothing_seen() -> Iterator[None]:
+def nothing_seen() -> None:
     Tagged.seen = []
-    yield
 
 
 def tagged(value: Any) -> Any:
