@@ -1,6 +1,7 @@
 """RNN, LSTM, GRU and their cells as modules, with the parameters of torch.nn and the time loop in our kernels.
 
-The layers derive from `torch.nn.RNNBase`, not from `torch.nn.LSTM` and its kin, on which torch.compile gives up.
+The layers derive from `torch.nn.RNNBase`, not from `torch.nn.LSTM` and its kin, on which torch.compile gives up; the
+cells derive from torch.nn's.
 Parameters are read from the module's attributes at each call, so whatever replaces an attribute (weight_norm,
 parametrize, functional_call) is seen.
 
@@ -616,7 +617,7 @@ class _Cell(RNNCellBase):
                 )
 
 
-class RNNCell(_Cell):
+class RNNCell(_Cell, nn.RNNCell):
     r"""One step of an Elman RNN: `torch.nn.RNNCell`, with the same arguments and parameters.
 
     Shape: input [B, I] or [I]; hx [B, H] or [H], zeros if None. Returns h' like hx. Equation and dtypes: see `RNN`.
@@ -632,21 +633,7 @@ class RNNCell(_Cell):
         torch.Size([3, 20])
     """
 
-    __constants__ = ["input_size", "hidden_size", "bias", "nonlinearity"]  # noqa: RUF012 -- as torch.nn declares it
-
     _torchs = nn.RNNCell
-
-    def __init__(
-        self,
-        input_size: int,
-        hidden_size: int,
-        bias: bool = True,
-        nonlinearity: str = "tanh",
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
-        super().__init__(input_size, hidden_size, bias, num_chunks=1, device=device, dtype=dtype)
-        self.nonlinearity = nonlinearity
 
     def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor:
         """Take one step; see the class."""
@@ -656,7 +643,7 @@ class RNNCell(_Cell):
         return h
 
 
-class GRUCell(_Cell):
+class GRUCell(_Cell, nn.GRUCell):
     """One step of a GRU: `torch.nn.GRUCell`, with the same arguments and parameters.
 
     Shape: input [B, I] or [I]; hx [B, H] or [H], zeros if None. Returns h' like hx. Equations and dtypes: see `GRU`.
@@ -674,23 +661,13 @@ class GRUCell(_Cell):
 
     _torchs = nn.GRUCell
 
-    def __init__(
-        self,
-        input_size: int,
-        hidden_size: int,
-        bias: bool = True,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
-        super().__init__(input_size, hidden_size, bias, num_chunks=3, device=device, dtype=dtype)
-
     def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor:
         """Take one step; see the class."""
         h: Tensor = self._step("gru", input, hx)
         return h
 
 
-class LSTMCell(_Cell):
+class LSTMCell(_Cell, nn.LSTMCell):
     """One step of an LSTM: `torch.nn.LSTMCell`, with the same arguments and parameters.
 
     Shape: input [B, I] or [I]; hx = (h [B, H] or [H], c alike), zeros if None. Returns (h', c') like hx. Equations and
@@ -709,16 +686,6 @@ class LSTMCell(_Cell):
     """
 
     _torchs = nn.LSTMCell
-
-    def __init__(
-        self,
-        input_size: int,
-        hidden_size: int,
-        bias: bool = True,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
-        super().__init__(input_size, hidden_size, bias, num_chunks=4, device=device, dtype=dtype)
 
     def forward(self, input: Tensor, hx: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, Tensor]:
         """Take one step; see the class."""
