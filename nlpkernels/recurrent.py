@@ -103,7 +103,7 @@ class _Layers(RNNBase):
             "return_state_sequence": return_state_sequence,
             "recurrent_dropout": self.training and self.recurrent_dropout > 0,
         }
-        has_onnx = isinstance(input, Tensor) and not self.proj_size and not any(beyond.values())
+        has_onnx = isinstance(input, Tensor) and not (self.proj_size or any(beyond.values()))
         if is_torchs(data, lengths, mask, *leaves(hx), *weights, has_onnx=has_onnx):
             node = in_graph(self, input, hx, lengths=lengths, return_state_sequence=return_state_sequence, mask=mask)
             if node is not None:

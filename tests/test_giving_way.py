@@ -461,6 +461,12 @@ def test_methods_of_layers(kind: str) -> None:
     torch.testing.assert_close(results[1][3], results[0][3], rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("name", ["RNNCell", "LSTMCell", "GRUCell", "Embedding", "EmbeddingBag"])
+def test_instances(name: str) -> None:
+    """Of torch.nn's classes, but for RNN, LSTM and GRU, on which torch.compile breaks the graph."""
+    assert isinstance(getattr(nlpkernels, name)(4, 5), getattr(nn, name))
+
+
 @pytest.mark.parametrize("batch_first", [False, True])
 @pytest.mark.parametrize("name", ["RNN", "LSTM", "GRU"])
 def test_mask(name: str, batch_first: bool) -> None:
@@ -506,6 +512,8 @@ def worker() -> None:
         whole(ids).sin().sum().backward()
         parallel(ids).sin().sum().backward()
         torch.testing.assert_close(parallel.weight.grad.full_tensor(), whole.weight.grad)
+        compiled = torch.compile(nn.Sequential(parallel), backend="aot_eager", fullgraph=True)
+        torch.testing.assert_close(compiled(ids), whole(ids), rtol=0, atol=0)
     if torch.distributed.get_rank() == 0:
         print("agrees")
     torch.distributed.destroy_process_group()
