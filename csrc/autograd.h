@@ -14,6 +14,7 @@
 #include <pybind11/pybind11.h>
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/csrc/autograd/graph_task.h>
+#include <torch/csrc/autograd/python_variable.h>
 #include <torch/csrc/utils/pybind.h>
 
 #include <optional>
@@ -143,27 +144,55 @@ inline bool has_shape(const Tensor& tensor, std::initializer_list<c10::SymInt> s
   return tensor.sym_sizes() == c10::SymIntArrayRef(shape.begin(), shape.size());
 }
 
-// One step of a cell: x [B, I] and states (h,) or (h, c), [B, H], to such states. Nothing where shapes are others, or
-// there are no hidden units.
-inline std::optional<variable_list> recurrent_step(const Tensor& x, const variable_list& states,
+// One step of a cell: x [B, I] and states (h,) or (h, c), [B, H], or nothing for zeros, to such states. Nothing where
+// shapes are others, or there are no hidden units.
+inline std::optional<variable_list> recurrent_step(const Tensor& x, std::optional<variable_list> states,
                                                    const variable_list& weights, const std::string& cell) {
-  if (!has_matrices(weights) || x.dim() != 2 || x.sym_size(1) != weights[0].sym_size(1) || !has_states(states, cell)) {
-    return std::nullopt;
+  if (!has_matrices(weights) || x.dim() != 2 || x.sym_size(1) != weights[0].sym_size(1)) return std::nullopt;
+  const bool has_c = cell == "lstm";
+  const c10::SymInt batch = x.sym_size(0), features = weights[1].sym_size(1);
+  if (!states) states.emplace(has_c ? 2 : 1, x.new_zeros_symint({batch, features}));
+  if (features == 0 || !has_states(*states, cell)) return std::nullopt;
+  for (const Tensor& state : *states) {
+    if (!has_shape(state, {batch, features})) return std::nullopt;
   }
-  const auto hidden = weights[1].sym_size(1);
-  for (const Tensor& state : states) {
-    if (hidden == 0 || !has_shape(state, {x.sym_size(0), hidden})) return std::nullopt;
-  }
-  const bool has_c = states.size() > 1;
-  auto results = recurrent(x, std::nullopt, states[0].unsqueeze(0),
-                           has_c ? OptionalTensor(states[1].unsqueeze(0)) : std::nullopt, weights, cell, std::nullopt);
+  auto results =
+      recurrent(x, std::nullopt, states->at(0).unsqueeze(0),
+                has_c ? OptionalTensor(states->at(1).unsqueeze(0)) : std::nullopt, weights, cell, std::nullopt);
   if (!has_c) return variable_list{results[0]};
   return variable_list{results[0], results[2].squeeze(0)};
 }
 
-// All layers over input [T, B, I], or [B, T, I] if batch_first, from states (h_0,), (h_0, c_0) or, for zeros, none:
+// A function of tensors as one that Python may hand anything: nothing for what is no tensor or one of a subclass, which
+// may have ways of its own, and for what torch.jit is tracing.
+template <typename... Settings>
+auto of_plain_tensors(std::optional<variable_list> (*function)(const Tensor&, std::optional<variable_list>,
+                                                               const variable_list&, Settings...)) {
+  return [function](pybind11::object x, pybind11::object states, pybind11::list weights,
+                    Settings... settings) -> std::optional<variable_list> {
+    const auto is_plain = [](pybind11::handle tensor) { return THPVariable_CheckExact(tensor.ptr()); };
+    if (!is_plain(x)) return std::nullopt;
+    if (!states.is_none()) {
+      if (!PyTuple_Check(states.ptr()) && !PyList_Check(states.ptr())) return std::nullopt;
+      for (const auto& state : states) {
+        if (!is_plain(state)) return std::nullopt;
+      }
+    }
+    for (const auto& weight : weights) {
+      if (!is_plain(weight)) return std::nullopt;
+    }
+    if (c10::impl::tls_is_dispatch_key_included(at::DispatchKey::Tracer)) return std::nullopt;
+    const auto input = x.cast<Tensor>();
+    auto initial = states.cast<std::optional<variable_list>>();
+    const auto parameters = weights.cast<variable_list>();
+    const pybind11::gil_scoped_release no_gil;
+    return function(input, std::move(initial), parameters, settings...);
+  };
+}
+
+// All layers over input [T, B, I], or [B, T, I] if batch_first, from states (h_0,) or (h_0, c_0), or nothing for zeros:
 // output, h_n and, if there is one, c_n. Nothing where shapes are others, or dtypes differ.
-inline std::optional<variable_list> recurrent_layers(const Tensor& input, variable_list states,
+inline std::optional<variable_list> recurrent_layers(const Tensor& input, std::optional<variable_list> given,
                                                      const variable_list& weights, const std::string& cell,
                                                      int64_t layers, int64_t directions, bool batch_first) {
   if (!has_matrices(weights) || input.dim() != 3 || input.scalar_type() != weights[0].scalar_type() ||
@@ -174,7 +203,10 @@ inline std::optional<variable_list> recurrent_layers(const Tensor& input, variab
   const bool has_c = cell == "lstm";
   const c10::SymInt rows = layers * directions, batch = x.sym_size(1), features = weights[1].sym_size(1),
                     hidden = has_c ? weights[1].sym_size(0) / 4 : features;
-  if (states.empty()) {
+  variable_list states;
+  if (given) {
+    states = std::move(*given);
+  } else {
     states.push_back(x.new_zeros_symint({rows, batch, features}));
     if (has_c) states.push_back(hidden == features ? states[0] : x.new_zeros_symint({rows, batch, hidden}));
   }

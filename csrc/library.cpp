@@ -154,10 +154,10 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("has_amx", &has_amx, "Whether this process may use AMX, for which it asks the system.");
   m.def("recurrent", &nlpkernels::recurrent, pybind11::call_guard<pybind11::gil_scoped_release>(),
         "y, h_n and c_n of the op of this name, with derivatives for eager calls.");
-  m.def("recurrent_step", &nlpkernels::recurrent_step, pybind11::call_guard<pybind11::gil_scoped_release>(),
-        "One step of a cell by it; None where shapes do not fit.");
-  m.def("recurrent_layers", &nlpkernels::recurrent_layers, pybind11::call_guard<pybind11::gil_scoped_release>(),
-        "All layers by it; None where shapes or dtypes do not fit.");
+  m.def("recurrent_step", nlpkernels::of_plain_tensors(&nlpkernels::recurrent_step),
+        "One step of a cell by it; None where shapes do not fit, or something is not a plain tensor.");
+  m.def("recurrent_layers", nlpkernels::of_plain_tensors(&nlpkernels::recurrent_layers),
+        "All layers by it; None where shapes or dtypes do not fit, or something is not a plain tensor.");
   m.def("embedding_bag", &nlpkernels::embedding_bag, pybind11::call_guard<pybind11::gil_scoped_release>(),
         "The first output of the op of this name, with derivatives for eager calls; indices of a lookup may have any "
         "shape, before which goes no reshape.");

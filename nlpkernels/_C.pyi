@@ -1,3 +1,5 @@
+from collections.abc import Sequence
+
 from torch import Tensor
 
 compiler: str
@@ -14,10 +16,12 @@ def recurrent(
     cell: str,
     h_mask: Tensor | None,
 ) -> list[Tensor]: ...
-def recurrent_step(x: Tensor, states: tuple[Tensor, ...], weights: list[Tensor], cell: str) -> list[Tensor] | None: ...
+def recurrent_step(
+    x: Tensor, states: Sequence[Tensor] | None, weights: list[Tensor], cell: str
+) -> list[Tensor] | None: ...
 def recurrent_layers(
     input: Tensor,
-    states: tuple[Tensor, ...],
+    states: Sequence[Tensor] | None,
     weights: list[Tensor],
     cell: str,
     layers: int,

@@ -17,14 +17,17 @@ import os
 import weakref
 from collections.abc import Callable, Sequence
 from importlib.machinery import EXTENSION_SUFFIXES
+from math import prod
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch._subclasses import FakeTensor
+from torch.utils.flop_counter import register_flop_formula
 
-from nlpkernels import _C, reference  # _C registers the schemas
+from nlpkernels import _C, _onnx, reference  # _C registers the schemas
+from nlpkernels._giving_way import exports_to_onnx
 
 # --- Libraries -------------------------------------------------------------------------------------------------------
 
@@ -237,6 +240,64 @@ def _(grad: Tensor, weight: Tensor, indices: Tensor, *others: Any) -> Tensor:
 @_fake("embedding_bag_update")
 def _(*args: Any) -> None:
     pass
+
+
+# --- Operations for torch.utils.flop_counter: two for each entry of a matrix and each row that it multiplies ----------
+# As in torch, lookups and bags have none, nor has what is done element by element. All get shapes in place of tensors.
+
+_Shape = Sequence[int]
+
+
+def _matrices(weights: Sequence[_Shape], h0: _Shape) -> tuple[int, int]:
+    """How many entries the matrices of a layer's weights have: those that multiply x, and the others."""
+    per_direction = len(weights) // h0[0]
+    entries = [prod(weight) if len(weight) == 2 else 0 for weight in weights]
+    of_x = sum(entries[::per_direction])
+    return of_x, sum(entries) - of_x
+
+
+@register_flop_formula(_ops.recurrent)
+def _(x: _Shape, batch_sizes: object, h0: _Shape, c0: object, weights: Sequence[_Shape], *_: Any, **__: Any) -> int:
+    return 2 * prod(x[:-1]) * sum(_matrices(weights, h0))
+
+
+@register_flop_formula(_ops.recurrent_backward)
+def _(
+    dy: object,
+    dh_n: object,
+    dc_n: object,
+    x: _Shape,
+    batch_sizes: object,
+    h0: _Shape,
+    c0: object,
+    weights: Sequence[_Shape],
+    cell: str,
+    y: object,
+    workspace: object,
+    need_dx: bool,
+    need_dweights: bool,
+    *_: Any,
+    **__: Any,
+) -> int:
+    of_x, of_h = _matrices(weights, h0)
+    return 2 * prod(x[:-1]) * (of_x * (need_dx + need_dweights) + of_h * (1 + need_dweights))
+
+
+@register_flop_formula(_ops.recurrent_states_backward)
+def _(
+    dy: object,
+    dh_n: object,
+    dc_n: object,
+    dworkspace: object,
+    x: _Shape,
+    batch_sizes: object,
+    h0: _Shape,
+    c0: object,
+    weights: Sequence[_Shape],
+    *_: Any,
+    **__: Any,
+) -> int:
+    return 2 * prod(x[:-1]) * 3 * sum(_matrices(weights, h0))  # forward once more, and every gradient
 
 
 # --- Derivatives -----------------------------------------------------------------------------------------------------
@@ -607,6 +668,8 @@ def recurrent(
     if not (wants_c or torch.compiler.is_compiling() or _is_transformed()):
         y, h_n, c_n = _C.recurrent(x, batch_sizes, h0, c0, weights, cell, h_mask)
         return y, h_n, c_n, None
+    if exports_to_onnx():
+        return _onnx.recurrent(x, h0, c0, weights, cell)
     keep = wants_c or (
         torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in (x, h0, c0, *weights))
     )
@@ -629,32 +692,38 @@ def _is_plain(x: Tensor) -> bool:
 
 def is_left_to_torch(tensor: Tensor) -> bool:
     """Whether torch's own layers are to serve a tensor; torch.compile, torch.func and fakes are for our ops."""
-    return tensor.device.type in LEFT_TO_TORCH and not (
-        torch.compiler.is_compiling() or _is_transformed() or isinstance(tensor, FakeTensor)
+    return (
+        bool(LEFT_TO_TORCH)
+        and tensor.device.type in LEFT_TO_TORCH
+        and not (torch.compiler.is_compiling() or _is_transformed() or isinstance(tensor, FakeTensor))
     )
 
 
-def recurrent_step(x: Tensor, states: tuple[Tensor, ...], weights: list[Tensor], cell: str) -> list[Tensor] | None:
+def recurrent_step(x: Tensor, states: Sequence[Tensor] | None, weights: list[Tensor], cell: str) -> list[Tensor] | None:
     """One step of x [B, I] from states (h,) or (h, c), [B, H], to such; None where `recurrent` has to take it.
 
-    In Python the way to the kernel takes longer than a small step.
+    That is so of tensors that are not plain, too, and of what are no tensors or none that fit. In Python the way to the
+    kernel takes longer than a small step.
     """
     return _C.recurrent_step(x, states, weights, cell) if _is_plain(x) else None
 
 
 def recurrent_layers(
     x: Tensor,
-    states: tuple[Tensor, ...] | None,
+    states: Sequence[Tensor] | None,
     weights: list[Tensor],
     cell: str,
     num_layers: int,
     directions: int,
     batch_first: bool,
 ) -> list[Tensor] | None:
-    """Output, h_n and, for an LSTM, c_n of all layers; None where they are to be run one by one, or do not fit."""
+    """Output, h_n and, for an LSTM, c_n of all layers; None where they are to be run one by one, or do not fit.
+
+    That is so of tensors that are not plain, too.
+    """
     if not _is_plain(x):
         return None
-    return _C.recurrent_layers(x, states or (), weights, cell, num_layers, directions, batch_first)
+    return _C.recurrent_layers(x, states, weights, cell, num_layers, directions, batch_first)
 
 
 def embedding_bag(

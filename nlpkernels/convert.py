@@ -18,14 +18,7 @@ from nlpkernels.recurrent import GRU, LSTM, RNN, GRUCell, LSTMCell, RNNCell, _La
 __all__ = ["Swaps", "convert", "revert"]
 
 _PAIRS: list[tuple[type[nn.Module], type[nn.Module]]] = [
-    (nn.RNN, RNN),
-    (nn.LSTM, LSTM),
-    (nn.GRU, GRU),
-    (nn.RNNCell, RNNCell),
-    (nn.LSTMCell, LSTMCell),
-    (nn.GRUCell, GRUCell),
-    (nn.Embedding, Embedding),
-    (nn.EmbeddingBag, EmbeddingBag),
+    (ours._torchs, ours) for ours in (RNN, LSTM, GRU, RNNCell, LSTMCell, GRUCell, Embedding, EmbeddingBag)
 ]
 
 

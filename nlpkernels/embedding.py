@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from nlpkernels import functional
+from nlpkernels._giving_way import in_graph
 
 __all__ = ["Embedding", "EmbeddingBag"]
 
@@ -29,8 +30,12 @@ class Embedding(torch.nn.Embedding):
         torch.Size([2, 3, 3])
     """
 
+    _torchs = torch.nn.Embedding
+
     def forward(self, input: Tensor) -> Tensor:
         """Look up `functional.embedding(input, self.weight, ...)`."""
+        if type(input) is not Tensor and (node := in_graph(self, input)) is not None:
+            return node  # type: ignore[return-value]
         return functional.embedding(
             input, self.weight, self.padding_idx, self.max_norm, self.norm_type, self.scale_grad_by_freq, self.sparse
         )
@@ -54,8 +59,12 @@ class EmbeddingBag(torch.nn.EmbeddingBag):
         torch.Size([2, 3])
     """
 
+    _torchs = torch.nn.EmbeddingBag
+
     def forward(self, input: Tensor, offsets: Tensor | None = None, per_sample_weights: Tensor | None = None) -> Tensor:
         """Pool `functional.embedding_bag(input, self.weight, offsets, ...)`."""
+        if type(input) is not Tensor and (node := in_graph(self, input, offsets, per_sample_weights)) is not None:
+            return node  # type: ignore[return-value]
         return functional.embedding_bag(
             input,
             self.weight,

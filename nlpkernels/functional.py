@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
 from nlpkernels import _ops, reference
+from nlpkernels._giving_way import is_torchs, refuse
 
 __all__ = ["embedding", "embedding_bag", "gru", "lstm", "rnn_relu", "rnn_tanh"]
 
@@ -33,8 +34,21 @@ def _layers(
     batch_sizes: Tensor | None,
     return_state_sequence: bool,
     recurrent_dropout: float,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> Any:
+    """Output and final states: (y, h_n, c_n) of an LSTM, else (y, h_n)."""
     directions = 2 if bidirectional else 1
+    _check_probability(cell, "dropout", dropout)
+    _check_probability(cell, "recurrent_dropout", recurrent_dropout)
+    draws = train and recurrent_dropout > 0
+    is_in_onnx = batch_sizes is None and len(params) == num_layers * directions * (4 if has_biases else 2)
+    if is_torchs(input, batch_sizes, h0, c0, *params, has_onnx=is_in_onnx and not (return_state_sequence or draws)):
+        refuse(cell, return_state_sequence=return_state_sequence, recurrent_dropout=draws)
+        hx = h0 if c0 is None else (h0, c0)
+        rest = (params, has_biases, num_layers, dropout, train, bidirectional)
+        function = getattr(torch, cell)
+        if batch_sizes is None:
+            return function(input, hx, *rest, batch_first)
+        return function(input, batch_sizes, hx, *rest)
     if num_layers < 1:
         raise ValueError(f"{cell}: expected num_layers of 1 or more, got {num_layers}")
     per_layer = len(params) // num_layers
@@ -52,9 +66,6 @@ def _layers(
                 f"{cell}: expected {name} of shape [{num_layers * directions}, batch, features], "
                 f"got {list(state.shape)}"
             )
-    _check_probability(cell, "dropout", dropout)
-    _check_probability(cell, "recurrent_dropout", recurrent_dropout)
-    draws = train and recurrent_dropout > 0
     if _ops.is_left_to_torch(input) and input.numel() > 0 and not (return_state_sequence or draws):
         check_shapes(cell, params, input.shape[-1], has_biases, num_layers, directions)
         states = (h0,) if c0 is None else (h0, c0)
@@ -88,9 +99,10 @@ def _layers(
         h_ns.append(h_n)
         c_ns.append(c_n)
     y = x.transpose(0, 1) if transposed else x
-    if num_layers == 1:
-        return y, h_ns[0], c_ns[0]
-    return y, torch.cat(h_ns), torch.cat(c_ns) if c0 is not None else c_ns[0]
+    h_n = h_ns[0] if num_layers == 1 else torch.cat(h_ns)
+    if c0 is None:
+        return y, h_n
+    return y, h_n, c_ns[0] if num_layers == 1 else torch.cat(c_ns)
 
 
 def _check_probability(function: str, name: str, p: float) -> None:
@@ -116,7 +128,7 @@ def _by_torch(
     rest: tuple[Any, ...],
     batch_first: bool,
     batch_sizes: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, ...]:
     """What torch's own function gives, which wants every step and every sequence to be there."""
     batch = states[0].shape[1] if batch_sizes is None else int(batch_sizes[0])
     running = tuple(state[:, :batch].contiguous() for state in states)
@@ -126,7 +138,7 @@ def _by_torch(
     else:
         y, *final = function(input, batch_sizes[batch_sizes > 0], hx, *rest)
         final = [torch.cat([state, initial[:, batch:]], 1) for state, initial in zip(final, states, strict=True)]
-    return y, final[0], final[-1]
+    return y, *final
 
 
 def check_shapes(
@@ -193,10 +205,11 @@ def lstm(
         ValueError: the number of params or of layers or a state's shape does not fit, or a probability is none.
         RuntimeError: a weight's shape, dtype or device does not fit.
     """
-    return _layers(
+    result: tuple[Tensor, Tensor, Tensor] = _layers(
         "lstm", input, hx[0], hx[1], params, has_biases, num_layers, dropout, train, bidirectional, batch_first,
         batch_sizes, return_state_sequence, recurrent_dropout,
     )  # fmt: skip
+    return result
 
 
 def gru(
@@ -219,10 +232,11 @@ def gru(
     The equations are those of `torch.nn.GRU` (Cho et al. 2014, with the reset gate applied after the matrix product).
     Arguments as for `lstm`, with hx a tensor [L D, B, H] and weights of 3 H rows; returns output and h_n.
     """
-    return _layers(
+    result: tuple[Tensor, Tensor] = _layers(
         "gru", input, hx, None, params, has_biases, num_layers, dropout, train, bidirectional, batch_first,
         batch_sizes, return_state_sequence, recurrent_dropout,
-    )[:2]  # fmt: skip
+    )  # fmt: skip
+    return result
 
 
 def rnn_tanh(
@@ -244,10 +258,11 @@ def rnn_tanh(
 
     Arguments as for `lstm`, with hx a tensor [L D, B, H] and weights of H rows; returns output and h_n.
     """
-    return _layers(
+    result: tuple[Tensor, Tensor] = _layers(
         "rnn_tanh", input, hx, None, params, has_biases, num_layers, dropout, train, bidirectional, batch_first,
         batch_sizes, return_state_sequence, recurrent_dropout,
-    )[:2]  # fmt: skip
+    )  # fmt: skip
+    return result
 
 
 def rnn_relu(
@@ -266,10 +281,11 @@ def rnn_relu(
     recurrent_dropout: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
     """Run the layers of an Elman RNN with max(x, 0) in the place of tanh: `torch.rnn_relu`; see `rnn_tanh`."""
-    return _layers(
+    result: tuple[Tensor, Tensor] = _layers(
         "rnn_relu", input, hx, None, params, has_biases, num_layers, dropout, train, bidirectional, batch_first,
         batch_sizes, return_state_sequence, recurrent_dropout,
-    )[:2]  # fmt: skip
+    )  # fmt: skip
+    return result
 
 
 def _renormalise(max_norm: float, norm_type: float, weight: Tensor, ids: Tensor, *bags: Any) -> None:
@@ -334,11 +350,13 @@ def embedding(
         TypeError: input is not int32 or int64.
         ValueError: weight is not 2-D.
     """
-    if has_torch_function_variadic(input, weight):
-        options = (weight, padding_idx, max_norm, norm_type, scale_grad_by_freq, sparse)
+    options = (padding_idx, max_norm, norm_type, scale_grad_by_freq, sparse)
+    if is_torchs(input, weight):
+        return torch.nn.functional.embedding(input, weight, *options)
+    if has_torch_function_variadic(input, weight):  # a mode, or jagged indices
         if not getattr(input, "is_nested", False):
-            return handle_torch_function(embedding, (input, weight), input, *options)
-        rows = embedding(input.values(), *options)
+            return handle_torch_function(embedding, (input, weight), input, weight, *options)
+        rows = embedding(input.values(), weight, *options)
         offsets, lengths, ragged = input.offsets(), input.lengths(), input._ragged_idx  # type: ignore[attr-defined]
         return torch.nested.nested_tensor_from_jagged(rows, offsets, lengths, ragged)
     _check_ids("embedding", input)
@@ -349,9 +367,7 @@ def embedding(
         is_left = _ops.optimizer_of(weight) is None
         reference.refuse_wrong_indices("embedding", input, weight.shape[0])
     if is_left:
-        return torch.nn.functional.embedding(
-            input, weight, padding_idx, max_norm, norm_type, scale_grad_by_freq, sparse
-        )
+        return torch.nn.functional.embedding(input, weight, *options)
     bags = (None, None, "lookup", padding, False, scale_grad_by_freq, sparse)
     if max_norm is not None:
         _renormalise(max_norm, norm_type, weight, input, *bags)
@@ -399,22 +415,14 @@ def embedding_bag(
         TypeError: input or offsets are not int32 or int64.
         ValueError: a shape, an offset or mode does not fit.
     """
-    if has_torch_function_variadic(input, weight, offsets, per_sample_weights):
-        return handle_torch_function(
-            embedding_bag,
-            (input, weight, offsets, per_sample_weights),
-            input,
-            weight,
-            offsets,
-            max_norm,
-            norm_type,
-            scale_grad_by_freq,
-            mode,
-            sparse,
-            per_sample_weights,
-            include_last_offset,
-            padding_idx,
-        )
+    tensors = (input, weight, offsets, per_sample_weights)
+    options = (
+        max_norm, norm_type, scale_grad_by_freq, mode, sparse, per_sample_weights, include_last_offset, padding_idx
+    )  # fmt: skip
+    if is_torchs(*tensors):
+        return torch.nn.functional.embedding_bag(input, weight, offsets, *options)
+    if has_torch_function_variadic(*tensors):  # a mode, or jagged indices
+        return handle_torch_function(embedding_bag, tensors, input, weight, offsets, *options)
     _check_ids("embedding_bag", input)
     _check_table("embedding_bag", weight)
     if per_sample_weights is not None and input.size() != per_sample_weights.size():

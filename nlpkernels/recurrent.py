@@ -1,6 +1,7 @@
 """RNN, LSTM, GRU and their cells as modules, with the parameters of torch.nn and the time loop in our kernels.
 
-The layers derive from `torch.nn.RNNBase`, not from `torch.nn.LSTM` and its kin, on which torch.compile gives up.
+The layers derive from `torch.nn.RNNBase`, not from `torch.nn.LSTM` and its kin, on which torch.compile gives up; the
+cells derive from torch.nn's.
 Parameters are read from the module's attributes at each call, so whatever replaces an attribute (weight_norm,
 parametrize, functional_call) is seen.
 
@@ -12,14 +13,15 @@ from __future__ import annotations
 
 import numbers
 from collections.abc import Iterable, Sequence
-from typing import NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.modules.rnn import RNNBase, RNNCellBase
 from torch.nn.utils.rnn import PackedSequence
 
 from nlpkernels import _ops, functional
+from nlpkernels._giving_way import in_graph, is_torchs, leaves, refuse
 
 __all__ = ["GRU", "LSTM", "RNN", "GRUCell", "LSTMCell", "RNNCell"]
 
@@ -55,6 +57,9 @@ def _parameters_of(module: torch.nn.Module, names: Iterable[str]) -> list[Tensor
 class _Layers(RNNBase):
     """What RNN, LSTM and GRU share: checks, states, and input in all its forms."""
 
+    _torchs: ClassVar[type[nn.Module]]
+    """The layer of torch.nn that this one is in the place of."""
+
     recurrent_dropout: float = 0.0
     """Of the class, for layers that were made without one: by torch.nn, or before there was such an argument."""
 
@@ -78,21 +83,40 @@ class _Layers(RNNBase):
     def _run(
         self,
         input: Tensor | PackedSequence,
-        states: tuple[Tensor, ...] | None,
+        hx: Tensor | tuple[Tensor, Tensor] | None,
         lengths: Tensor | Sequence[int] | None,
         return_state_sequence: bool,
-    ) -> tuple[Tensor | PackedSequence, tuple[Tensor, ...]]:
-        """Output and final states, or those of all steps; `states` are (h_0,), or (h_0, c_0), or None for zeros."""
+        mask: Tensor | None,
+    ) -> Any:
+        """What a call returns: output and final states, or those of all steps."""
+        has_c = self.mode == "LSTM"
         weights = _parameters_of(self, self._flat_weights_names)
         is_whole = len(weights) == len(self._flat_weights_names)
         draws = self.training and (self.dropout or self.recurrent_dropout)
-        if isinstance(input, Tensor) and is_whole and lengths is None and not (return_state_sequence or draws):
+        is_padded = lengths is not None or mask is not None
+        if isinstance(input, Tensor) and is_whole and not (is_padded or return_state_sequence or draws):
             directions = 2 if self.bidirectional else 1
+            given: Any = hx if has_c or hx is None else (hx,)
             results = _ops.recurrent_layers(
-                input, states, weights, self.mode.lower(), self.num_layers, directions, self.batch_first
+                input, given, weights, self.mode.lower(), self.num_layers, directions, self.batch_first
             )
             if results is not None:
-                return results[0], tuple(results[1:])
+                return results[0], (results[1], results[2]) if has_c else results[1]
+        data = input.data if isinstance(input, PackedSequence) else input
+        beyond = {
+            "lengths": lengths is not None,
+            "mask": mask is not None,
+            "return_state_sequence": return_state_sequence,
+            "recurrent_dropout": self.training and self.recurrent_dropout > 0,
+        }
+        has_onnx = isinstance(input, Tensor) and not (self.proj_size or any(beyond.values()))
+        if is_torchs(data, lengths, mask, *leaves(hx), *weights, has_onnx=has_onnx):
+            node = in_graph(self, input, hx, lengths=lengths, return_state_sequence=return_state_sequence, mask=mask)
+            if node is not None:
+                return node
+            refuse(type(self).__name__, **beyond)
+            return self._torchs.forward(self, input, hx)
+        states = _states_of(type(self).__name__, hx, 2 if has_c else 1)
         packed = input if isinstance(input, PackedSequence) else None
         x = input if isinstance(input, Tensor) else input.data
         name, batch_dim = type(self).__name__, 0 if self.batch_first else 1
@@ -105,9 +129,13 @@ class _Layers(RNNBase):
             if not is_batched:
                 x = x.unsqueeze(batch_dim)
                 states = None if states is None else tuple(state.unsqueeze(1) for state in states)
-        if lengths is not None and (packed is not None or not is_batched):
+        if is_padded and (packed is not None or not is_batched):
             what = "a PackedSequence, which has its own" if packed is not None else "an unbatched sequence"
             raise ValueError(f"{name}: lengths are for padded batches, expected a 3D input, got {what}")
+        if mask is not None:
+            if lengths is not None:
+                raise ValueError(f"{name}: expected lengths or a mask, got both")
+            lengths = _lengths_of(mask, x, self.batch_first)
         self._check_x(x, weights[0], packed is not None)
         if packed is None:
             batch = x.size(batch_dim)
@@ -152,11 +180,11 @@ class _Layers(RNNBase):
         elif inverse is not None:
             final = [state.index_select(1, inverse) for state in final]
         if packed is not None:
-            return PackedSequence(output, batch_sizes, order, inverse), tuple(final)
-        if not is_batched:
+            output = PackedSequence(output, batch_sizes, order, inverse)
+        elif not is_batched:
             output = output.squeeze(batch_dim)
             final = [state.squeeze(batch_dim + 1 if return_state_sequence else 1) for state in final]
-        return output, tuple(final)
+        return output, tuple(final) if has_c else final[0]
 
     def _check_dimensions(self, expected: int, states: tuple[Tensor, ...] | None) -> None:
         if states is None or all(state.dim() == expected for state in states):
@@ -194,6 +222,19 @@ class _Layers(RNNBase):
                 name = f"hidden[{i}]" if self.mode == "LSTM" else "hidden"
                 raise RuntimeError(f"Expected {name} size {size}, got {list(state.shape)}")
         return states
+
+
+def _lengths_of(mask: Tensor, x: Tensor, batch_first: bool) -> Tensor:
+    """How many steps of each sequence a mask, [T, B], or [B, T] if batch_first, says are real."""
+    if mask.dtype != torch.bool or mask.shape != x.shape[:2]:
+        raise ValueError(
+            f"expected mask to be bool of shape {list(x.shape[:2])}, one for each step, "
+            f"got shape {list(mask.shape)} of {mask.dtype}"
+        )
+    step = 1 if batch_first else 0
+    if not torch.compiler.is_compiling() and bool((mask.int().diff(dim=step) > 0).any()):
+        raise ValueError("expected mask to be true for the first steps of each sequence, got steps after a gap")
+    return mask.sum(step)
 
 
 class _Padding(NamedTuple):
@@ -268,11 +309,11 @@ class _OneState(_Layers):
         *,
         lengths: Tensor | Sequence[int] | None = None,
         return_state_sequence: bool = False,
+        mask: Tensor | None = None,
     ) -> tuple[Tensor | PackedSequence, Tensor]:
         """Run all layers; see the class."""
-        states = _states_of(type(self).__name__, hx, 1)
-        output, (h_n,) = self._run(input, states, lengths, return_state_sequence)
-        return output, h_n
+        result: tuple[Tensor | PackedSequence, Tensor] = self._run(input, hx, lengths, return_state_sequence, mask)
+        return result
 
 
 class RNN(_OneState):
@@ -305,6 +346,9 @@ class RNN(_OneState):
         the states at the ends; a sequence of length 0 keeps its initial states. The lengths are read by the CPU. Under
         torch.compile give a tensor (each new list is compiled anew) and fullgraph=True (or the graph breaks there).
 
+        mask: the lengths in another form, that in which TorchRL has them: bool, [T, B], or [B, T] if batch_first, true
+        for the steps that are real, which come before the others.
+
         return_state_sequence (haste's name): return in the place of the final states those after every step of every
         layer, [L D, T, B, H], with steps and batch laid out as in output ([L D, N, H] for a PackedSequence).
 
@@ -334,6 +378,8 @@ class RNN(_OneState):
         >>> h.shape
         torch.Size([2, 3, 5, 20])
     """
+
+    _torchs = nn.RNN
 
     def __init__(
         self,
@@ -389,6 +435,8 @@ class GRU(_OneState):
         >>> output.shape, h_n.shape
         (torch.Size([5, 3, 40]), torch.Size([2, 3, 20]))
     """
+
+    _torchs = nn.GRU
 
     def __init__(
         self,
@@ -449,9 +497,9 @@ class LSTM(_Layers):
         recurrent_dropout: by keyword: see `RNN`. Of P features with a projection.
 
     Call:
-        `layer(input, hx=None, *, lengths=None, return_state_sequence=False)`: see `RNN`. The state sequences are
-        (h [L D, T, B, P], c [L D, T, B, H]). A gradient of c between the steps comes from plain torch operations, step
-        by step, and is slow; gradients of h and of the final c are not.
+        `layer(input, hx=None, *, lengths=None, return_state_sequence=False, mask=None)`: see `RNN`. The state sequences
+        are (h [L D, T, B, P], c [L D, T, B, H]). A gradient of c between the steps comes from plain torch operations,
+        step by step, and is slow; gradients of h and of the final c are not.
 
     Shape:
         input [T, B, I], [T, I] for one sequence, or a PackedSequence; hx = (h_0 [L D, B, P], c_0 [L D, B, H]) or
@@ -468,6 +516,12 @@ class LSTM(_Layers):
         >>> output.shape, h_n.shape, c_n.shape
         (torch.Size([5, 3, 20]), torch.Size([2, 3, 20]), torch.Size([2, 3, 20]))
     """
+
+    _torchs = nn.LSTM
+    # What torch.nn's layers have beside forward, which RNNBase has not.
+    check_forward_args = nn.LSTM.check_forward_args  # type: ignore[assignment]
+    get_expected_cell_size = nn.LSTM.get_expected_cell_size
+    permute_hidden = nn.LSTM.permute_hidden  # type: ignore[assignment]
 
     def __init__(
         self,
@@ -506,21 +560,30 @@ class LSTM(_Layers):
         *,
         lengths: Tensor | Sequence[int] | None = None,
         return_state_sequence: bool = False,
+        mask: Tensor | None = None,
     ) -> tuple[Tensor | PackedSequence, tuple[Tensor, Tensor]]:
         """Run all layers; see the class."""
-        states = _states_of("LSTM", hx, 2)
-        output, (h_n, c_n) = self._run(input, states, lengths, return_state_sequence)
-        return output, (h_n, c_n)
+        result: tuple[Tensor | PackedSequence, tuple[Tensor, Tensor]]
+        result = self._run(input, hx, lengths, return_state_sequence, mask)
+        return result
 
 
 class _Cell(RNNCellBase):
     """What the cells share. A cell is a layer of one step."""
 
-    def _step(self, cell: str, input: Tensor, states: tuple[Tensor, ...] | None) -> Sequence[Tensor]:
-        """New states, (h,) or (h, c); `states` are of the same form, or None for zeros."""
+    _torchs: ClassVar[type[nn.Module]]
+    """The cell of torch.nn that this one is in the place of."""
+
+    def _step(self, cell: str, input: Tensor, hx: Tensor | tuple[Tensor, Tensor] | None) -> Any:
+        """What a call returns: new states, h or (h, c)."""
         weights = _parameters_of(self, ("weight_ih", "weight_hh", "bias_ih", "bias_hh"))
-        if states is not None and (stepped := _ops.recurrent_step(input, states, weights, cell)) is not None:
-            return stepped
+        given: Any = hx if cell == "lstm" or hx is None else (hx,)
+        if (stepped := _ops.recurrent_step(input, given, weights, cell)) is not None:
+            return tuple(stepped) if cell == "lstm" else stepped[0]
+        if is_torchs(input, *leaves(hx), *weights):
+            node = in_graph(self, input, hx)
+            return self._torchs.forward(self, input, hx) if node is None else node
+        states = _states_of(type(self).__name__, hx, 2 if cell == "lstm" else 1)
         dim, shape = input.dim(), (*input.shape[:-1], self.hidden_size)
         if states is None:
             zeros = input.new_zeros(shape)
@@ -542,7 +605,9 @@ class _Cell(RNNCellBase):
                 input, None, h0.unsqueeze(0), None if c0 is None else c0.unsqueeze(0), weights, cell
             )
             final = (h,) if c0 is None else (h, c.squeeze(0))
-        return final if dim == 2 else tuple(state.squeeze(0) for state in final)
+        if dim == 1:
+            final = tuple(state.squeeze(0) for state in final)
+        return final if cell == "lstm" else final[0]
 
     def _refuse(self, cell: str, input: Tensor, states: tuple[Tensor, ...]) -> None:
         name = type(self).__name__
@@ -565,7 +630,7 @@ class _Cell(RNNCellBase):
                 )
 
 
-class RNNCell(_Cell):
+class RNNCell(_Cell, nn.RNNCell):
     r"""One step of an Elman RNN: `torch.nn.RNNCell`, with the same arguments and parameters.
 
     Shape: input [B, I] or [I]; hx [B, H] or [H], zeros if None. Returns h' like hx. Equation and dtypes: see `RNN`.
@@ -581,28 +646,17 @@ class RNNCell(_Cell):
         torch.Size([3, 20])
     """
 
-    __constants__ = ["input_size", "hidden_size", "bias", "nonlinearity"]  # noqa: RUF012 -- as torch.nn declares it
-
-    def __init__(
-        self,
-        input_size: int,
-        hidden_size: int,
-        bias: bool = True,
-        nonlinearity: str = "tanh",
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
-        super().__init__(input_size, hidden_size, bias, num_chunks=1, device=device, dtype=dtype)
-        self.nonlinearity = nonlinearity
+    _torchs = nn.RNNCell
 
     def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor:
         """Take one step; see the class."""
         if self.nonlinearity not in ("tanh", "relu"):
             raise RuntimeError(f"Unknown nonlinearity: {self.nonlinearity}")
-        return self._step(f"rnn_{self.nonlinearity}", input, _states_of("RNNCell", hx, 1))[0]
+        h: Tensor = self._step(f"rnn_{self.nonlinearity}", input, hx)
+        return h
 
 
-class GRUCell(_Cell):
+class GRUCell(_Cell, nn.GRUCell):
     """One step of a GRU: `torch.nn.GRUCell`, with the same arguments and parameters.
 
     Shape: input [B, I] or [I]; hx [B, H] or [H], zeros if None. Returns h' like hx. Equations and dtypes: see `GRU`.
@@ -618,22 +672,15 @@ class GRUCell(_Cell):
         torch.Size([3, 20])
     """
 
-    def __init__(
-        self,
-        input_size: int,
-        hidden_size: int,
-        bias: bool = True,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
-        super().__init__(input_size, hidden_size, bias, num_chunks=3, device=device, dtype=dtype)
+    _torchs = nn.GRUCell
 
     def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor:
         """Take one step; see the class."""
-        return self._step("gru", input, _states_of("GRUCell", hx, 1))[0]
+        h: Tensor = self._step("gru", input, hx)
+        return h
 
 
-class LSTMCell(_Cell):
+class LSTMCell(_Cell, nn.LSTMCell):
     """One step of an LSTM: `torch.nn.LSTMCell`, with the same arguments and parameters.
 
     Shape: input [B, I] or [I]; hx = (h [B, H] or [H], c alike), zeros if None. Returns (h', c') like hx. Equations and
@@ -651,17 +698,9 @@ class LSTMCell(_Cell):
         (torch.Size([3, 20]), torch.Size([3, 20]))
     """
 
-    def __init__(
-        self,
-        input_size: int,
-        hidden_size: int,
-        bias: bool = True,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
-        super().__init__(input_size, hidden_size, bias, num_chunks=4, device=device, dtype=dtype)
+    _torchs = nn.LSTMCell
 
     def forward(self, input: Tensor, hx: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, Tensor]:
         """Take one step; see the class."""
-        h, c = self._step("lstm", input, _states_of("LSTMCell", hx, 2))
-        return h, c
+        states: tuple[Tensor, Tensor] = self._step("lstm", input, hx)
+        return states

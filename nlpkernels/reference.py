@@ -14,6 +14,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any, NamedTuple
 
 import torch
@@ -89,6 +90,15 @@ def vjp(function: Callable[..., Any], *primals: Any) -> tuple[Any, Callable[...,
     """`torch.func.vjp`, which is declared to return more than it does."""
     outputs, pull, *_ = torch.func.vjp(function, *primals)
     return outputs, pull
+
+
+def _transforms_allowed() -> AbstractContextManager[None]:
+    """For transforms in a kernel that is called inside of a mode's `__torch_dispatch__`, where torch excludes them."""
+    excluded = torch._C._dispatch_tls_local_exclude_set()
+    for key in ("FuncTorchGradWrapper", "FuncTorchDynamicLayerFrontMode", "FuncTorchDynamicLayerBackMode"):
+        excluded = excluded.remove(getattr(torch._C.DispatchKey, key))
+    guard: Any = torch._C._ForceDispatchKeyGuard(torch._C._dispatch_tls_local_include_set(), excluded)
+    return guard  # type: ignore[no-any-return]
 
 
 def _arithmetic_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -292,13 +302,14 @@ def _recurrent_gradients(
     def outputs(x: Tensor, h0: Tensor, c0: Tensor | None, weights: list[Tensor]) -> tuple[Tensor, ...]:
         return recurrent(x, batch_sizes, h0, c0, weights, cell, gradients[3] is not None, h_mask)
 
-    if c0 is not None:
-        values, pull = vjp(outputs, x, h0, c0, weights)
-    else:
-        values, pull = vjp(lambda x, h0, weights: outputs(x, h0, None, weights), x, h0, weights)
-    dx, dh0, *dc0, dweights = pull(
-        tuple(torch.zeros_like(v) if g is None else g for g, v in zip(gradients, values, strict=True))
-    )
+    with _transforms_allowed():
+        if c0 is not None:
+            values, pull = vjp(outputs, x, h0, c0, weights)
+        else:
+            values, pull = vjp(lambda x, h0, weights: outputs(x, h0, None, weights), x, h0, weights)
+        dx, dh0, *dc0, dweights = pull(
+            tuple(torch.zeros_like(v) if g is None else g for g, v in zip(gradients, values, strict=True))
+        )
     return (
         dx if need_dx else x.new_empty(0),
         dh0,
