@@ -76,3 +76,70 @@ def assert_few_close(got: Sequence[Tensor], exact: Sequence[Tensor]) -> None:
     for i, (one, expected) in enumerate(zip(got, exact, strict=True)):
         error = relative_error(one, expected, least_scale)
         assert error <= FEW[one.dtype], f"result {i}: error {error:.2e}, allowed {FEW[one.dtype]:.2e}"
+
+
+# Of random inputs, of which 100,000 are tried at a time, none may fail but for a fault. Any one value may be off by this
+# part of the largest in its result, or of FUZZED_SCALE of the largest in its call: a handful of values, after up to a
+# hundred steps, of up to three layers that hand their outputs on rounded.
+FUZZED = {torch.float64: 1e-11, torch.float32: 2e-4, torch.bfloat16: 0.12, torch.float16: 0.02}
+FUZZED_SCALE = 0.1
+# A unit of a ReLU that is nearer to its kink may fall on either side of it, in arithmetic of that dtype.
+FUZZED_KINK = {torch.float32: 1e-5, torch.bfloat16: 5e-2, torch.float16: 5e-3}
+
+
+def assert_each_close(
+    got: Sequence[Tensor], exact: Sequence[Tensor], names: Sequence[str], has_special: bool = False
+) -> None:
+    """Results of one call, each as close to `exact` as `FUZZED` wants; with NaN and infinities, if any, in place."""
+
+    def largest(tensor: Tensor) -> float:
+        if has_special:
+            tensor = tensor.nan_to_num(0.0, 0.0, 0.0)
+        return tensor.abs().max().item() if tensor.numel() > 0 else 0.0
+
+    scales = [largest(expected.detach()) for expected in exact]
+    least = FUZZED_SCALE * max(scales)
+    for one, expected, name, scale in zip(got, exact, names, scales, strict=True):
+        assert one.shape == expected.shape, f"{name}: shape {tuple(one.shape)}, expected {tuple(expected.shape)}"
+        if one.numel() == 0:
+            continue
+        one, expected = one.detach(), expected.detach()
+        dtype = one.dtype
+        if has_special:
+            one, expected = _without_specials(one, expected, name)
+        error = (one - expected).abs().max().item()
+        allowed = FUZZED[dtype] * max(scale, least) + torch.finfo(dtype).tiny
+        assert error <= allowed, f"{name}: error {error:.2e}, allowed {allowed:.2e}"  # also fails for NaN
+
+
+def assert_summed(got: Tensor, exact: Tensor, name: str, terms: float, is_exact: bool) -> None:
+    """Sums of terms whose magnitudes add up to `terms` at most, rounded once; or `is_exact`: rounded once and no more."""
+    assert got.shape == exact.shape, f"{name}: shape {tuple(got.shape)}, expected {tuple(exact.shape)}"
+    if got.numel() == 0:
+        return
+    dtype = got.dtype
+    got, exact = got.detach(), exact.detach()
+    one, expected = _without_specials(got, exact, name)
+    if is_exact:
+        differs = one != expected.to(dtype)
+        assert not bool(differs.any()), (
+            f"{name}: {int(differs.sum())} of {got.numel()} values differ, by {(one - expected).abs().max():.2e} at most"
+        )
+        return
+    arithmetic = torch.float64 if dtype == torch.float64 else torch.float32
+    allowed = 2 * torch.finfo(dtype).eps * expected.abs() + 4 * torch.finfo(arithmetic).eps * terms
+    error = (one - expected).abs() - allowed - torch.finfo(dtype).tiny
+    assert bool((error <= 0).all()), f"{name}: error {error.max().item():.2e} more than allowed"
+
+
+def _without_specials(got: Tensor, exact: Tensor, name: str) -> tuple[Tensor, Tensor]:
+    """Both without NaN and infinities, which have to be the same, but for what is too large for `got`'s dtype."""
+    too_large = exact.abs() > 0.4 * torch.finfo(got.dtype).max
+    too_large &= exact.isfinite()
+    is_finite = exact.isfinite()
+    wrong = torch.where(is_finite, ~got.isfinite() & ~too_large, ~torch.isclose(got.double(), exact, equal_nan=True))
+    if bool(wrong.any()):
+        at = tuple(wrong.nonzero()[0].tolist())
+        raise AssertionError(f"{name}: {int(wrong.sum())} values, at {at} {got[at].item()}, expected {exact[at].item()}")
+    counts = is_finite & ~too_large
+    return got.where(counts, 0), exact.where(counts, 0)
