@@ -117,6 +117,10 @@ def fit_recurrent(rng: random.Random, case: Case) -> None:
 
     fit(rng, case, ("steps", "batch", "inputs", "hidden"), work)
     case["proj"] = min(case["proj"], case["hidden"] - 1)
+    if case["steps"] > 8 or case["cell"] == "rnn_relu":  # or errors and values would grow from step to step
+        case["scale"] = min(case["scale"], 0.7)
+    if case["special"] and "gets" in case:  # torch leaves out what has no gradient, where zeros times NaN are NaN
+        case["gets"] = "yhc"
 
 
 def draw_layout(rng: random.Random) -> str:
@@ -376,8 +380,8 @@ class Recurrent:
             is_rounded = dtype != torch.float32 and (c.layers > 1 or "cpu" in rounding_devices)
             if nearest.distance < FUZZED_KINK[dtype if is_rounded else torch.float32] or c.special:
                 ours, theirs = ours[:outputs], theirs[:outputs]
-        names = [f"result {i}" if i < outputs else f"gradient {i - outputs}" for i in range(len(ours))]
-        assert_each_close(ours, theirs, names, has_special=bool(c.special))
+        names = [f"output {i}" if i < outputs else f"gradient {i - outputs}" for i in range(len(ours))]
+        assert_each_close(ours, theirs, names, outputs, bool(c.special))
 
 
 def by_reference(
