@@ -212,6 +212,8 @@ def draw_bags(rng: random.Random) -> Case:
         "again": rng.random() < 0.15,
     }
     fit_table(rng, case)
+    if case["max_norm"]:  # torch has no norm of nothing
+        case["columns"] = max(1, case["columns"])
     return case
 
 
@@ -352,7 +354,13 @@ class Recurrent:
         self.ours = [leaf(t, w) for t, w in zip(ours, wants, strict=True)]
         self.theirs = [exact(t, w) for t, w in zip(values, wants, strict=True)]
         self.wants = wants
-        self.grads_made: dict[str, Tensor] = {}
+        self.incoming = 1.0
+
+    def grad(self, *shape: int) -> Tensor:
+        """A gradient of an output."""
+        grad = self.data.expand(self.data.special(self.data.normal(*shape), "g"))
+        self.incoming = max(self.incoming, largest(grad))
+        return grad
 
     def states(self, tensors: Sequence[Tensor]) -> tuple[Tensor, ...] | None:
         if not getattr(self.c, "states", True):
@@ -381,7 +389,7 @@ class Recurrent:
             if nearest.distance < FUZZED_KINK[dtype if is_rounded else torch.float32] or c.special:
                 ours, theirs = ours[:outputs], theirs[:outputs]
         names = [f"output {i}" if i < outputs else f"gradient {i - outputs}" for i in range(len(ours))]
-        assert_each_close(ours, theirs, names, outputs, bool(c.special))
+        assert_each_close(ours, theirs, names, outputs, self.incoming, bool(c.special))
 
 
 def by_reference(
@@ -481,7 +489,7 @@ def check_layers(c: SimpleNamespace) -> None:
 
     results, narrow = theirs()
     chosen = [i for i, name in enumerate("yhc"[: len(results)]) if name in c.gets] or [0]
-    grads = [r.data.expand(r.data.special(r.data.normal(*results[i].shape), "g")) for i in chosen]
+    grads = [r.grad(*results[i].shape) for i in chosen]
     laid = [r.data.lay(g) for g in grads]
     narrow_grads = [g.double() for g in grads]
     if c.form == "lengths":
@@ -558,11 +566,10 @@ def check_cells(c: SimpleNamespace) -> None:
     got = list(got) if r.has_c else [got]
     results = theirs()
     chosen = [i for i, name in enumerate("hc"[: len(results)]) if name in c.gets] or [0]
-    grads = [r.data.special(r.data.normal(*results[i].shape), "g") for i in chosen]
+    grads = [r.grad(*results[i].shape) for i in chosen]
     outputs = len(results)
     if c.needs:
-        got += gradients([got[i] for i in chosen], [r.data.lay(g) if c.layout != "expanded" else g for g in grads],
-                         r.inputs(r.ours))  # fmt: skip
+        got += gradients([got[i] for i in chosen], [r.data.lay(g) for g in grads], r.inputs(r.ours))
         results += gradients([results[i] for i in chosen], [g.double() for g in grads], r.inputs(r.theirs))
     r.compare(got, results, theirs, outputs)
 
@@ -580,7 +587,7 @@ def check_raw_recurrent(c: SimpleNamespace) -> None:
     r = Recurrent(c, c.batch, (*shape, c.inputs), lead)
     mask = None
     if c.mask:
-        mask = torch.randint(0, 3, (*lead, r.features), generator=r.data.generator).to(r.data.dtype)
+        mask = r.data.expand(torch.randint(0, 3, (*lead, r.features), generator=r.data.generator).to(r.data.dtype))
 
     def theirs() -> tuple[Tensor, ...]:
         x, h, cell_state, *weights = r.theirs
@@ -590,16 +597,15 @@ def check_raw_recurrent(c: SimpleNamespace) -> None:
     results = theirs()
     x, h, cell_state, *weights = (t.detach() for t in r.ours)
     cs = cell_state if r.has_c else None
-    laid_mask = None if mask is None else r.data.lay(mask) if c.layout != "expanded" else mask
+    laid_mask = None if mask is None else r.data.lay(mask)
     kept = ops.recurrent(x, sizes, h, cs, weights, c.cell, True, laid_mask)
     other = ops.recurrent(x, sizes, h, cs, weights, c.cell, False, laid_mask)
     assert_same_bits(kept[:3], other[:3], ("y", "h_n", "c_n"))
-    grads = [r.data.special(r.data.normal(*t.shape), "g") if n in c.gets else None
-             for n, t in zip("yhc", results[:3], strict=True)]  # fmt: skip
+    grads = [r.grad(*t.shape) if n in c.gets else None for n, t in zip("yhc", results[:3], strict=True)]
     if not r.has_c:
         grads[2] = None
     got = ops.recurrent_backward(
-        *(None if g is None else r.data.lay(g) if c.layout != "expanded" else g for g in grads), x, sizes, h, cs,
+        *(None if g is None else r.data.lay(g) for g in grads), x, sizes, h, cs,
         weights, c.cell, kept[0], kept[3], c.need_dx, c.need_dweights, laid_mask,
     )  # fmt: skip
     inputs = r.inputs(r.theirs)
@@ -661,9 +667,10 @@ class Table:
         self.counted = self.used[self.used != self.padding_row]
         lengths = torch.diff(self.starts, append=torch.tensor([self.inside]))
         self.longest = max([1, *lengths.tolist()]) if self.bags else 1
-        self.weight = data.special(data.expand(data.values(c.rows, c.columns)), "w")
+        self.weight = data.expand(data.special(data.values(c.rows, c.columns), "w"))
         # What must not be read, or not counted.
-        if c.layout != "expanded" and rng.random() < 0.5 and not c.special and not getattr(c, "max_norm", 0):
+        max_norm = getattr(c, "max_norm", 0)
+        if c.layout != "expanded" and rng.random() < 0.5 and not (c.special or max_norm or c.weighted):
             unread = torch.ones(c.rows, dtype=torch.bool)
             unread[self.used if c.mode == "lookup" else self.counted] = False
             self.weight[unread] = math.nan
@@ -754,9 +761,10 @@ def check_bags(c: SimpleNamespace) -> None:
     t = Table(c)
     grad = t.grad()
     weight_values = t.weight
-    if c.max_norm and t.used.numel() > 0:
+    if c.max_norm:
         weight_values = weight_values.clone()
-        torch.embedding_renorm_(weight_values, t.used, c.max_norm, c.norm_type)
+        renormed = t.used if c.include_last else t.flat
+        torch.embedding_renorm_(weight_values, renormed, c.max_norm, c.norm_type)
     their_weight = exact(weight_values, "w" in c.needs)
     wants_factors = t.factors is not None and "f" in c.needs
     their_factors = None if t.factors is None else exact(t.factors, wants_factors)
@@ -814,7 +822,8 @@ def check_bags(c: SimpleNamespace) -> None:
         with torch.set_grad_enabled(bool(c.needs)):
             assert_same_bits(got, ours(), ("output", "gradient 0", "gradient 1")[: len(got)])
     got[0] = got[0].reshape(out.shape)
-    assert_summed(got[0], out, "output", t.longest * largest(t.weight, t.factors), t.is_exact)
+    rounds_often = t.factors is not None and c.mode != "sum"  # made of several calls
+    assert_summed(got[0], out, "output", t.longest * largest(t.weight, t.factors), t.is_exact, rounds_often)
     for i, (one, other) in enumerate(zip(got[1:], expected, strict=True)):
         name = "gradient of weight" if i == 0 and "w" in c.needs else "gradient of per_sample_weights"
         if one.is_sparse:
@@ -827,7 +836,7 @@ def check_bags(c: SimpleNamespace) -> None:
         else:
             terms = max(1, c.columns) * largest(grad, t.weight)
             other = other.view(one.shape)
-        assert_summed(one, other, name, terms, t.is_exact)
+        assert_summed(one, other, name, terms, t.is_exact, rounds_often)
 
 
 def check_optimizers(c: SimpleNamespace) -> None:
@@ -923,7 +932,7 @@ def check_raw_bags(c: SimpleNamespace) -> None:
         t.weight.double(), ids, offsets, wide, c.mode, padding, bags, c.freq, False
     )
     assert_summed(got, out, "output", t.longest * largest(t.weight, t.factors), t.is_exact)
-    assert torch.equal(aux, their_aux), "aux"
+    assert c.columns == 0 or torch.equal(aux, their_aux), "aux"
     grad = t.grad() if c.mode != "lookup" else t.data.values(ids.size(0), c.columns)
     rest = (c.rows, ids, offsets, factors, aux, c.mode, padding, bags, c.freq)
     their_rest = (c.rows, ids, offsets, wide, aux, c.mode, padding, bags, c.freq)
