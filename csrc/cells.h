@@ -32,8 +32,8 @@ struct Math {
   static NLPKERNELS_INLINE V sqrt(V x) { return std::sqrt(x); }
   // max(x, 0), and NaN stays NaN
   static NLPKERNELS_INLINE V relu(V x) { return x < V(0) ? V(0) : x; }
-  // y where x > 0, else 0
-  static NLPKERNELS_INLINE V where_positive(V x, V y) { return x > V(0) ? y : V(0); }
+  // 0 where x <= 0, else y: where x is NaN, too
+  static NLPKERNELS_INLINE V where_positive(V x, V y) { return x <= V(0) ? V(0) : y; }
 };
 
 struct RnnTanh {

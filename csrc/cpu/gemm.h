@@ -62,8 +62,8 @@ constexpr int64_t kPackGrain = 1 << 15;
 
 constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// How many threads some multiply-adds are worth.
-inline int64_t threads_for(int64_t work) { return std::clamp<int64_t>(work / kMinWork, 1, at::get_num_threads()); }
+// How many of a call's threads some multiply-adds are worth.
+inline int64_t threads_for(int64_t work, int64_t threads) { return std::clamp<int64_t>(work / kMinWork, 1, threads); }
 
 // Distance of rows of `columns` values in a kernel's own memory: whole cache lines, an odd number of them. Rows a power
 // of two apart would fall into the same few sets of the cache and drive each other out of it.
@@ -72,11 +72,6 @@ constexpr int64_t row_stride(int64_t columns) {
   constexpr int64_t line = 64 / sizeof(scalar);
   return (ceil_div(columns, line) | 1) * line;
 }
-
-// The panels, columns or values of k [begin, end).
-struct Slice {
-  int64_t begin, end;
-};
 
 // `total` things cut into as few parts of at most `most` as there can be, whose sizes differ by at most one: then no
 // tile is left with too few accumulators to hide a multiply-add's latency.
@@ -632,7 +627,7 @@ struct TransposedProduct {
 // Runs the products side by side. A task is a block of one product's output, which no other task writes. It walks
 // through k in blocks: one of b is packed once, one of a in parts that stay in the second-level cache with it.
 template <typename Operand, typename In, typename Out>
-void run_products(const std::vector<TransposedProduct<Operand, In, Out>>& products) {
+void run_products(const std::vector<TransposedProduct<Operand, In, Out>>& products, int64_t threads_of_call) {
   using scalar = acc_t<Operand>;
   using Product = TransposedProduct<Operand, In, Out>;
   constexpr int64_t block_k = LeftBlock<Operand>::most_k, part_m = LeftBlock<Operand>::most_m;
@@ -646,7 +641,7 @@ void run_products(const std::vector<TransposedProduct<Operand, In, Out>>& produc
     total += product.m * product.n;
     work += product.m * product.n * product.k;
   }
-  const int64_t threads = threads_for(work);
+  const int64_t threads = threads_for(work, threads_of_call);
   // At least four tasks a thread, where that leaves blocks of a sensible size. With little of k there is little to be
   // gained from a larger one than the second-level cache holds.
   const int64_t share = ceil_div(total, 4 * threads * block_n);

@@ -45,6 +45,7 @@
 
 #include "../checks.h"
 #include "dots.h"
+#include "threads.h"
 #ifdef __AMX_BF16__
 #include "bfloat16.h"
 #endif
@@ -169,6 +170,9 @@ struct Layer : RecurrentArguments {
     weights = weight_storage;
   }
 
+  // Of the call; its worker threads may be told another number.
+  const int64_t threads = threads_of_call();
+
   Tensor x, h0;
   OptionalTensor c0, h_mask;
   std::vector<Tensor> weight_storage;
@@ -213,20 +217,7 @@ struct Layer : RecurrentArguments {
   struct Cut {
     int64_t sequences, units;
   };
-
-  Cut cut() const {
-    const int64_t wanted = ceil_div(threads(), directions);
-    const bool can_cut_units = kCanWait && !has_projection;
-    // One step needs no barrier, and no thread then reads all weights.
-    if (steps == 1 && batch > 0 && batch <= kMaxRows<Operand> && can_cut_units) {
-      return {1, std::min(wanted, unit_panels().count())};
-    }
-    const int64_t step_work = batch * gate_rows() * features;
-    if (can_cut_units && wanted > 1 && batch < wanted * kTileRows && step_work >= wanted * kMinStepWork) {
-      return {1, std::min(wanted, unit_panels().count())};
-    }
-    return {std::min(batch, std::max(wanted, ceil_div(batch, kMaxRows<Operand>))), 1};
-  }
+  const Cut cut = make_cut();
 
   // Where each of some pieces of the sequences begins, and the last ends: all have about as many rows.
   std::vector<int64_t> piece_begins(int64_t pieces) const {
@@ -245,18 +236,18 @@ struct Layer : RecurrentArguments {
   }
 
   // Whether a share uses each of its weights once only, and no other share does: then it packs them as it reads them.
-  bool uses_weights_once() const { return steps == 1 && cut().sequences == 1; }
+  bool uses_weights_once() const { return steps == 1 && cut.sequences == 1; }
 
   // Calls body(Share&) for all shares.
   template <typename Body>
   void for_each_share(const Body& body) const {
-    const auto [pieces, parts] = cut();
+    const auto [pieces, parts] = cut;
     const int64_t shares = directions * pieces * parts, panels = unit_panels().count();
     const std::vector<int64_t> begins = piece_begins(pieces);
     std::vector<Barrier> barriers(directions * pieces);
     std::atomic<bool> has_failed{false};
     // Neighbouring shares belong together, so that two threads take a direction each.
-    at::parallel_for(0, shares, threads() > 1 ? 1 : shares,
+    at::parallel_for(0, shares, threads_for_all() > 1 ? 1 : shares,
                      [&, parts = parts, pieces = pieces](int64_t i, int64_t end) {
                        const ProductScope<Operand> scope;
                        while (i < end) {
@@ -272,7 +263,25 @@ struct Layer : RecurrentArguments {
   }
 
  private:
-  int64_t threads() const { return threads_for(rows * gate_rows() * (inputs + features)); }
+  int64_t threads_for_all() const { return threads_for(rows * gate_rows() * (inputs + features), threads); }
+
+  Cut make_cut() const {
+    const int64_t wanted = ceil_div(threads_for_all(), directions);
+    const bool can_cut_units = kCanWait && !has_projection;
+    // One step needs no barrier, and no thread then reads all weights.
+    if (steps == 1 && batch > 0 && batch <= kMaxRows<Operand> && can_cut_units) {
+      return {1, std::min(wanted, unit_panels().count())};
+    }
+    // Threads that wait for each other must run at once: with more of them than cores, each step would take as long as
+    // the system leaves a thread its core.
+    const int64_t cores = wanted > 1 ? std::thread::hardware_concurrency() : 1,
+                  parts = std::min(wanted, cores / directions);
+    const int64_t step_work = batch * gate_rows() * features;
+    if (can_cut_units && parts > 1 && batch < parts * kTileRows && step_work >= parts * kMinStepWork) {
+      return {1, std::min(parts, unit_panels().count())};
+    }
+    return {std::min(batch, std::max(wanted, ceil_div(batch, kMaxRows<Operand>))), 1};
+  }
 
   const T *x_, *h0_, *c0_, *h_mask_;
   bool is_packed_;
@@ -308,7 +317,7 @@ class Forward {
     kept_ = workspace.numel() > 0 ? workspace.mutable_data_ptr<T>() : nullptr;
     advise_huge_pages(kept_, workspace.nbytes());
     if (layer.steps <= 1) return;
-    const auto [pieces, parts] = layer.cut();
+    const auto [pieces, parts] = layer.cut;
     // W_ih is not stored in packed form if it is used once only.
     const bool one_block = pieces * parts == 1 && layer.rows <= block_rows(layer.batch, gate_columns(all_panels()));
     for (const auto d : c10::irange(layer.directions)) {
@@ -853,7 +862,7 @@ class Backward {
       products.push_back({layer_.gate_rows(), features, rows, dgates_row(d, 0), dgates_.stride, h_rows[d].data(),
                           dweight(d, 1), features});
     }
-    run_products(products);
+    run_products(products, layer_.threads);
     if (layer_.has_bias) {
       for (const auto d : c10::irange(layer_.directions)) run_biases(d, dweight(d, 2), dweight(d, 3));
     }
@@ -906,7 +915,7 @@ class Backward {
         products.push_back({features, hidden, rows, dprojected_.row(d * rows), dprojected_.stride,
                             output_rows.data() + d * rows, dw_hr.template mutable_data_ptr<T>(), hidden});
       }
-      run_products(products);
+      run_products(products, layer_.threads);
     }
   }
 
@@ -916,7 +925,7 @@ class Backward {
     constexpr int64_t max_block = 96;
     const int64_t rows = layer_.rows, inputs = layer_.inputs;
     const Panels<scalar> columns(inputs);
-    const int64_t threads = threads_for(rows * layer_.directions * layer_.gate_rows() * inputs);
+    const int64_t threads = threads_for(rows * layer_.directions * layer_.gate_rows() * inputs, layer_.threads);
     if (rows <= max_block) {
       const int64_t parts = std::clamp<int64_t>(columns.count(), 1, threads);
       at::parallel_for(0, parts, 1, [&](int64_t begin, int64_t end) {

@@ -41,7 +41,7 @@ struct Math<at::vec::Vectorized<T>> {
     }
   }
   static NLPKERNELS_INLINE V relu(const V& x) { return at::vec::maximum(x, V(0)); }
-  static NLPKERNELS_INLINE V where_positive(const V& x, const V& y) { return V::blendv(V(0), y, x > V(0)); }
+  static NLPKERNELS_INLINE V where_positive(const V& x, const V& y) { return V::blendv(y, V(0), x <= V(0)); }
 
  private:
   // exp(x) = (1 + rest) scale with scale = 2^n, n = round(x / ln 2), and rest = exp(r) - 1 = r + r^2 q(r) for
@@ -114,6 +114,11 @@ struct Math<Several<V, N>> {
 inline namespace CPU_CAPABILITY {
 
 using at::vec::Vectorized;
+
+// The things [begin, end).
+struct Slice {
+  int64_t begin, end;
+};
 
 template <typename T>
 using acc_t = std::conditional_t<std::is_same_v<T, double>, double, float>;
