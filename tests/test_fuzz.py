@@ -538,7 +538,9 @@ def check_layers(c: SimpleNamespace) -> None:
     r.compare(got, results + (their_gradients if c.needs else []), theirs, len(results))
     if c.again:
         torch.set_num_threads(c.threads % 4 + 1)
-        assert_same_bits(got, run_ours(), [f"result {i}" for i in range(len(got))])
+        # The gradient of cell states between the steps is torch's own arithmetic, which promises no bits.
+        promised = len(results) if c.sequence and r.has_c else len(got)
+        assert_same_bits(got[:promised], run_ours()[:promised], [f"result {i}" for i in range(promised)])
 
 
 def check_cells(c: SimpleNamespace) -> None:
