@@ -22,7 +22,6 @@ import sys
 import tempfile
 import time
 import traceback
-from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -373,9 +372,7 @@ class Recurrent:
         used += [True] * (len(tensors) - 3)
         return [t for t, u, w in zip(tensors, used, self.wants, strict=True) if u and w]
 
-    def compare(
-        self, ours: Sequence[Tensor], theirs: Sequence[Tensor], run: Callable[[], Any], outputs: int
-    ) -> None:
+    def compare(self, ours: Sequence[Tensor], theirs: Sequence[Tensor], run: Callable[[], Any], outputs: int) -> None:
         """Of ReLU only the outputs, if a unit is so near to its kink that rounding decides whether it has a gradient.
 
         `run` is the exact computation.
@@ -407,7 +404,7 @@ def by_reference(
         of_h = x.unflatten(-1, (c.directions, -1)).movedim(-2, 0)
         of_c = [] if cs is None else [reference.cell_states(kept).reshape(*of_h.shape[:-1], c.hidden)]
         sequences.append((of_h, *of_c))
-    return x, [torch.cat(f) for f in zip(*finals)], [torch.cat(s) for s in zip(*sequences)]
+    return x, [torch.cat(f) for f in zip(*finals, strict=True)], [torch.cat(s) for s in zip(*sequences, strict=True)]
 
 
 def check_layers(c: SimpleNamespace) -> None:
@@ -645,26 +642,15 @@ class Table:
             if n > 0 and c.share_of_padding == 0.99:
                 flat[rng.randrange(n)] = rng.randrange(c.rows)
         self.flat = flat
-        self.offsets = None
+        self.bags, self.inside, self.offsets = c.bags, n, None  # inside: indices that are in a bag
+        self.starts = torch.arange(c.bags) * c.length
         if c.form == "offsets":
-            bags = c.bags if n > 0 or c.bags <= 1 else c.bags
-            cuts = sorted(rng.randint(0, n) for _ in range(max(0, bags - 1)))
-            starts = ([0, *cuts] if bags > 0 else []) + ([max(cuts[-1:] + [0, n - c.tail])] if c.include_last else [])
-            if c.include_last and bags == 0:
-                starts = [0]
+            starts = [0, *sorted(rng.randint(0, n) for _ in range(c.bags - 1))][: c.bags]
+            if c.include_last:
+                starts.append(max(starts[-1], n - c.tail) if c.bags else 0)
             self.offsets = torch.tensor(starts, dtype=torch.long)
-            self.bags = bags
-        else:
-            self.bags = c.bags
-            self.starts = torch.arange(c.bags) * c.length
-        if self.offsets is not None:
-            self.starts = self.offsets[: self.bags]
-        # Indices that are in a bag.
-        self.inside = n if self.offsets is None or (self.bags and not c.include_last) else int([*self.offsets, 0][-1])
-        if self.offsets is not None and self.bags == 0 and not c.include_last:
-            self.inside = 0
-        if self.offsets is not None and c.include_last:
-            self.inside = int(self.offsets[-1])
+            self.starts = self.offsets[: c.bags]
+            self.inside = starts[-1] if c.include_last else n if c.bags else 0
         self.used = flat[: self.inside]
         self.counted = self.used[self.used != self.padding_row]
         lengths = torch.diff(self.starts, append=torch.tensor([self.inside]))
@@ -710,8 +696,10 @@ class Table:
     def is_exact(self) -> bool:
         """Whether all sums are."""
         c = self.c
-        return c.values == "eighths" and c.special in ("", "denormal", "nan", "inf", "-inf") and not (
-            c.mode == "mean" or c.freq or getattr(c, "max_norm", 0)
+        return (
+            c.values == "eighths"
+            and c.special in ("", "denormal", "nan", "inf", "-inf")
+            and not (c.mode == "mean" or c.freq or getattr(c, "max_norm", 0))
         )
 
     def uses_of_rows(self) -> int:
@@ -870,8 +858,7 @@ def check_optimizers(c: SimpleNamespace) -> None:
     for _ in range(c.calls - 1):  # other indices for the same table
         c_other = SimpleNamespace(**vars(c) | {"data": t.data.rng.getrandbits(31)})
         tables.append(Table(c_other))
-    steps = 0
-    for _ in range(c.passes):
+    for step in range(c.passes):
         losses, dense = [], torch.zeros_like(theirs)
         touched = []
         for table in tables:
@@ -888,21 +875,24 @@ def check_optimizers(c: SimpleNamespace) -> None:
             touched.append(table.counted)
         torch.stack(losses).sum().backward()
         rows = torch.cat(touched).unique()
-        steps += 1
         g = dense.detach()[rows]
         if torch_optimizer is not None:
-            theirs.grad = torch.sparse_coo_tensor(rows.unsqueeze(0), g, theirs.shape, is_coalesced=True, check_invariants=False)
+            theirs.grad = torch.sparse_coo_tensor(
+                rows.unsqueeze(0), g, theirs.shape, is_coalesced=True, check_invariants=False
+            )
             torch_optimizer.step()
         else:
             total[rows] += g.square().mean(1)
-            rate = c.lr / (1 + (steps - 1) * options["lr_decay"])
+            rate = c.lr / (1 + step * options["lr_decay"])
             with torch.no_grad():
                 theirs[rows] -= rate * g / (total[rows].sqrt() + options["eps"]).unsqueeze(1)
         optimizer.step()
         optimizer.zero_grad()
     unit = torch.finfo(t.data.dtype).eps
     change = float((theirs - exact(t.weight)).detach().abs().max()) if theirs.numel() else 0.0
-    allowed = c.passes * unit * (largest(t.weight) + change) + (1e-11 if c.dtype == "float64" else 2e-5) * (c.lr + change)
+    allowed = c.passes * unit * (largest(t.weight) + change) + (1e-11 if c.dtype == "float64" else 2e-5) * (
+        c.lr + change
+    )
     if half:
         allowed += 2 * unit * c.passes * change
     error = float((weight.detach().double() - theirs.detach()).abs().max()) if theirs.numel() else 0.0
@@ -914,7 +904,9 @@ def check_optimizers(c: SimpleNamespace) -> None:
         expected = total if torch_optimizer is None else torch_optimizer.state[theirs][name]
         scale = float(expected.abs().max()) if expected.numel() else 0.0
         error = float((got - expected).abs().max()) if expected.numel() else 0.0
-        assert error <= (1e-12 if c.dtype == "float64" else (4 * unit if half else 1e-5)) * scale, f"{name}: {error:.2e}"
+        assert error <= (1e-12 if c.dtype == "float64" else (4 * unit if half else 1e-5)) * scale, (
+            f"{name}: {error:.2e}"
+        )
 
 
 def check_raw_bags(c: SimpleNamespace) -> None:
@@ -1066,18 +1058,17 @@ def work(args: argparse.Namespace) -> None:
             print(smaller, describe(args.seed, number, family, case, smaller), sep="", flush=True)
         number += args.jobs
     os.pwrite(at, b"%20d%20d" % (number, failures), 0)
-    os._exit(0)
 
 
 class Worker:
     """A worker process and what has become of it."""
 
     def __init__(self, args: argparse.Namespace, start: int, until: float) -> None:
-        self.file = tempfile.NamedTemporaryFile()
+        self.file = tempfile.NamedTemporaryFile()  # noqa: SIM115 (both live as long as the worker)
         self.file.write(b"%20d" % start)
         self.file.flush()
         self.start, self.last, self.since = start, start, time.monotonic()
-        self.error = tempfile.TemporaryFile("w+")
+        self.error = tempfile.TemporaryFile("w+")  # noqa: SIM115
         command = [sys.executable, __file__, "--work", "--at", self.file.name, "--start", str(start)]
         for name in ("seed", "cases", "jobs", "failures"):
             command += [f"--{name}", str(getattr(args, name))]

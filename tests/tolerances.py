@@ -78,10 +78,10 @@ def assert_few_close(got: Sequence[Tensor], exact: Sequence[Tensor]) -> None:
         assert error <= FEW[one.dtype], f"result {i}: error {error:.2e}, allowed {FEW[one.dtype]:.2e}"
 
 
-# Of random inputs, of which 100,000 are tried at a time, none may fail but for a fault. One value of an output, or of a
-# gradient, may be off by this part of the largest in its result, or of FUZZED_SCALE of the largest in its call, incoming
-# gradients too: of a handful of values after a hundred steps, or three layers that hand their outputs on rounded, or of
-# 1 - z where z was saved as 1 but for a rounding. About three times what was seen in 100,000 inputs.
+# Of random inputs, of which 100,000 are tried at a time, none may fail but for a fault. A value of an output, or of a
+# gradient, may be off by this part of the largest in its result, or of FUZZED_SCALE of the largest in its call,
+# incoming gradients too. About three times what was seen in 100,000 inputs: of a handful of values after a hundred steps,
+# of three layers that hand their outputs on rounded, of 1 - z where z was saved as 1 but for a rounding.
 FUZZED = {
     torch.float64: (1e-13, 1e-12),
     torch.float32: (1e-5, 1e-4),
@@ -105,8 +105,8 @@ def assert_each_close(
 
     `incoming` is the size of the gradients of the outputs.
 
-    NaN and infinities, if there are any, have to be where they are in `exact`. Which of them, is left open in a gradient:
-    by the order in which terms are put together, there is inf or inf - inf.
+    NaN and infinities, if there are any, have to be where they are in `exact`. In a gradient it is left open which: by
+    the order in which terms are put together, there is inf or inf - inf.
     """
 
     def largest(tensor: Tensor) -> float:
@@ -126,7 +126,6 @@ def assert_each_close(
             one, expected = _without_specials(one, expected, name, is_any_infinite=i >= outputs)
         error = (one - expected).abs().max().item()
         allowed = FUZZED[dtype][i >= outputs] * max(scale, least) + torch.finfo(dtype).tiny
-        if "RECORD" in globals(): RECORD.append((error/allowed, dtype, name, error))
         assert error <= allowed, f"{name}: error {error:.2e}, allowed {allowed:.2e}"  # also fails for NaN
 
 
@@ -146,7 +145,7 @@ def assert_summed(
     if is_exact:
         differs = one != expected.to(dtype)
         assert not bool(differs.any()), (
-            f"{name}: {int(differs.sum())} of {got.numel()} values differ, by {(one - expected).abs().max():.2e} at most"
+            f"{name}: {int(differs.sum())} of {got.numel()} values differ, by up to {(one - expected).abs().max():.2e}"
         )
         return
     arithmetic = torch.float64 if dtype == torch.float64 else torch.float32
@@ -156,9 +155,7 @@ def assert_summed(
     assert bool((error <= 0).all()), f"{name}: error {error.max().item():.2e} more than allowed"
 
 
-def _without_specials(
-    got: Tensor, exact: Tensor, name: str, is_any_infinite: bool = False
-) -> tuple[Tensor, Tensor]:
+def _without_specials(got: Tensor, exact: Tensor, name: str, is_any_infinite: bool = False) -> tuple[Tensor, Tensor]:
     """Both without NaN and infinities, which have to be the same, but for what is too large for `got`'s dtype."""
     is_finite = exact.isfinite()
     too_large = is_finite & (exact.abs() > 0.4 * torch.finfo(got.dtype).max)
@@ -166,6 +163,8 @@ def _without_specials(
     wrong = torch.where(is_finite, ~got.isfinite() & ~too_large, differs)
     if bool(wrong.any()):
         at = tuple(wrong.nonzero()[0].tolist())
-        raise AssertionError(f"{name}: {int(wrong.sum())} values, at {at} {got[at].item()}, expected {exact[at].item()}")
+        raise AssertionError(
+            f"{name}: {int(wrong.sum())} values, at {at} {got[at].item()}, expected {exact[at].item()}"
+        )
     counts = is_finite & ~too_large
     return got.where(counts, 0), exact.where(counts, 0)
