@@ -142,14 +142,16 @@ inline bool has_shape(const Tensor& tensor, std::initializer_list<c10::SymInt> s
   return tensor.sym_sizes() == c10::SymIntArrayRef(shape.begin(), shape.size());
 }
 
-// One step of a cell: x [B, I] and states (h,) or (h, c), [B, H], to such states. Nothing where shapes are others.
+// One step of a cell: x [B, I] and states (h,) or (h, c), [B, H], to such states. Nothing where shapes are others, or
+// there are no hidden units.
 inline std::optional<variable_list> recurrent_step(const Tensor& x, const variable_list& states,
                                                    const variable_list& weights, const std::string& cell) {
   if (!has_matrices(weights) || x.dim() != 2 || x.sym_size(1) != weights[0].sym_size(1) || !has_states(states, cell)) {
     return std::nullopt;
   }
+  const auto hidden = weights[1].sym_size(1);
   for (const Tensor& state : states) {
-    if (!has_shape(state, {x.sym_size(0), weights[1].sym_size(1)})) return std::nullopt;
+    if (hidden == 0 || !has_shape(state, {x.sym_size(0), hidden})) return std::nullopt;
   }
   const bool has_c = states.size() > 1;
   auto results = recurrent(x, std::nullopt, states[0].unsqueeze(0),
@@ -333,20 +335,92 @@ inline Tensor embedding_bag(const Tensor& weight, const Tensor& indices, const O
   return std::get<0>(call_embedding_bag(weight, indices, offsets, per_sample_weights, settings));
 }
 
-// The op of this name, of which autograd is told that the table has changed.
+using UpdateSignature = void(const Tensor&, const Tensor&, const OptionalTensor&, const OptionalTensor&, const Tensor&,
+                             const OptionalTensor&, const OptionalTensor&, const Tensor&, c10::string_view, int64_t,
+                             bool, bool, c10::string_view, at::ArrayRef<double>);
+
+// The op embedding_bag_update, for a table that requires a gradient: it is an optimizer's step, of which there is none.
 inline void embedding_bag_update(const Tensor& grad, const Tensor& weight, const OptionalTensor& first,
                                  const OptionalTensor& second, const Tensor& indices, const OptionalTensor& offsets,
                                  const OptionalTensor& per_sample_weights, const Tensor& aux, const std::string& mode,
                                  int64_t padding_idx, bool include_last_offset, bool scale_grad_by_freq,
                                  const std::string& rule, const std::vector<double>& settings) {
-  using Signature = void(const Tensor&, const Tensor&, const OptionalTensor&, const OptionalTensor&, const Tensor&,
-                         const OptionalTensor&, const OptionalTensor&, const Tensor&, c10::string_view, int64_t, bool,
-                         bool, c10::string_view, at::ArrayRef<double>);
-  static const auto update = op<Signature>("embedding_bag_update");
-  const at::AutoDispatchBelowADInplaceOrView below_autograd;
+  static const auto update = op<UpdateSignature>("embedding_bag_update");
+  const at::AutoDispatchBelowAutograd below_autograd;
   update.call(grad, weight, first, second, indices, offsets, per_sample_weights, aux, mode, padding_idx,
               include_last_offset, scale_grad_by_freq, rule, settings);
-  torch::autograd::impl::bump_version(weight);
 }
+
+// What the dispatcher has to know of an op that changes arguments: it has no derivative, and saved tensors are what
+// they were only if they have not been among those that changed, whose places are `changed`. Of negated and conjugated
+// views torch's own fallback expects an op to return what it changed.
+template <typename Signature, size_t... changed>
+struct ChangesArguments;
+
+template <typename... Args, size_t... changed>
+struct ChangesArguments<void(Args...), changed...> {
+  static void refuse_derivative(c10::DispatchKeySet keys, Args... args) {
+    size_t place = 0;
+    (check(handle(), place++, args), ...);
+    const at::AutoDispatchBelowAutograd below_autograd;
+    handle().redispatch(keys & c10::after_autograd_keyset, args...);
+  }
+
+  static void resolve_views(c10::DispatchKeySet keys, Args... args) {
+    const auto all = std::tie(args...);
+    (refuse_view(changed, std::get<changed>(all)), ...);
+    const c10::DispatchKeySet below(c10::DispatchKeySet::FULL_AFTER, c10::DispatchKey::Conjugate);
+    handle().redispatch(keys & below, resolved(args)...);
+  }
+
+  static void count_versions(c10::DispatchKeySet keys, Args... args) {
+    // Beforehand, as it refuses tensors of inference mode outside of it.
+    const auto all = std::tie(args...);
+    (bump(std::get<changed>(all)), ...);
+    const at::AutoDispatchBelowADInplaceOrView below;
+    handle().redispatch(keys & c10::after_ADInplaceOrView_keyset, args...);
+  }
+
+ private:
+  static const auto& handle() {
+    static const auto update = op<void(Args...)>("embedding_bag_update");
+    return update;
+  }
+
+  template <typename Other>
+  static void check(const c10::OperatorHandle&, size_t, const Other&) {}
+  static void check(const c10::OperatorHandle& op, size_t place, const OptionalTensor& tensor) {
+    if (tensor) check(op, place, *tensor);
+  }
+  static void check(const c10::OperatorHandle& op, size_t place, const Tensor& tensor) {
+    if (!tensor.defined()) return;
+    const bool has_derivative =
+        (at::GradMode::is_enabled() && tensor.requires_grad()) || tensor._fw_grad(/*level=*/0).defined();
+    TORCH_CHECK_NOT_IMPLEMENTED(!has_derivative, op.schema().name(), ": it has no derivative: expected ",
+                                op.schema().arguments()[place].name(),
+                                " that requires no gradient, got one that does: use detach() or torch.no_grad()");
+  }
+
+  static void refuse_view(size_t place, const OptionalTensor& tensor) {
+    TORCH_CHECK(!tensor || (!tensor->is_neg() && !tensor->is_conj()), handle().schema().name(), ": expected ",
+                handle().schema().arguments()[place].name(), " to be no negated or conjugated view");
+  }
+
+  template <typename Other>
+  static const Other& resolved(const Other& value) {
+    return value;
+  }
+  static Tensor resolved(const Tensor& tensor) { return tensor.resolve_neg().resolve_conj(); }
+  static OptionalTensor resolved(const OptionalTensor& tensor) {
+    return tensor ? OptionalTensor(resolved(*tensor)) : std::nullopt;
+  }
+
+  static void bump(const Tensor& tensor) { torch::autograd::impl::bump_version(tensor); }
+  static void bump(const OptionalTensor& tensor) {
+    if (tensor && tensor->defined()) bump(*tensor);
+  }
+};
+
+using UpdatesInPlace = ChangesArguments<UpdateSignature, 1, 2, 3>;  // weight, first, second
 
 }  // namespace nlpkernels

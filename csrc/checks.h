@@ -6,8 +6,12 @@
 #include <c10/util/Exception.h>
 #include <c10/util/irange.h>
 
+#include <algorithm>
+#include <cmath>
+#include <initializer_list>
 #include <optional>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "cells.h"
@@ -26,12 +30,41 @@ inline void check_shape(const char* op, const char* name, const Tensor& tensor, 
   TORCH_CHECK(tensor.sizes() == expected, op, ": expected ", name, " of shape ", expected, ", got ", tensor.sizes());
 }
 
+// A storage can be made smaller than its tensors, which torch's own copies do not notice.
+inline void check_storage(const char* op, const char* name, const Tensor& tensor) {
+  if (tensor.numel() == 0) return;
+  int64_t last = tensor.storage_offset();
+  for (const auto i : c10::irange(tensor.dim())) last += (tensor.size(i) - 1) * tensor.stride(i);
+  const auto bytes = static_cast<int64_t>(tensor.storage().nbytes());
+  TORCH_CHECK(last < bytes / static_cast<int64_t>(tensor.itemsize()), op, ": expected ", name,
+              " with memory for all of its values, got a storage of ", bytes, " bytes");
+}
+
 inline void check_like(const char* op, const char* name, const Tensor& tensor, const char* other_name,
                        const Tensor& other) {
   TORCH_CHECK(tensor.scalar_type() == other.scalar_type(), op, ": expected ", name, " of dtype ", other.scalar_type(),
               " like ", other_name, ", got ", tensor.scalar_type());
   TORCH_CHECK(tensor.device() == other.device(), op, ": expected ", name, " on ", other.device(), " like ", other_name,
               ", got ", tensor.device());
+  check_storage(op, name, tensor);
+}
+
+inline void check_floating(const char* op, const char* name, const Tensor& tensor) {
+  const auto dtype = tensor.scalar_type();
+  TORCH_CHECK(dtype == at::kFloat || dtype == at::kDouble || dtype == at::kBFloat16 || dtype == at::kHalf, op,
+              ": expected ", name, " of a floating dtype (float32, float64, bfloat16 or float16), got ", dtype);
+  check_storage(op, name, tensor);
+}
+
+// Whether sizes are so small that no product of some of them, times what is said of each to round it up, can wrap.
+// Empty and expanded tensors take up no memory, so that their sizes may be anything. In double, which does not wrap
+// itself.
+inline void check_product(const char* op, const char* names, std::initializer_list<int64_t> sizes) {
+  constexpr double kMost = static_cast<double>(int64_t(1) << 54);  // bytes and padding are left 9 bits
+  double product = 1;
+  for (const auto size : sizes) product *= static_cast<double>(std::max<int64_t>(1, size));
+  TORCH_CHECK_VALUE(product < kMost, op, ": expected ", names, " whose product is less than 2^54, got ",
+                    at::IntArrayRef(sizes));
 }
 
 // The arguments of recurrent and recurrent_backward that both share, checked and taken apart.
@@ -59,7 +92,7 @@ inline RecurrentArguments check_recurrent(const Tensor& x, const OptionalTensor&
                                           const OptionalTensor& h_mask, int64_t gates, bool has_c) {
   const char* op = "recurrent";
   RecurrentArguments args;
-  TORCH_CHECK(at::isFloatingType(x.scalar_type()), op, ": expected x of a floating dtype, got ", x.scalar_type());
+  check_floating(op, "x", x);
   TORCH_CHECK(h0.dim() == 3 && (h0.size(0) == 1 || h0.size(0) == 2), op,
               ": expected h0 of shape [1 or 2 directions, batch, features], got ", h0.sizes());
   args.directions = h0.size(0);
@@ -72,6 +105,7 @@ inline RecurrentArguments check_recurrent(const Tensor& x, const OptionalTensor&
     TORCH_CHECK(batch_sizes->dim() == 1 && batch_sizes->scalar_type() == at::kLong && batch_sizes->is_cpu(), op,
                 ": expected batch_sizes to be a 1-D int64 tensor on the CPU, got ", batch_sizes->dim(), "-D ",
                 batch_sizes->scalar_type(), " on ", batch_sizes->device());
+    check_storage(op, "batch_sizes", *batch_sizes);
     const Tensor sizes = batch_sizes->contiguous();
     const int64_t* size = sizes.const_data_ptr<int64_t>();
     args.active.assign(size, size + sizes.numel());
@@ -80,7 +114,9 @@ inline RecurrentArguments check_recurrent(const Tensor& x, const OptionalTensor&
                 ": expected x of shape [steps, batch, features] or [batch, features], got ", x.sizes());
     TORCH_CHECK(x.size(-2) == args.batch, op, ": expected h0 for a batch of ", x.size(-2), " as x has, got ",
                 args.batch);
-    args.active.assign(x.dim() == 2 ? 1 : x.size(0), args.batch);
+    const int64_t steps = x.dim() == 2 ? 1 : x.size(0);
+    check_product(op, "steps and batch", {steps, args.batch});
+    args.active.assign(steps, args.batch);
   }
   args.steps = static_cast<int64_t>(args.active.size());
   int64_t limit = args.batch;
@@ -89,6 +125,8 @@ inline RecurrentArguments check_recurrent(const Tensor& x, const OptionalTensor&
                 limit, " (the size before it, or the batch of h0), got ", args.active[t]);
     limit = args.active[t];
     args.first_row.push_back(args.rows);
+    TORCH_CHECK(!batch_sizes || limit <= x.size(0) - args.rows, op, ": expected x of as many rows as batch_sizes add ",
+                "up to, got ", x.size(0), ", of which batch_sizes[", t, "] has the last");
     args.rows += limit;
   }
   TORCH_CHECK(!batch_sizes || args.rows == x.size(0), op, ": expected x of ", args.rows,
@@ -111,6 +149,12 @@ inline RecurrentArguments check_recurrent(const Tensor& x, const OptionalTensor&
   TORCH_CHECK(args.hidden > 0, op, ": expected at least one hidden unit, got weight_ih of shape ", weights[0].sizes());
   TORCH_CHECK(args.has_projection || args.features == args.hidden, op, ": expected h0 of ", args.hidden,
               " features, as weight_ih has hidden units, got ", args.features);
+  // Of the work, which is more than any tensor holds; of the threads' pieces of it; of what is kept of a batch.
+  const int64_t widest = std::max({args.inputs, args.hidden, args.features});
+  check_product(op, "directions, rows, gates, hidden units and features",
+                {args.directions, args.rows, gates + 1, args.hidden, widest});
+  check_product(op, "rows and batch", {args.rows, args.batch});
+  check_product(op, "directions, batch and features", {args.directions, args.batch, widest});
   const int64_t gate_rows = gates * args.hidden;
   for (const auto d : c10::irange(args.directions)) {
     check_shape(op, "weight_ih", args.w_ih(d), {gate_rows, args.inputs});
@@ -161,11 +205,12 @@ inline void check_recurrent_backward(const RecurrentArguments& args, int64_t sav
     check_like("recurrent_backward", name, tensor, "x", x);
   };
   const std::vector<int64_t> y_sizes = sizes_of_y(args, x);
+  TORCH_CHECK(!dc_n || c0, "recurrent_backward: dc_n is for the LSTM; got one for another cell");
   check("y", y, y_sizes);
   check("workspace", workspace, {args.directions, args.rows, saved, args.hidden});
   if (dy) check("dy", *dy, y_sizes);
   if (dh_n) check("dh_n", *dh_n, h0.sizes());
-  if (dc_n && c0) check("dc_n", *dc_n, c0->sizes());
+  if (dc_n) check("dc_n", *dc_n, c0->sizes());
 }
 
 // How a row's embeddings are pooled; see library.cpp.
@@ -182,14 +227,14 @@ inline Mode parse_mode(c10::string_view mode) {
 inline void check_integer(const char* op, const char* name, const Tensor& tensor) {
   TORCH_CHECK_TYPE(tensor.scalar_type() == at::kLong || tensor.scalar_type() == at::kInt, op, ": expected ", name,
                    " of dtype int32 or int64, got ", tensor.scalar_type());
+  check_storage(op, name, tensor);
 }
 
 // What every embedding_bag op can check without reading the data.
 inline void check_embedding_bag(const char* op, const Tensor& like, const Tensor& indices,
                                 const OptionalTensor& offsets, const OptionalTensor& per_sample_weights, Mode mode,
                                 bool include_last_offset) {
-  TORCH_CHECK(at::isFloatingType(like.scalar_type()), op, ": expected weight of a floating dtype, got ",
-              like.scalar_type());
+  check_floating(op, "weight", like);
   check_integer(op, "indices", indices);
   TORCH_CHECK(indices.device() == like.device(), op, ": expected indices on ", like.device(), " like weight, got ",
               indices.device());
@@ -214,12 +259,15 @@ inline void check_embedding_bag(const char* op, const Tensor& like, const Tensor
 }
 
 // What the gradients of weight take beside embedding_bag's arguments. The values of offsets are the kernel's to check.
-inline void check_embedding_bag_backward(const char* op, const Tensor& grad, int64_t bags, const Tensor& aux,
-                                         Mode mode) {
+inline void check_embedding_bag_backward(const char* op, const Tensor& grad, int64_t bags, const Tensor& aux, Mode mode,
+                                         int64_t num_embeddings = 0) {
+  TORCH_CHECK_VALUE(num_embeddings >= 0, op, ": expected num_embeddings of 0 or more, got ", num_embeddings);
   TORCH_CHECK_VALUE(grad.dim() == 2 && grad.size(0) == bags, op, ": expected grad of shape [", bags, ", columns], got ",
                     grad.sizes());
+  check_product(op, "num_embeddings and columns", {num_embeddings, grad.size(1)});
   TORCH_CHECK_TYPE(aux.scalar_type() == at::kLong, op, ": expected aux of dtype int64, got ", aux.scalar_type());
   TORCH_CHECK(aux.device() == grad.device(), op, ": expected aux on ", grad.device(), " like grad, got ", aux.device());
+  check_storage(op, "aux", aux);
   if (mode == Mode::mean) check_shape(op, "aux", aux, {bags});
   if (mode == Mode::max) check_shape(op, "aux", aux, grad.sizes());
 }
@@ -236,14 +284,35 @@ inline Rule parse_rule(c10::string_view rule) {
                     rule, "'");
 }
 
+// The bytes that a tensor's values are in; nothing of an empty one.
+inline std::pair<const char*, const char*> bytes_of(const Tensor& tensor) {
+  if (tensor.numel() == 0) return {nullptr, nullptr};
+  int64_t last = 0;
+  for (const auto i : c10::irange(tensor.dim())) last += (tensor.size(i) - 1) * tensor.stride(i);
+  const auto* begin = static_cast<const char*>(tensor.const_data_ptr());
+  return {begin, begin + (last + 1) * static_cast<int64_t>(tensor.itemsize())};
+}
+
+// A tensor that is changed shares no memory with another argument, which would be read half changed.
+inline void check_apart(const char* op, const char* name, const Tensor& changed, const char* other_name,
+                        const OptionalTensor& other) {
+  if (!other || other->device() != changed.device()) return;
+  const auto [begin, end] = bytes_of(changed);
+  const auto [other_begin, other_end] = bytes_of(*other);
+  TORCH_CHECK_VALUE(begin >= other_end || other_begin >= end, op, ": expected ", name, " and ", other_name,
+                    " in memory of their own, got two tensors that overlap");
+}
+
 // What the update takes beside the arguments of the gradient of weight.
 inline void check_embedding_bag_update(const char* op, const Tensor& weight, const Tensor& grad,
                                        const OptionalTensor& first, const OptionalTensor& second, Rule rule,
-                                       at::ArrayRef<double> settings) {
+                                       at::ArrayRef<double> settings,
+                                       const OptionalTensor& per_sample_weights = std::nullopt) {
   TORCH_CHECK_VALUE(weight.dim() == 2, op, ": expected 2-D weight, got ", weight.sizes());
   TORCH_CHECK_VALUE(weight.is_contiguous(), op, ": expected contiguous weight, got strides ", weight.strides());
   TORCH_CHECK_VALUE(grad.dim() == 2 && grad.size(1) == weight.size(1), op, ": expected grad of shape [bags, ",
                     weight.size(1), "], got ", grad.sizes());
+  check_floating(op, "weight", weight);
   check_like(op, "grad", grad, "weight", weight);
   const size_t wanted = rule == Rule::sgd ? 1 : rule == Rule::adam ? 4 : 2;
   TORCH_CHECK_VALUE(settings.size() == wanted, op, ": expected ", wanted, " settings, got ", settings.size());
@@ -257,10 +326,31 @@ inline void check_embedding_bag_update(const char* op, const Tensor& weight, con
                      state->scalar_type());
     TORCH_CHECK_VALUE(state->is_contiguous() && state->device() == weight.device(), op, ": expected contiguous ", name,
                       " on ", weight.device(), " like weight");
+    check_storage(op, name, *state);
   };
   const at::IntArrayRef by_row = weight.sizes().slice(0, 1);
   check_state("first", first, rule != Rule::sgd, rule == Rule::rowwise_adagrad ? by_row : weight.sizes());
   check_state("second", second, rule == Rule::adam, weight.sizes());
+  for (const auto i : c10::irange(settings.size())) {
+    TORCH_CHECK_VALUE(!std::isnan(settings[i]), op, ": expected settings that are numbers, got NaN in settings[", i,
+                      "]");
+  }
+  // A lazy copy gets memory of its own when it is asked for memory to change.
+  weight.mutable_data_ptr();
+  for (const auto& state : {first, second}) {
+    if (state) state->mutable_data_ptr();
+  }
+  check_apart(op, "weight", weight, "first", first);
+  check_apart(op, "weight", weight, "second", second);
+  if (first) check_apart(op, "first", *first, "second", second);
+  const auto check_changed = [&](const char* name, const OptionalTensor& changed) {
+    if (!changed) return;
+    check_apart(op, name, *changed, "grad", grad);
+    check_apart(op, name, *changed, "per_sample_weights", per_sample_weights);
+  };
+  check_changed("weight", weight);
+  check_changed("first", first);
+  check_changed("second", second);
 }
 
 // The settings that passed, for updates.h.

@@ -63,7 +63,7 @@ TORCH_LIBRARY(nlpkernels, m) {
   //   per_sample_weights   like indices, or None: a factor for each row (mode "sum")
   //   mode         "sum", "mean" or "max"; "lookup" is "sum" in which padding_idx keeps its row from being trained but
   //                not from being read, which is what Embedding means by it; indices are [N, 1]
-  //   padding_idx  rows with this index are not in any bag; -1 for none
+  //   padding_idx  rows with this index are not in any bag; -1 for none, as is any other number that is no row
   //   scale_grad_by_freq, sparse   of backward, here for autograd to find: divide a row's gradient by the row's number
   //                of uses; return the weight's gradient as a sparse tensor
   // Returns
@@ -87,7 +87,8 @@ TORCH_LIBRARY(nlpkernels, m) {
       " bool scale_grad_by_freq) -> (Tensor rows, Tensor values)");
 
   // A step of an optimizer with that gradient, row by row, in place; the gradient itself is never stored. The only op
-  // that changes its arguments: weight, and the states of its rows.
+  // that changes its arguments: weight, and the states of its rows, contiguous and in memory of their own. It has no
+  // derivative.
   //   rule         "sgd"               settings lr;                     w -= lr g
   //                "rowwise_adagrad"   lr, eps; first [V];              first += mean(g^2), w -= lr g / (first^.5 +
   //                eps) "adagrad"           lr, eps; first [V, E];           first += g^2, w -= lr g / (first^.5 + eps)
@@ -105,6 +106,22 @@ TORCH_LIBRARY(nlpkernels, m) {
   m.def(
       "embedding_bag_per_sample_backward(Tensor grad, Tensor weight, Tensor indices, Tensor? offsets,"
       " int padding_idx, bool include_last_offset) -> Tensor");
+}
+
+TORCH_LIBRARY_IMPL(nlpkernels, Autograd, m) {
+  m.impl("embedding_bag_update", TORCH_FN(nlpkernels::UpdatesInPlace::refuse_derivative));
+}
+
+TORCH_LIBRARY_IMPL(nlpkernels, Negative, m) {
+  m.impl("embedding_bag_update", TORCH_FN(nlpkernels::UpdatesInPlace::resolve_views));
+}
+
+TORCH_LIBRARY_IMPL(nlpkernels, Conjugate, m) {
+  m.impl("embedding_bag_update", TORCH_FN(nlpkernels::UpdatesInPlace::resolve_views));
+}
+
+TORCH_LIBRARY_IMPL(nlpkernels, ADInplaceOrView, m) {
+  m.impl("embedding_bag_update", TORCH_FN(nlpkernels::UpdatesInPlace::count_versions));
 }
 
 namespace {
@@ -145,5 +162,5 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
         "The first output of the op of this name, with derivatives for eager calls; indices of a lookup may have any "
         "shape, before which goes no reshape.");
   m.def("embedding_bag_update", &nlpkernels::embedding_bag_update, pybind11::call_guard<pybind11::gil_scoped_release>(),
-        "The op of this name, of which autograd is told that the table has changed.");
+        "The op of this name, for a table that requires a gradient.");
 }

@@ -65,6 +65,8 @@ torch.ops.load_library(_library(f"_cpu_{INSTRUCTION_SET}"))
 # yet run on a GPU. Without them torch's own layers serve CUDA tensors where they can, and reference.py the rest; with
 # NLPKERNELS_CUDA=0 reference.py serves all.
 CUDA_ARCHS: str = _C.cuda_archs
+if os.environ.get("NLPKERNELS_CUDA", "") not in ("", "0", "1"):
+    raise ImportError(f"NLPKERNELS_CUDA is {os.environ['NLPKERNELS_CUDA']!r}, expected 0, 1 or nothing")
 USES_CUDA_KERNELS = bool(CUDA_ARCHS) and os.environ.get("NLPKERNELS_CUDA") == "1"
 if USES_CUDA_KERNELS:
     torch.ops.load_library(_library("_cuda"))
@@ -92,15 +94,39 @@ for _name in (
 # --- Fake kernels: shapes and dtypes without data --------------------------------------------------------------------
 
 
-def _check_data(op: str, like_name: str, like: Tensor, **tensors: Tensor | Sequence[Tensor] | None) -> None:
-    """Refuse tensors without data beside `like` that has some: a fake kernel would return memory as it is found."""
-    for name, given in tensors.items():
-        for tensor in (given,) if isinstance(given, Tensor) else given or ():
-            if tensor.is_meta and not like.is_meta:
-                raise RuntimeError(f"{op}: expected {name} on {like.device} like {like_name}, got {tensor.device}")
+def _fake(name: str) -> Callable[[Callable[..., Any]], None]:
+    """Registers the fake kernel of an op. Tensors without data are refused beside such as have data.
+
+    A result would be memory as it is found, and an argument that an op changes would stay as it was. Integers may have
+    data: sizes of batches do.
+    """
+    arguments = [argument.name for argument in getattr(_ops, name).default._schema.arguments]
+
+    def check(given: dict[str, Any]) -> None:
+        tensors = [
+            (argument, tensor)
+            for argument, value in given.items()
+            for tensor in (value if isinstance(value, list | tuple) else (value,))
+            if isinstance(tensor, Tensor)
+        ]
+        with_data = [(a, t) for a, t in tensors if t.is_floating_point() and t.device.type != "meta"]
+        without = [(a, t) for a, t in tensors if t.device.type == "meta"]
+        if with_data and without:
+            (like, other), (argument, tensor) = with_data[0], without[0]
+            like = "the weights" if like == "weights" else like
+            raise RuntimeError(f"{name}: expected {argument} on {other.device} like {like}, got {tensor.device}")
+
+    def register(kernel: Callable[..., Any]) -> None:
+        def checked(*args: Any, **kwargs: Any) -> Any:
+            check(dict(zip(arguments, args, strict=False)) | kwargs)
+            return kernel(*args, **kwargs)
+
+        torch.library.register_fake(f"nlpkernels::{name}", checked)
+
+    return register
 
 
-@torch.library.register_fake("nlpkernels::recurrent")
+@_fake("recurrent")
 def _(
     x: Tensor,
     batch_sizes: Tensor | None,
@@ -111,9 +137,7 @@ def _(
     keep: bool,
     h_mask: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    _check_data("recurrent", "x", x, batch_sizes=batch_sizes, h0=h0, c0=c0, weights=weights, h_mask=h_mask)
-    _check_data("recurrent", "the weights", weights[0], x=x)
-    facts = reference.CELLS[cell]
+    facts = reference.facts_of(cell)
     directions, _, features = h0.shape
     rows = x.shape[0] * x.shape[1] if x.dim() == 3 else x.shape[0]
     workspace = (directions, rows, facts.saved, weights[0].shape[0] // facts.gates) if keep else (0,)
@@ -125,7 +149,7 @@ def _(
     )
 
 
-@torch.library.register_fake("nlpkernels::recurrent_backward")
+@_fake("recurrent_backward")
 def _(
     dy: Tensor | None,
     dh_n: Tensor | None,
@@ -150,7 +174,7 @@ def _(
     )
 
 
-@torch.library.register_fake("nlpkernels::recurrent_states_backward")
+@_fake("recurrent_states_backward")
 def _(
     dy: Tensor | None,
     dh_n: Tensor | None,
@@ -178,7 +202,7 @@ def _number_of_bags(indices: Tensor, offsets: Tensor | None, include_last_offset
     return indices.shape[0] if offsets is None else offsets.shape[0] - int(include_last_offset)
 
 
-@torch.library.register_fake("nlpkernels::embedding_bag")
+@_fake("embedding_bag")
 def _(
     weight: Tensor,
     indices: Tensor,
@@ -190,31 +214,28 @@ def _(
     scale_grad_by_freq: bool,
     sparse: bool,
 ) -> tuple[Tensor, Tensor]:
-    _check_data(
-        "embedding_bag", "weight", weight, indices=indices, offsets=offsets, per_sample_weights=per_sample_weights
-    )
     shape = (_number_of_bags(indices, offsets, include_last_offset), weight.shape[1])
     aux = {"mean": shape[:1], "max": shape}.get(mode, (0,))
     return weight.new_empty(shape), weight.new_empty(aux, dtype=torch.long)
 
 
-@torch.library.register_fake("nlpkernels::embedding_bag_backward")
+@_fake("embedding_bag_backward")
 def _(grad: Tensor, num_embeddings: int, *others: Any) -> Tensor:
     return grad.new_empty(num_embeddings, grad.shape[1])
 
 
-@torch.library.register_fake("nlpkernels::embedding_bag_sparse_backward")
+@_fake("embedding_bag_sparse_backward")
 def _(grad: Tensor, num_embeddings: int, *others: Any) -> tuple[Tensor, Tensor]:
     rows = torch.library.get_ctx().new_dynamic_size()
     return grad.new_empty(rows, dtype=torch.long), grad.new_empty(rows, grad.shape[1])
 
 
-@torch.library.register_fake("nlpkernels::embedding_bag_per_sample_backward")
+@_fake("embedding_bag_per_sample_backward")
 def _(grad: Tensor, weight: Tensor, indices: Tensor, *others: Any) -> Tensor:
     return weight.new_empty(indices.shape)
 
 
-@torch.library.register_fake("nlpkernels::embedding_bag_update")
+@_fake("embedding_bag_update")
 def _(*args: Any) -> None:
     pass
 

@@ -45,11 +45,15 @@ def _layers(
             f"layers and {directions} directions with has_biases={has_biases}, got {len(params)} in all"
         )
     for name, state in (("hx", h0), ("cx", c0)):
+        if not isinstance(state, Tensor) and (name == "hx" or cell == "lstm"):
+            raise TypeError(f"{cell}: expected {name} to be a tensor, got {type(state).__name__}")
         if state is not None and (state.dim() != 3 or state.shape[0] != num_layers * directions):
             raise ValueError(
                 f"{cell}: expected {name} of shape [{num_layers * directions}, batch, features], "
                 f"got {list(state.shape)}"
             )
+    _check_probability(cell, "dropout", dropout)
+    _check_probability(cell, "recurrent_dropout", recurrent_dropout)
     draws = train and recurrent_dropout > 0
     if _ops.is_left_to_torch(input) and input.numel() > 0 and not (return_state_sequence or draws):
         check_shapes(cell, params, input.shape[-1], has_biases, num_layers, directions)
@@ -70,9 +74,13 @@ def _layers(
         h_mask = None
         if draws:
             h_mask = torch.dropout(torch.ones_like(h0[own]), recurrent_dropout, True)
-        x, h_n, c_n, c = _ops.recurrent(
-            x, batch_sizes, h0[own], None if c0 is None else c0[own], weights, cell, return_state_sequence, h_mask
-        )
+        try:
+            x, h_n, c_n, c = _ops.recurrent(
+                x, batch_sizes, h0[own], None if c0 is None else c0[own], weights, cell, return_state_sequence, h_mask
+            )
+        except TypeError:
+            _refuse_others(cell, params)
+            raise
         if return_state_sequence:  # a layer's output is its h: [T, B, D P] -> [D, T, B, P]
             h_n, c_n = x.unflatten(-1, (directions, -1)).movedim(-2, 0), c_n if c is None else c
             if transposed:
@@ -83,6 +91,22 @@ def _layers(
     if num_layers == 1:
         return y, h_ns[0], c_ns[0]
     return y, torch.cat(h_ns), torch.cat(c_ns) if c0 is not None else c_ns[0]
+
+
+def _check_probability(function: str, name: str, p: float) -> None:
+    try:
+        fits = 0 <= p <= 1  # not of NaN
+    except TypeError:
+        fits = False
+    if not fits:
+        raise ValueError(f"{function}: expected {name} to be a number from 0 to 1, got {p!r}")
+
+
+def _refuse_others(function: str, params: Sequence[Tensor]) -> None:
+    """Say which of the parameters is not a tensor, if one is not. After an error: it takes time that a call has not."""
+    for i, param in enumerate(params):
+        if not isinstance(param, Tensor):
+            raise TypeError(f"{function}: expected params to be tensors, got {type(param).__name__} in params[{i}]")
 
 
 def _by_torch(
@@ -165,7 +189,8 @@ def lstm(
         or bfloat16 and float16, for which arithmetic and states inside the loop are float32.
 
     Raises:
-        ValueError: the number of params or of layers or a state's shape does not fit.
+        TypeError: one of hx or params is not a tensor.
+        ValueError: the number of params or of layers or a state's shape does not fit, or a probability is none.
         RuntimeError: a weight's shape, dtype or device does not fit.
     """
     return _layers(
@@ -247,10 +272,6 @@ def rnn_relu(
     )[:2]  # fmt: skip
 
 
-# What our kernels take.
-_DTYPES = frozenset({torch.float32, torch.float64, torch.bfloat16, torch.float16})
-
-
 def _renormalise(max_norm: float, norm_type: float, weight: Tensor, ids: Tensor, *bags: Any) -> None:
     """Scale the rows in use down to max_norm, in place, for a call of `_ops.embedding_bag` with the other arguments."""
     with torch.no_grad():
@@ -323,10 +344,10 @@ def embedding(
     _check_ids("embedding", input)
     _check_table("embedding", weight)
     padding = _wrap_padding("embedding", padding_idx, weight.shape[0])
-    is_left = weight.dtype not in _DTYPES or input.is_nested
+    is_left = weight.dtype not in reference.DTYPES or input.is_nested
     if not (is_left or sparse) and _ops.is_left_to_torch(weight) and input.device == weight.device:
         is_left = _ops.optimizer_of(weight) is None
-        reference.refuse_wrong_indices(input.reshape(-1), weight.shape[0])
+        reference.refuse_wrong_indices("embedding", input, weight.shape[0])
     if is_left:
         return torch.nn.functional.embedding(
             input, weight, padding_idx, max_norm, norm_type, scale_grad_by_freq, sparse
@@ -441,12 +462,17 @@ def embedding_bag(
     if per_sample_weights is not None and mode != "sum":
         position = torch.arange(input.numel(), device=input.device).reshape(input.shape)
         if mode == "max":
+            # In no bag: their rows may hold anything, and those past the last bag need not be rows at all.
+            outside = input == padding
+            if offsets is not None and include_last_offset and offsets.numel() > 0:
+                past = position >= offsets[-1]
+                outside, input = outside | past, input.masked_fill(past, 0)
             ids = input.reshape(-1)
             rows = _ops.embedding_bag(weight, ids, None, None, "lookup", padding, False, False, False)
-            rows = rows * per_sample_weights.reshape(-1, 1)
-            # Each index is a row of its own, and the padding one more, in which nothing stands.
+            rows = rows.masked_fill(outside.reshape(-1, 1), 0) * per_sample_weights.reshape(-1, 1)
+            # Each index is a row of its own, and those outside one more, in which nothing stands.
             rows = torch.cat([rows, rows.new_zeros(1, rows.shape[1])])
-            position = torch.where(input == padding, input.numel(), position)
+            position = position.masked_fill(outside, input.numel())
             return _ops.embedding_bag(
                 rows, position, offsets, None, "max", input.numel(), include_last_offset, False, False
             )

@@ -28,10 +28,16 @@ def _states_of(name: str, hx: Tensor | tuple[Tensor, Tensor] | None, count: int)
     """Hx of a layer or a cell of that name as a tuple: (h,) if `count` is 1, (h, c) if it is 2, or None."""
     if hx is None:
         return None
-    states = (hx,) if isinstance(hx, Tensor) else tuple(hx)
-    if len(states) != count or (count == 1) != isinstance(hx, Tensor):
+    if isinstance(hx, Tensor):
+        states: tuple[Tensor, ...] = (hx,)
+    else:
+        states = tuple(hx) if isinstance(hx, tuple) or isinstance(hx, Iterable) else ()
+    fits = len(states) == count and (count == 1) == isinstance(hx, Tensor)
+    if not fits or not (isinstance(states[0], Tensor) and isinstance(states[-1], Tensor)):
         expected = "one tensor" if count == 1 else "two tensors, (h, c)"
-        got = "one tensor" if isinstance(hx, Tensor) else f"a {type(hx).__name__} of {len(states)}"
+        got = "one tensor" if isinstance(hx, Tensor) else f"{type(hx).__name__} of {len(states)}"
+        if fits:
+            got = f"{type(hx).__name__} of {' and '.join(type(state).__name__ for state in states)}"
         raise RuntimeError(f"{name}: expected hx to be {expected}, got {got}")
     return states
 
@@ -207,8 +213,15 @@ class _Padding(NamedTuple):
     def of(lengths: Tensor | Sequence[int], x: Tensor, batch_first: bool) -> _Padding:
         """The padding of x, [T, B, I] or [B, T, I], by the lengths, [B]."""
         steps, batch = (x.size(1), x.size(0)) if batch_first else (x.size(0), x.size(1))
-        if not isinstance(lengths, Tensor):  # (of no numbers torch makes floats)
-            lengths = torch.as_tensor(lengths, dtype=None if len(lengths) > 0 else torch.long)
+        if not isinstance(lengths, Tensor):
+            given = lengths
+            try:  # (of no numbers torch makes floats)
+                lengths = torch.as_tensor(given, dtype=None if len(given) > 0 else torch.long)
+            except (TypeError, ValueError, RuntimeError):
+                raise ValueError(
+                    f"expected lengths to be {batch} integers (int32 or int64), one for each sequence, as a list or a "
+                    f"tensor, got {type(given).__name__} {given!r:.80}"
+                ) from None
         if lengths.dim() != 1 or lengths.size(0) != batch or lengths.dtype not in (torch.int32, torch.int64):
             raise ValueError(
                 f"expected lengths to be {batch} integers (int32 or int64), one for each sequence, "
@@ -520,7 +533,7 @@ class _Cell(RNNCellBase):
         if dim == 1:
             input, states = input.unsqueeze(0), tuple(state.unsqueeze(0) for state in states)
         h0, c0 = states[0], states[1] if cell == "lstm" else None
-        if _ops.is_left_to_torch(input):
+        if _ops.is_left_to_torch(input) or self.hidden_size == 0:
             functional.check_shapes(cell, weights, self.input_size, self.bias)
             stepped = getattr(torch, f"{cell}_cell")(input, h0 if c0 is None else states, *weights)
             final = (stepped,) if c0 is None else stepped

@@ -12,6 +12,7 @@ D directions, G gates, S saved values per unit; V rows and E columns of a table.
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -27,12 +28,25 @@ class Cell(NamedTuple):
     has_c: bool
 
 
+# What kernels take.
+DTYPES = frozenset({torch.float32, torch.float64, torch.bfloat16, torch.float16})
+
 CELLS = {
     "rnn_tanh": Cell(gates=1, saved=0, has_c=False),
     "rnn_relu": Cell(gates=1, saved=0, has_c=False),
     "lstm": Cell(gates=4, saved=5, has_c=True),
     "gru": Cell(gates=3, saved=4, has_c=False),
 }
+
+
+# --- Recurrent layers ------------------------------------------------------------------------------------------------
+
+
+def facts_of(cell: str) -> Cell:
+    """The constants of the cell of that name."""
+    if cell not in CELLS:
+        raise ValueError(f"recurrent: expected cell {', '.join(map(repr, CELLS))}, got {cell!r}")
+    return CELLS[cell]
 
 
 def cell_step(cell: str, from_x: Tensor, from_h: Tensor, h: Tensor, c: Tensor) -> tuple[Tensor, Tensor, list[Tensor]]:
@@ -63,7 +77,7 @@ def cell_step(cell: str, from_x: Tensor, from_h: Tensor, h: Tensor, c: Tensor) -
         r, z = torch.sigmoid(x_r + h_r), torch.sigmoid(x_z + h_z)
         n = torch.tanh(x_n + r * h_n)
         return n + z * (h - n), c, [r, z, n, h_n]
-    raise ValueError(f"recurrent: expected cell {', '.join(map(repr, CELLS))}, got {cell!r}")
+    raise ValueError(f"recurrent: there is no step of a cell {cell!r}")
 
 
 def cell_states(workspace: Tensor) -> Tensor:
@@ -81,6 +95,80 @@ def _arithmetic_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if dtype in (torch.bfloat16, torch.float16) else dtype
 
 
+def _refuse_strange(op: str, tensors: dict[str, Tensor | None], dtype: torch.dtype) -> None:
+    """Raise unless all these tensors are dense and of that dtype, which is one that kernels take."""
+    if dtype not in DTYPES:
+        raise RuntimeError(f"{op}: expected a floating dtype (float32, float64, bfloat16 or float16), got {dtype}")
+    for name, tensor in tensors.items():
+        if tensor is not None and (tensor.dtype != dtype or tensor.layout != torch.strided):
+            raise RuntimeError(
+                f"{op}: expected {name} to be a dense tensor of dtype {dtype}, got {tensor.layout} of {tensor.dtype}"
+            )
+
+
+def _check_recurrent(
+    x: Tensor,
+    batch_sizes: Tensor | None,
+    h0: Tensor,
+    c0: Tensor | None,
+    weights: list[Tensor],
+    cell: str,
+    h_mask: Tensor | None,
+) -> None:
+    """What csrc/checks.h checks for the kernels."""
+    facts = facts_of(cell)
+    tensors = {"x": x, "h0": h0, "c0": c0, "h_mask": h_mask} | {f"weights[{i}]": w for i, w in enumerate(weights)}
+    _refuse_strange("recurrent", tensors, x.dtype)
+    if h0.dim() != 3 or h0.shape[0] not in (1, 2):
+        raise RuntimeError(
+            f"recurrent: expected h0 of shape [1 or 2 directions, batch, features], got {list(h0.shape)}"
+        )
+    directions, batch, features = h0.shape
+    per_direction = len(weights) // directions
+    if len(weights) != per_direction * directions or per_direction not in ((2, 3, 4, 5) if facts.has_c else (2, 4)):
+        raise RuntimeError(
+            f"recurrent: expected 2 or 4 weights for each of {directions} directions, of an LSTM with a projection one "
+            f"more, got {len(weights)}"
+        )
+    if x.dim() not in ((2, 3) if batch_sizes is None else (2,)):
+        raise RuntimeError(f"recurrent: expected x of shape [steps, batch, features], [batch, features] or, packed, "
+                           f"[rows, features], got {list(x.shape)}")  # fmt: skip
+    rows = weights[0].shape[0] if weights[0].dim() else 0
+    hidden = rows // facts.gates
+    if (c0 is not None) != facts.has_c or hidden == 0:
+        raise RuntimeError(
+            f"recurrent: expected weights of at least one hidden unit, and c0 for an LSTM only, got weight_ih of shape "
+            f"{list(weights[0].shape)} and {'no c0' if c0 is None else 'c0'} for {cell!r}"
+        )
+    shapes: dict[str, tuple[int, ...]] = {"c0": (directions, batch, hidden), "h_mask": (directions, batch, features)}
+    for d in range(directions):
+        own = [(hidden * facts.gates, x.shape[-1]), (hidden * facts.gates, features)]
+        own += [(hidden * facts.gates,)] * (2 if per_direction > 3 else 0)  # type: ignore[list-item]
+        own += [(features, hidden)] * (per_direction % 2)
+        shapes |= {f"weights[{d * per_direction + i}]": shape for i, shape in enumerate(own)}
+    if per_direction % 2 == 0:
+        shapes["h0"] = (directions, batch, hidden)
+    if batch_sizes is None:
+        shapes["x"] = (*x.shape[:-2], batch, x.shape[-1])
+    else:
+        if batch_sizes.dim() != 1 or batch_sizes.dtype != torch.int64 or batch_sizes.device.type != "cpu":
+            raise RuntimeError(
+                f"recurrent: expected batch_sizes to be a 1-D int64 tensor on the CPU, got {batch_sizes.dim()}-D "
+                f"{batch_sizes.dtype} on {batch_sizes.device}"
+            )
+        sizes = batch_sizes.tolist()
+        if any(not 0 <= size <= limit for limit, size in zip([batch, *sizes], sizes, strict=False)):
+            raise RuntimeError(
+                f"recurrent: expected batch_sizes of 0 or more that never increase, from {batch} on (the batch of h0), "
+                f"got {sizes}"
+            )
+        shapes["x"] = (sum(sizes), x.shape[-1])
+    for name, shape in shapes.items():
+        tensor = tensors[name]
+        if tensor is not None and tensor.shape != shape:
+            raise RuntimeError(f"recurrent: expected {name} of shape {list(shape)}, got {list(tensor.shape)}")
+
+
 def recurrent(
     x: Tensor,
     batch_sizes: Tensor | None,
@@ -92,7 +180,8 @@ def recurrent(
     h_mask: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """One layer: y [T, B, D P] or as x has it, h_n [D, B, P], c_n [D, B, H] or [0], workspace [D, N, S, H] or [0]."""
-    facts, dtype = CELLS[cell], x.dtype
+    _check_recurrent(x, batch_sizes, h0, c0, weights, cell, h_mask)
+    facts, dtype = facts_of(cell), x.dtype
     directions, batch, _ = h0.shape
     per_direction = len(weights) // directions
     if batch_sizes is None:
@@ -218,6 +307,9 @@ def _recurrent_gradients(
     )
 
 
+# --- Embedding bags --------------------------------------------------------------------------------------------------
+
+
 class _Uses(NamedTuple):
     """The uses of rows that count: row, bag and position in the flattened indices of each; and the number of bags."""
 
@@ -227,20 +319,76 @@ class _Uses(NamedTuple):
     bags: int
 
 
-def refuse_wrong_indices(flat: Tensor, rows: int) -> None:
-    """Raise an IndexError if one of the flattened indices is not a row of a table of so many."""
+def refuse_wrong_indices(op: str, indices: Tensor, rows: int) -> None:
+    """Raise an IndexError if one of the indices of an op or function is not a row of a table of so many."""
+    flat = indices.reshape(-1)
     wrong = (flat < 0) | (flat >= rows)
     if wrong.any():  # on CUDA this waits for the device, and saves it from an assertion that would end the process
         first = int(wrong.nonzero()[0])
+        # A lookup's may have had any shape.
+        what, place = ("flattened indices", f"[{first}]") if op == "embedding" else ("indices", f"[{first}]")
+        if op != "embedding" and indices.dim() == 2:
+            place = f"[{first // indices.shape[1]}][{first % indices.shape[1]}]"
         raise IndexError(
-            f"embedding_bag: flattened indices[{first}] is {int(flat[first])}, "
-            f"expected a row from 0 to {rows - 1} of a table of {rows}"
+            f"{op}: {what}{place} is {int(flat[first])}, expected a row from 0 to {rows - 1} of a table of {rows}"
         )
 
 
-def _uses(indices: Tensor, offsets: Tensor | None, rows: int, padding_idx: int, include_last_offset: bool) -> _Uses:
+def _check_bags(
+    like: Tensor,
+    indices: Tensor,
+    offsets: Tensor | None,
+    per_sample_weights: Tensor | None,
+    mode: str,
+    **others: Tensor,
+) -> None:
+    """What csrc/checks.h checks for the kernels; `like` is the table or its gradient."""
+    if mode not in ("sum", "mean", "max", "lookup"):
+        raise ValueError(f"embedding_bag: expected mode 'sum', 'mean', 'max' or 'lookup', got {mode!r}")
+    _refuse_strange("embedding_bag", {"weight": like, "per_sample_weights": per_sample_weights, **others}, like.dtype)
+    for name, integers in (("indices", indices), ("offsets", offsets)):
+        if integers is not None and (
+            integers.dtype not in (torch.int32, torch.int64) or integers.layout != torch.strided
+        ):
+            raise TypeError(
+                f"embedding_bag: expected {name} of dtype int32 or int64, got {integers.layout} of {integers.dtype}"
+            )
+    if like.dim() != 2:
+        raise ValueError(f"embedding_bag: expected 2-D weight, got {list(like.shape)}")
+    if offsets is None and indices.dim() != 2:
+        raise ValueError(f"embedding_bag: expected 2-D indices without offsets, got {list(indices.shape)}")
+    if offsets is not None and (indices.dim() != 1 or offsets.dim() != 1):
+        raise ValueError(
+            f"embedding_bag: expected 1-D indices and 1-D offsets, got {list(indices.shape)} and {list(offsets.shape)}"
+        )
+    if mode == "lookup" and (offsets is not None or indices.shape[1] != 1):
+        raise ValueError(f"embedding_bag: expected indices of shape [rows, 1] with 'lookup', got {list(indices.shape)}")
+    if per_sample_weights is not None and mode != "sum":
+        raise ValueError("embedding_bag: per_sample_weights go with mode 'sum' only")
+    if per_sample_weights is not None and per_sample_weights.shape != indices.shape:
+        raise RuntimeError(
+            f"embedding_bag: expected per_sample_weights of shape {list(indices.shape)}, "
+            f"got {list(per_sample_weights.shape)}"
+        )
+
+
+def _check_bags_backward(grad: Tensor, num_embeddings: int, bags: int, aux: Tensor, mode: str) -> None:
+    if num_embeddings < 0:
+        raise ValueError(f"embedding_bag: expected num_embeddings of 0 or more, got {num_embeddings}")
+    if grad.shape[0] != bags:
+        raise ValueError(f"embedding_bag: expected grad of shape [{bags}, columns], got {list(grad.shape)}")
+    if aux.dtype != torch.int64:
+        raise TypeError(f"embedding_bag: expected aux of dtype int64, got {aux.dtype}")
+    expected = {"mean": (bags,), "max": tuple(grad.shape)}.get(mode, tuple(aux.shape))
+    if aux.shape != expected:
+        raise RuntimeError(f"embedding_bag: expected aux of shape {list(expected)}, got {list(aux.shape)}")
+
+
+def _uses(
+    indices: Tensor, offsets: Tensor | None, rows: int, padding_idx: int, include_last_offset: bool, mode: str = "sum"
+) -> _Uses:
+    refuse_wrong_indices("embedding" if mode == "lookup" else "embedding_bag", indices, rows)
     flat = indices.reshape(-1).long()
-    refuse_wrong_indices(flat, rows)
     position = torch.arange(flat.shape[0], device=flat.device)
     if offsets is None:
         bags = indices.shape[0]
@@ -275,7 +423,8 @@ def embedding_bag(
     sparse: bool,
 ) -> tuple[Tensor, Tensor]:
     """Pooled rows [B, E], and what backward needs: rows per bag for "mean", winning positions [B, E] for "max"."""
-    uses = _uses(indices, offsets, weight.shape[0], -1 if mode == "lookup" else padding_idx, include_last_offset)
+    _check_bags(weight, indices, offsets, per_sample_weights, mode)
+    uses = _uses(indices, offsets, weight.shape[0], -1 if mode == "lookup" else padding_idx, include_last_offset, mode)
     values = weight[uses.row].to(_arithmetic_dtype(weight.dtype))  # [uses, E]
     if per_sample_weights is not None:
         values = values * per_sample_weights.reshape(-1)[uses.position].to(values.dtype).unsqueeze(-1)
@@ -312,7 +461,9 @@ def embedding_bag_backward(
     scale_grad_by_freq: bool,
 ) -> Tensor:
     """Dense gradient of weight, [V, E]."""
-    uses = _uses(indices, offsets, num_embeddings, padding_idx, include_last_offset)
+    _check_bags(grad, indices, offsets, per_sample_weights, mode)
+    uses = _uses(indices, offsets, num_embeddings, padding_idx, include_last_offset, mode)
+    _check_bags_backward(grad, num_embeddings, uses.bags, aux, mode)
     terms = grad.to(_arithmetic_dtype(grad.dtype))[uses.bag]  # [uses, E]
     if mode == "mean":
         terms = terms / aux[uses.bag].unsqueeze(-1)
@@ -338,13 +489,38 @@ def embedding_bag_sparse_backward(
     scale_grad_by_freq: bool,
 ) -> tuple[Tensor, Tensor]:
     """The same as sorted rows [R] and their values [R, E]."""
-    uses = _uses(indices, offsets, num_embeddings, padding_idx, include_last_offset)
-    rows = uses.row.unique()
     dense = embedding_bag_backward(
         grad, num_embeddings, indices, offsets, per_sample_weights, aux, mode, padding_idx, include_last_offset,
         scale_grad_by_freq,
     )  # fmt: skip
+    rows = _uses(indices, offsets, num_embeddings, padding_idx, include_last_offset).row.unique()
     return rows, dense[rows]
+
+
+def _check_update(
+    weight: Tensor, grad: Tensor, first: Tensor | None, second: Tensor | None, rule: str, settings: list[float]
+) -> None:
+    op = "embedding_bag_update"
+    if rule not in ("sgd", "rowwise_adagrad", "adagrad", "adam"):
+        raise ValueError(f"{op}: expected rule 'sgd', 'rowwise_adagrad', 'adagrad' or 'adam', got {rule!r}")
+    _refuse_strange(op, {"weight": weight, "grad": grad}, weight.dtype)
+    if weight.dim() != 2 or not weight.is_contiguous():
+        raise ValueError(f"{op}: expected contiguous 2-D weight, got {list(weight.shape)}, strides {weight.stride()}")
+    if grad.dim() != 2 or grad.shape[1] != weight.shape[1]:
+        raise ValueError(f"{op}: expected grad of shape [bags, {weight.shape[1]}], got {list(grad.shape)}")
+    wanted = {"sgd": 1, "adam": 4}.get(rule, 2)
+    if len(settings) != wanted or any(map(math.isnan, settings)):
+        raise ValueError(f"{op}: expected {wanted} settings, none of them NaN, got {settings}")
+    shape = weight.shape[:1] if rule == "rowwise_adagrad" else weight.shape
+    dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
+    for name, state, needed in (("first", first, rule != "sgd"), ("second", second, rule == "adam")):
+        if (state is not None) != needed:
+            raise ValueError(f"{op}: {name} is {'needed' if needed else 'not wanted'} by this rule")
+        if state is not None and (state.shape != shape or state.dtype != dtype or not state.is_contiguous()):
+            raise RuntimeError(
+                f"{op}: expected contiguous {name} of shape {list(shape)} and {dtype}, got {list(state.shape)}, "
+                f"strides {state.stride()}, of {state.dtype}"
+            )
 
 
 def embedding_bag_update(
@@ -364,6 +540,7 @@ def embedding_bag_update(
     settings: list[float],
 ) -> None:
     """A step of an optimizer for the rows in use, in place; `csrc/library.cpp` says what each rule does."""
+    _check_update(weight, grad, first, second, rule, settings)
     rows, g = embedding_bag_sparse_backward(
         grad, weight.shape[0], indices, offsets, per_sample_weights, aux, pooling, padding_idx, include_last_offset,
         scale_grad_by_freq,
@@ -383,7 +560,7 @@ def embedding_bag_update(
         second[rows] += (g.square() - second[rows]) * (1 - beta2)
         change = rate * first[rows] / (second[rows].sqrt() + eps)
     else:
-        raise ValueError(f"embedding_bag_update: a state is missing, or there is no such rule: {rule!r}")
+        raise ValueError(f"embedding_bag_update: there is no rule {rule!r}")
     weight[rows] = (weight[rows].to(g.dtype) - change).to(weight.dtype)
 
 
@@ -396,7 +573,12 @@ def embedding_bag_per_sample_backward(
     include_last_offset: bool,
 ) -> Tensor:
     """Gradient of per_sample_weights, shaped like indices."""
+    _check_bags(weight, indices, offsets, None, "sum", grad=grad)
     uses = _uses(indices, offsets, weight.shape[0], padding_idx, include_last_offset)
+    if tuple(grad.shape) != (uses.bags, weight.shape[1]):
+        raise RuntimeError(
+            f"embedding_bag: expected grad of shape {[uses.bags, weight.shape[1]]}, got {list(grad.shape)}"
+        )
     wide = _arithmetic_dtype(weight.dtype)
     terms = (grad.to(wide)[uses.bag] * weight.to(wide)[uses.row]).sum(-1)
     return terms.new_zeros(indices.numel()).index_add(0, uses.position, terms).reshape(indices.shape).to(weight.dtype)

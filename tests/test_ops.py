@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections import Counter
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -168,6 +170,191 @@ def test_forgotten_workspace_is_made_again() -> None:
             y = OPS.recurrent(x, batch_sizes, h0, c0, weights, cell, keep, h_mask)[0]
             grads.append(torch.autograd.grad(y.sin().sum(), [x, *weights[:2]]))
         assert all(map(torch.equal, *grads))
+
+
+# --- Hostile calls ---------------------------------------------------------------------------------------------------
+
+UPDATE = "embedding_bag_update"
+HARMLESS = "harmless"  # in the name of a change after which the call gives what it gave
+
+
+def update_samples() -> list[tuple[Any, ...]]:
+    """Arguments of `embedding_bag_update`, one call for each rule."""
+    samples = []
+    ids, none = torch.tensor([[1, 2, 3], [1, 0, 9]]), torch.empty(0, dtype=torch.long)
+    for rule, shapes, settings in (
+        ("sgd", [], [0.1]),
+        ("rowwise_adagrad", [(10,)], [0.1, 1e-3]),
+        ("adagrad", [(10, 4)], [0.1, 1e-3]),
+        ("adam", [(10, 4)] * 2, [0.1, 1e-3, 0.9, 0.99]),
+    ):
+        first, second, *_ = (*(torch.rand(shape) for shape in shapes), None, None)
+        factors = torch.rand(2, 3) if rule == "adam" else None
+        tensors = (torch.randn(2, 4), torch.randn(10, 4), first, second, ids, None, factors, none)
+        samples.append((*tensors, "sum", 0, False, True, rule, settings))
+    return samples
+
+
+def plain_samples(name: str) -> list[tuple[Any, ...]]:
+    """Some valid calls of an op, of tensors that require no gradient."""
+    if name == UPDATE:
+        return update_samples()
+    samples = samples_of(name, "cpu")
+    few = 1 if name == "recurrent_states_backward" else 4  # reference.py takes its time
+    kept = [*samples[: -1 : len(samples) // few], samples[-1]]
+    return [tree_map_only(Tensor, Tensor.detach, args) for args in kept]
+
+
+def without_storage(tensor: Tensor) -> Tensor:
+    copy = tensor.clone()
+    copy.untyped_storage().resize_(0)
+    return copy
+
+
+def strange_tensors(tensor: Tensor) -> dict[str, Any]:
+    """What a caller may pass in the place of a tensor: name -> how it is made, as some cannot be made of every one."""
+    shape, dims = tensor.shape, tensor.dim()
+    one = tensor.new_ones(())
+    strange: dict[str, Any] = {
+        f"{HARMLESS} strides": lambda: tensor.new_empty_strided(shape, [s * 2 for s in tensor.stride()]).copy_(tensor),
+        f"{HARMLESS} reversed strides": lambda: (
+            tensor.permute(*range(dims)[::-1]).contiguous().permute(*range(dims)[::-1])
+        ),
+        f"{HARMLESS} negated view": lambda: torch._neg_view(-tensor),
+        "expanded": lambda: one.expand(shape),
+        "overlapping": lambda: tensor.flatten().repeat(2).as_strided(shape, [1] * dims),
+        "meta": lambda: tensor.to("meta"),
+        "sparse": tensor.to_sparse,
+        "sparse rows": tensor.to_sparse_csr,
+        "mkldnn": tensor.to_mkldnn,
+        "quantized": lambda: torch.quantize_per_tensor(tensor.float(), 0.1, 0, torch.quint8),
+        "nested": lambda: torch.nested.nested_tensor([tensor, tensor]),
+        "zeros that are not there": lambda: torch._efficientzerotensor(shape, dtype=tensor.dtype),
+        "scalar": lambda: one,
+        "flat": lambda: tensor.reshape(-1),
+        "one more": lambda: tensor.unsqueeze(0),
+        "empty": lambda: tensor.new_empty(0),
+        "empty rows": lambda: tensor[:0],
+        "empty columns": lambda: tensor[..., :0],
+        "short": lambda: tensor[:-1],
+        "narrow": lambda: tensor[..., :-1],
+        "long": lambda: torch.cat([tensor, tensor[:1]]),
+        "wide": lambda: torch.cat([tensor, tensor[..., :1]], -1),
+        "huge": lambda: one.expand(2**50, *shape[1:]),
+        "huge and empty": lambda: tensor.new_empty(2**40, 2**21, 0),
+        "huge and empty rows": lambda: tensor.new_empty(*shape[:-1], 0)[:0].expand(0, *[2**20] * (dims - 1)),
+        "wide rows": lambda: one.expand(*shape[:-1], 2**50),
+        "none": lambda: None,
+        "a string": lambda: "sum",
+        "a number": lambda: 1,
+        "a list": lambda: [tensor],
+        "its storage is gone": lambda: without_storage(tensor),
+        "derivative": lambda: tensor.clone().requires_grad_(),
+        "inference": lambda: inference_copy(tensor),
+    }
+    for dtype in (torch.float16, torch.float64, torch.complex64, torch.int32, torch.int8, torch.bool):
+        strange[str(dtype)] = lambda dtype=dtype: tensor.to(dtype)
+    strange["float8"] = lambda: tensor.float().to(torch.float8_e4m3fn)
+    fills = (float("nan"), float("inf"), -1e30) if tensor.is_floating_point() else (-1, 1, 2**31 - 1, -(2**63), 2**40)
+    for fill in fills:
+        strange[f"full of {fill}"] = lambda fill=fill: torch.full_like(tensor, fill)
+    if not tensor.is_floating_point():
+        strange["backwards"] = lambda: tensor.flip(0)
+        strange["one too many"] = lambda: tensor + 1
+    return strange
+
+
+def inference_copy(tensor: Tensor) -> Tensor:
+    with torch.inference_mode():
+        return tensor.clone()
+
+
+def strange_values(value: Any, kind: str) -> dict[str, Any]:
+    """The same of any argument, by the type that its schema says."""
+    numbers = (-(2**63), -5, -1, 0, 1, 2**31, 2**40, 2**62, 2**62 + 2**24, 2**63 - 1, 2**64, 1.5, "1", None)
+    strings = ("", "SUM", "sum", "mean", "max", "lookup", "lstm", "gru\0", "rnn_relu", "x" * 1000, "adam", 1, None)
+    floats: tuple[Any, ...] = ([], [float("nan")] * 4, [float("nan"), 1.0], [1.0], [1.0] * 5, [float("inf")] * 2, None)
+    if isinstance(value, Tensor):
+        return strange_tensors(value)
+    if kind == "List[Tensor]":
+        strange: dict[str, Any] = {
+            "no list": lambda: None,
+            "empty list": list,
+            "shorter": lambda: value[:-1],
+            "longer": lambda: [*value, value[-1]],
+            "twice": lambda: [*value, *value],
+            "one": lambda: value[:1],
+            "backwards": lambda: value[::-1],
+        }
+        for i, own in enumerate(value):
+            for name, make in strange_tensors(own).items():
+                strange[f"[{i}] {name}"] = lambda i=i, make=make: [*value[:i], make(), *value[i + 1 :]]
+        return strange
+    choices: dict[str, tuple[Any, ...]] = {
+        "int": numbers, "bool": (not value, None, "x", 2**70), "str": strings, "List[float]": floats,
+        "Optional[Tensor]": (torch.ones(2, 3), torch.tensor([0, 2]), torch.tensor([2, 1]), torch.ones(10, 4), 1, "x"),
+    }  # fmt: skip
+    return {str(choice)[:20]: lambda choice=choice: choice for choice in choices.get(kind, numbers)}
+
+
+def hostile_calls(name: str) -> Iterator[tuple[str, tuple[Any, ...], tuple[Any, ...]]]:
+    """Valid calls of an op in which one argument has been changed: what was, the valid call and the changed one."""
+    arguments = getattr(OPS, name).default._schema.arguments
+    for sample, args in enumerate(plain_samples(name)):
+        for place, argument in enumerate(arguments):
+            for what, make in strange_values(args[place], str(argument.type)).items():
+                try:
+                    changed = make()
+                except (RuntimeError, TypeError, IndexError, ValueError, NotImplementedError, OverflowError):
+                    continue  # torch has no such tensor
+                yield (
+                    f"call {sample}, {argument.name}: {what}",
+                    args,
+                    (*args[:place], changed, *args[place + 1 :]),
+                )
+
+
+def bits(args: Any) -> list[Tensor]:
+    """The bytes of all tensors of a call that have some to be compared."""
+    leaves = [leaf for leaf in tree_leaves(args) if isinstance(leaf, Tensor) and leaf.layout == torch.strided]
+    few = [t for t in leaves if not (t.is_meta or t.is_quantized or t.is_nested) and t.numel() < 2**20]
+    there = [t.detach() for t in few if t.numel() > 0 and t.untyped_storage().nbytes() > 0]
+    return [t.resolve_neg().reshape(-1).clone().view(torch.uint8) for t in there]
+
+
+def error_of(call: Callable[[], Any]) -> tuple[Any, Exception | None]:
+    """What a call returns, and the error that it raises, of the kinds that a caller may expect."""
+    try:
+        return call(), None
+    except (ValueError, RuntimeError, TypeError, IndexError) as error:
+        return None, error
+
+
+@pytest.mark.filterwarnings("ignore")  # of torch, about the tensors that are made here
+@pytest.mark.parametrize("name", [*ALL_OPS, UPDATE])
+def test_hostile_calls(name: str) -> None:
+    """Whatever one argument is, an op raises and leaves all tensors as they were, or it is a call like any other."""
+    torch.use_deterministic_algorithms(False)  # or memory of any size would be filled with NaN
+    op, counts = getattr(OPS, name), Counter[str]()
+    for what, args, changed in hostile_calls(name):
+        if name == UPDATE:  # each call on tables of its own
+            changed = tuple(
+                a.clone() if isinstance(a, Tensor) and a is b and 1 <= i <= 3 else a
+                for i, (a, b) in enumerate(zip(changed, args, strict=True))
+            )
+        before = bits(changed)
+        result, error = error_of(lambda changed=changed: op(*changed))
+        counts["raised" if error else "returned"] += 1
+        if error or name != UPDATE:
+            after = bits(changed)
+            assert all(map(torch.equal, before, after)), f"{what}: changed a tensor, and raised {error!r}"
+        if HARMLESS in what and not (name == UPDATE and "contiguous" in str(error)):
+            assert error is None, f"{what}: {error!r}"
+            if name != UPDATE:
+                for a, b in zip(tree_leaves(result), tree_leaves(op(*args)), strict=True):
+                    torch.testing.assert_close(a, b, msg=lambda text, what=what: f"{what}: {text}")
+    assert counts["raised"] > 100
+    assert counts["returned"] > 10
 
 
 def run(code: str, **env: str) -> subprocess.CompletedProcess[str]:

@@ -118,6 +118,7 @@ std::tuple<Tensor, Tensor> embedding_bag(const Tensor& weight, const Tensor& ind
                                          const OptionalTensor& per_sample_weights, c10::string_view mode_name,
                                          int64_t padding_idx, bool include_last_offset, bool /*scale_grad_by_freq*/,
                                          bool /*sparse*/) {
+  threads_of_call();  // which notices a fork
   const Mode mode = parse_mode(mode_name);
   const char* op = mode == Mode::lookup ? "embedding" : "embedding_bag";
   TORCH_CHECK_VALUE(weight.dim() == 2, op, ": expected 2-D weight, got ", weight.sizes());
@@ -431,6 +432,7 @@ void embedding_bag_update(const Tensor& grad, const Tensor& weight, const Option
 
 Tensor embedding_bag_per_sample_backward(const Tensor& grad, const Tensor& weight, const Tensor& indices,
                                          const OptionalTensor& offsets, int64_t padding_idx, bool include_last_offset) {
+  threads_of_call();
   const char* op = "embedding_bag_per_sample_backward";
   TORCH_CHECK_VALUE(weight.dim() == 2, op, ": expected 2-D weight, got ", weight.sizes());
   check_embedding_bag(op, weight, indices, offsets, std::nullopt, Mode::sum, include_last_offset);

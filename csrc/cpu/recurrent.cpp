@@ -155,8 +155,9 @@ struct Layer : RecurrentArguments {
   using Operand = operand_t<T>;
 
   Layer(const RecurrentArguments& args, const Tensor& x, const Tensor& h0, const OptionalTensor& c0,
-        const OptionalTensor& h_mask)
+        const OptionalTensor& h_mask, int64_t call_threads)
       : RecurrentArguments(args),
+        threads(call_threads),
         x(x.stride(-1) == 1 || x.size(-1) <= 1 ? x : x.contiguous()),
         h0(h0.contiguous()),
         c0(contiguous(c0)),
@@ -170,9 +171,7 @@ struct Layer : RecurrentArguments {
     weights = weight_storage;
   }
 
-  // Of the call; its worker threads may be told another number.
-  const int64_t threads = threads_of_call();
-
+  const int64_t threads;  // of the call
   Tensor x, h0;
   OptionalTensor c0, h_mask;
   std::vector<Tensor> weight_storage;
@@ -1005,12 +1004,13 @@ class Backward {
 std::tuple<Tensor, Tensor, Tensor, Tensor> recurrent(const Tensor& x, const OptionalTensor& batch_sizes,
                                                      const Tensor& h0, const OptionalTensor& c0, at::TensorList weights,
                                                      c10::string_view cell, bool keep, const OptionalTensor& h_mask) {
+  const int64_t threads = threads_of_call();
   std::tuple<Tensor, Tensor, Tensor, Tensor> result;
   dispatch_cell(cell, [&](auto cell_type) {
     using Cell = decltype(cell_type);
     const RecurrentArguments args = check_recurrent(x, batch_sizes, h0, c0, weights, h_mask, Cell::gates, Cell::has_c);
     AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, x.scalar_type(), "recurrent", [&] {
-      const Layer<Cell, scalar_t> layer(args, x, h0, c0, h_mask);
+      const Layer<Cell, scalar_t> layer(args, x, h0, c0, h_mask, threads);
       const Forward<Cell, scalar_t> forward(layer, keep);
       forward.run();
       result = {forward.y, forward.h_n, forward.c_n, forward.workspace};
@@ -1024,13 +1024,14 @@ std::tuple<Tensor, Tensor, Tensor, std::vector<Tensor>> recurrent_backward(
     const OptionalTensor& batch_sizes, const Tensor& h0, const OptionalTensor& c0, at::TensorList weights,
     c10::string_view cell, const Tensor& y, const Tensor& workspace, bool need_dx, bool need_dweights,
     const OptionalTensor& h_mask) {
+  const int64_t threads = threads_of_call();
   std::tuple<Tensor, Tensor, Tensor, std::vector<Tensor>> result;
   dispatch_cell(cell, [&](auto cell_type) {
     using Cell = decltype(cell_type);
     const RecurrentArguments args = check_recurrent(x, batch_sizes, h0, c0, weights, h_mask, Cell::gates, Cell::has_c);
     check_recurrent_backward(args, Cell::saved, x, h0, c0, dy, dh_n, dc_n, y, workspace);
     AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, x.scalar_type(), "recurrent_backward", [&] {
-      const Layer<Cell, scalar_t> layer(args, x, h0, c0, h_mask);
+      const Layer<Cell, scalar_t> layer(args, x, h0, c0, h_mask, threads);
       Backward<Cell, scalar_t> backward(layer, dy, dh_n, dc_n, y, workspace, need_dx, need_dweights);
       backward.run();
       result = {backward.dx, backward.dh0, backward.dc0, backward.dweights};

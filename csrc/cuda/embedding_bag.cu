@@ -832,7 +832,7 @@ struct BackwardArguments {
         factors(contiguous(per_sample_weights)),
         scale_grad_by_freq(scale_grad_by_freq),
         uses(input, num_embeddings, padding_idx, grad.options()) {
-    check_embedding_bag_backward(op, grad, input.bags.count, aux, mode);
+    check_embedding_bag_backward(op, grad, input.bags.count, aux, mode, num_embeddings);
   }
 
   // The gradient of each row in use, to its place in `out`.
@@ -949,7 +949,7 @@ void embedding_bag_update(const Tensor& grad, const Tensor& weight, const Option
   const at::AutoDispatchBelowADInplaceOrView no_derivatives;
   const char* op = "embedding_bag_update";
   const Rule rule = parse_rule(rule_name);
-  check_embedding_bag_update(op, weight, grad, first, second, rule, settings);
+  check_embedding_bag_update(op, weight, grad, first, second, rule, settings, per_sample_weights);
   const int64_t rows = weight.size(0), columns = weight.size(1);
   const Mode mode =
       check_backward(op, grad, rows, indices, offsets, per_sample_weights, mode_name, include_last_offset);
