@@ -351,10 +351,9 @@ class Recurrent:
             shapes = [(facts.gates * c.hidden, inputs), (facts.gates * c.hidden, self.features)]
             shapes += [(facts.gates * c.hidden,)] * 2 * c.bias + [(self.features, c.hidden)] * (c.proj > 0)
             weights += [data.normal(*s, scale=c.scale / math.sqrt(s[-1] if len(s) > 1 else 1)) for s in shapes]
-        if c.special:
-            data.special(data.rng.choice(weights), "w")
-        needs = getattr(c, "needs", "xhcw")
         one = data.rng.randrange(len(weights))
+        weights[one] = data.special(weights[one], "w")
+        needs = getattr(c, "needs", "xhcw")
         wants = [n in needs for n in "xhc"] + ["w" in needs or ("1" in needs and i == one) for i in range(len(weights))]
         values = [x, h, cell_state, *weights]
         if c.layout == "expanded":  # but weights, which expanded would all be equal
@@ -488,8 +487,8 @@ def check_layers(c: SimpleNamespace) -> None:
         full = [unpacked(w) if i == 0 or c.sequence else w for i, w in enumerate(wide)]
         return full, wide
 
-    def unpacked(data: Tensor) -> Tensor:
-        room = data.new_zeros(*data.shape[:-2], c.steps * c.batch, data.size(-1))
+    def unpacked(data: Tensor, hole: float = 0.0) -> Tensor:
+        room = data.new_full((*data.shape[:-2], c.steps * c.batch, data.size(-1)), hole)
         return room.index_copy(-2, rows, data).reshape(*data.shape[:-2], *shape, data.size(-1))
 
     def packed(grad: Tensor) -> Tensor:
@@ -503,6 +502,11 @@ def check_layers(c: SimpleNamespace) -> None:
     if c.form == "lengths":
         holed = [i == 0 or c.sequence for i in chosen]
         narrow_grads = [packed(g) if h else g for g, h in zip(narrow_grads, holed, strict=True)]
+        if c.layout != "expanded":  # nor what comes back from there
+            laid = [
+                r.data.lay(unpacked(packed(g), math.nan)) if h else lay
+                for g, lay, h in zip(grads, laid, holed, strict=True)
+            ]
     their_gradients = gradients([narrow[i] for i in chosen], narrow_grads, r.inputs(r.theirs))
 
     def ours() -> list[Tensor]:
@@ -587,7 +591,6 @@ def check_cells(c: SimpleNamespace) -> None:
 def check_raw_recurrent(c: SimpleNamespace) -> None:
     lead = (c.directions, c.batch)
     sizes = None
-    r = None
     if c.form == "packed":
         rng = random.Random(c.data)
         sizes = torch.tensor(sorted((rng.randint(0, c.batch) for _ in range(c.steps)), reverse=True), dtype=torch.long)
