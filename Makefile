@@ -13,22 +13,29 @@ PY_FILES := setup.py $(wildcard nlpkernels tests bench examples)
 # What was built depends on these; when one changes, it is built again.
 SETTINGS := $(TORCH) $(FORCE_CUDA) $(TORCH_CUDA_ARCH_LIST)
 
-# Every access to memory is checked, and what C++ leaves undefined; new memory is full of NaN. Python knows nothing of it,
-# so the libraries come first; that of C++ too, whose exceptions the sanitiser looks up at the start.
-SANITIZE := -O1 -g1 -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize=vptr -fno-sanitize-recover=all
+# Every access to memory is checked, and what C++ leaves undefined; new memory is full of NaN. Of undefined behaviour
+# what can happen unseen: a null pointer ends the process anyway, and checks of every pointer take the compiler as long
+# as all the rest. Python knows nothing of it, so the libraries come first; that of C++ too, whose exceptions the
+# sanitiser looks up at the start.
+UNDEFINED := shift,integer-divide-by-zero,signed-integer-overflow,bounds,float-cast-overflow,unreachable,return
+SANITIZERS := -O1 -g1 -fno-omit-frame-pointer -fsanitize=address,$(UNDEFINED) -fno-sanitize-recover=all
 SANITIZED := $(CURDIR)/build/sanitized
 SANITIZED_TESTS := $(addprefix test_,$(addsuffix .py,recurrent recurrent_dropout lengths_and_states embedding optim ops))
-SANITIZED_PYTEST = NLPKERNELS_CXXFLAGS='$(SANITIZE)' PYTHONPATH='$(SANITIZED)' UBSAN_OPTIONS=print_stacktrace=1 \
+SANITIZED_QUICKLY := test_recurrent.py test_embedding.py -k 'float32 and not instruction_set'
+SANITIZED_ENV = NLPKERNELS_CXXFLAGS='$(SANITIZERS)' PYTHONPATH='$(SANITIZED)' UBSAN_OPTIONS=print_stacktrace=1 \
   ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1:redzone=256:malloc_fill_byte=255:max_malloc_fill_size=99999999 \
-  LD_PRELOAD="$$(c++ -print-file-name=libasan.so) $$(c++ -print-file-name=libstdc++.so)" \
-  ../$(BIN)/python -m pytest -q --capture=sys $(or $(ARGS),-k 'not instruction_set' $(SANITIZED_TESTS))
+  LD_PRELOAD="$$(c++ -print-file-name=libasan.so) $$(c++ -print-file-name=libstdc++.so)"
+SANITIZED_PYTEST = $(SANITIZED_ENV) ../$(BIN)/python -m pytest -q --capture=sys
+
+# Which lines and branches of the CPU's kernels are run.
+COVERED := $(CURDIR)/build/covered
 
 # What CUDA is held to, on a machine without a GPU: a torch whose build on PyPI is for CUDA 13.0.
 CUDA_TORCH := torch==2.11.0
 CUDA_HOME ?= /usr/local/cuda
 export CUDA_HOME
 
-.PHONY: help demo test bench lint format build sanitize cuda-check gpu-report clean distclean FORCE
+.PHONY: help demo test fuzz bench lint format build sanitize sanitize-quick coverage cuda-check gpu-report clean distclean .sanitized FORCE
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
 
@@ -43,6 +50,9 @@ demo: $(VENV)/.demo  ## train and time a sentiment model, torch.nn against nlpke
 
 test: $(VENV)/.test  ## run the tests
 	@$(BIN)/python -m pytest $(ARGS)
+
+fuzz: $(VENV)/.test $(if $(SANITIZE),.sanitized)  ## try random inputs: ARGS="--minutes 10", "--cases 20000 --seed 1"; SANITIZE=1
+	@cd tests && $(if $(SANITIZE),$(SANITIZED_ENV)) ../$(BIN)/python test_fuzz.py $(ARGS)
 
 bench: $(VENV)/.bench  ## time against torch.nn and others: rows, tables and plots, in twenty minutes
 	@$(BIN)/python -m bench $(or $(ARGS),all)
@@ -62,15 +72,32 @@ format: $(VENV)/.lint  ## apply the style
 build: $(VENV)/.torch  ## compile, and show what the compiler says
 	@$(BIN)/python setup.py build_ext --inplace
 
-# One instruction set, into a place of its own; and the CUDA kernels, compiled for the CPU.
-sanitize: $(VENV)/.test  ## run the kernels under GCC's sanitisers of memory and undefined behaviour, in half an hour
-	@echo 'Compiling with $(SANITIZE)'
-	@CXX=c++ NLPKERNELS_CXXFLAGS='$(SANITIZE)' FORCE_CUDA=0 \
+sanitize: .sanitized  ## run the kernels' tests under GCC's sanitisers of memory and undefined behaviour, in 20 minutes
+	@cd tests && $(SANITIZED_PYTEST) $(or $(ARGS),-k 'not instruction_set' $(SANITIZED_TESTS))
+	@echo 'The CUDA kernels, compiled for the CPU'
+	@cd tests && $(SANITIZED_PYTEST) --emulated-cuda $(or $(ARGS),-k 'not instruction_set' $(SANITIZED_TESTS))
+
+sanitize-quick: .sanitized  ## a part of that, and two minutes of random inputs, in 10 minutes
+	@cd tests && $(SANITIZED_ENV) ../$(BIN)/python test_fuzz.py --minutes 2
+	@cd tests && $(SANITIZED_PYTEST) $(SANITIZED_QUICKLY)
+
+# One instruction set, into a place of its own.
+.sanitized: $(VENV)/.test
+	@echo 'Compiling with $(SANITIZERS)'
+	@CXX=c++ NLPKERNELS_CXXFLAGS='$(SANITIZERS)' FORCE_CUDA=0 \
 	  NLPKERNELS_BUILD_CPU=$$($(BIN)/python -c 'from nlpkernels import _ops; print(_ops.INSTRUCTION_SET)') \
 	  $(BIN)/python setup.py --quiet build --build-lib '$(SANITIZED)'
-	@cd tests && $(SANITIZED_PYTEST)
-	@echo 'The CUDA kernels, compiled for the CPU'
-	@cd tests && $(SANITIZED_PYTEST) --emulated-cuda
+
+# Without optimisation, so that a line is counted where it stands.
+coverage: $(VENV)/.test  ## run the tests and count the lines and branches of csrc that they run
+	@$(PIP) gcovr
+	@find build -name '*.gcda' -delete
+	@CXX=c++ NLPKERNELS_CXXFLAGS='-O1 -fno-inline-functions --coverage -fprofile-update=atomic' FORCE_CUDA=0 \
+	  NLPKERNELS_BUILD_CPU=$$($(BIN)/python -c 'from nlpkernels import _ops; print(_ops.INSTRUCTION_SET)') \
+	  $(BIN)/python setup.py --quiet build --build-lib '$(COVERED)'
+	@cd tests && PYTHONPATH='$(COVERED)' ../$(BIN)/python -m pytest -q $(or $(ARGS),-k 'not instruction_set' $(SANITIZED_TESTS))
+	@cd tests && PYTHONPATH='$(COVERED)' ../$(BIN)/python test_fuzz.py --minutes 2
+	@$(BIN)/gcovr --root . --filter csrc/ --exclude-throw-branches --exclude-unreachable-branches build
 
 cuda-check:  ## compile the CUDA kernels and check all that can be without a GPU
 	@test -x '$(CUDA_HOME)/bin/nvcc' || { echo 'nlpkernels: no nvcc in $(CUDA_HOME): set CUDA_HOME' >&2; exit 1; }
