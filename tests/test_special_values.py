@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from tolerances import assert_as_exact
+from tolerances import BESIDE_TORCH, FLOOR_OF_RELU, relative_error
 from torch import Tensor, nn
 
 import nlpkernels
@@ -48,20 +48,24 @@ CELLS: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 def assert_like_torch(
-    ours: list[Tensor], theirs: list[Tensor], exact: list[Tensor], names: list[str], relu: bool = False
+    ours: list[Tensor], theirs: list[Tensor], names: list[str], relu: bool = False, either: bool = False
 ) -> None:
-    """NaN where torch has NaN, infinity where it has infinity, and all else as the table of tolerances wants it."""
-    kept = []
-    for got, expected, right, name in zip(ours, theirs, exact, names, strict=True):
-        for what, test in (("NaN", torch.isnan), ("inf", torch.isposinf), ("-inf", torch.isneginf)):
-            ours_has, torch_has = test(got), test(expected)
+    """NaN where torch has NaN, infinity where it has infinity, and all else close. `either` takes one for the other."""
+    kinds = {"NaN": torch.isnan, "inf": torch.isposinf, "-inf": torch.isneginf}
+    if either:
+        kinds = {"NaN or inf": lambda t: ~t.isfinite()}
+    for got, expected, name in zip(ours, theirs, names, strict=True):
+        assert got.dtype == expected.dtype
+        for kind, has_kind in kinds.items():
+            ours_has, torch_has = has_kind(got), has_kind(expected)
             assert torch.equal(ours_has, torch_has), (
-                f"{name}: {what} in {int(ours_has.sum())} places, torch has it in {int(torch_has.sum())} of "
+                f"{name}: {kind} in {int(ours_has.sum())} places, torch has it in {int(torch_has.sum())} of "
                 f"{got.numel()}, and {int((ours_has & torch_has).sum())} are the same"
             )
-        finite = expected.isfinite() & right.isfinite()
-        kept.append([t.where(finite, torch.zeros_like(t)) for t in (got, expected, right)])
-    assert_as_exact(*(list(group) for group in zip(*kept, strict=True)), names, relu=relu)  # type: ignore[call-arg]
+        finite = expected.isfinite()
+        error = relative_error(got.where(finite, 0), expected.where(finite, 0))
+        allowed = max(BESIDE_TORCH[got.dtype], FLOOR_OF_RELU.get(got.dtype, 0) if relu else 0)
+        assert error <= allowed, f"{name}: {error:.2e} from torch, allowed {allowed:.2e}"
 
 
 def flat(results: Any) -> list[Tensor]:
@@ -91,7 +95,7 @@ def compare(
     """A module of ours beside torch's, with a value in each of its tensors in turn."""
     size = (4, 5)
     ours = getattr(nlpkernels, name)(*size, **options).to(dtype)
-    theirs, exact = (getattr(nn, name)(*size, **options).to(d) for d in (dtype, torch.float64))
+    theirs = getattr(nn, name)(*size, **options).to(dtype)
     with torch.no_grad():
         results = flat(call(theirs, *(t.to(dtype) for t in inputs)))
     grads = [torch.randn(r.shape).to(dtype) for r in results]
@@ -104,14 +108,17 @@ def compare(
             flat_view[torch.randint(flat_view.numel(), (1,))] = value
             own = {**groups, group: changed}
             runs = []
-            for module in (ours, theirs, exact):
+            for module in (ours, theirs):
                 with torch.no_grad():
                     for parameter, new in zip(module.parameters(), own["parameter"], strict=True):
                         parameter.copy_(new)
                 run, names = run_layer(module, [t.to(dtype) for t in own["input"]], own["gradient"], call)
                 runs.append(run)
+            relu = options.get("nonlinearity") == "relu"
+            # torch's GRU has dh - dh z for dh (1 - z), which is no number where dh is infinite.
+            either = name.startswith("GRU") and group == "gradient"
             try:
-                assert_like_torch(*runs, names, relu=options.get("nonlinearity") == "relu")
+                assert_like_torch(*runs, names, relu, either)
             except AssertionError as error:
                 raise AssertionError(f"{value} in {group} {i}: {error}") from None
 
@@ -169,8 +176,7 @@ def test_tables(mode: str, dtype: torch.dtype, value: float) -> None:
         given[place][1, 2] = value
         given = [t.to(dtype) for t in given]
         ours, theirs = run(functional, *given), run(nn.functional, *given)
-        exact = run(nn.functional, *(t.double() for t in given))
-        assert_like_torch(ours, theirs, exact, ["out", "d table", "d factors"][: len(ours)])
+        assert_like_torch(ours, theirs, ["out", "d table", "d factors"][: len(ours)])
 
 
 # --- Places that must not be read ------------------------------------------------------------------------------------
