@@ -323,10 +323,13 @@ def bits(args: Any) -> list[Tensor]:
 
 
 def error_of(call: Callable[[], Any]) -> tuple[Any, Exception | None]:
-    """What a call returns, and the error that it raises, of the kinds that a caller may expect."""
+    """What a call returns, and the error that it raises, of the kinds that a caller may expect.
+
+    A MemoryError is that of sizes that are in order, but too large for any machine.
+    """
     try:
         return call(), None
-    except (ValueError, RuntimeError, TypeError, IndexError) as error:
+    except (ValueError, RuntimeError, TypeError, IndexError, MemoryError) as error:
         return None, error
 
 
