@@ -125,8 +125,8 @@ inline RecurrentArguments check_recurrent(const Tensor& x, const OptionalTensor&
                 limit, " (the size before it, or the batch of h0), got ", args.active[t]);
     limit = args.active[t];
     args.first_row.push_back(args.rows);
-    TORCH_CHECK(!batch_sizes || limit <= x.size(0) - args.rows, op, ": expected x of as many rows as batch_sizes add ",
-                "up to, got ", x.size(0), ", of which batch_sizes[", t, "] has the last");
+    TORCH_CHECK(!batch_sizes || limit <= x.size(0) - args.rows, op, ": expected x of as many rows as the sum of ",
+                "batch_sizes, got ", x.size(0), ", too few for batch_sizes[", t, "]");
     args.rows += limit;
   }
   TORCH_CHECK(!batch_sizes || args.rows == x.size(0), op, ": expected x of ", args.rows,

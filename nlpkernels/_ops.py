@@ -114,7 +114,8 @@ def _fake(name: str) -> Callable[[Callable[..., Any]], None]:
         with_data = [(a, t) for a, t in tensors if t.is_floating_point() and t.device.type != "meta"]
         without = [(a, t) for a, t in tensors if t.device.type == "meta"]
         if with_data and without:
-            (like, other), (argument, tensor) = with_data[0], without[0]
+            argument, tensor = without[0]
+            like, other = next((pair for pair in with_data if pair[0] in ("x", "weight", "weights")), with_data[0])
             like = "the weights" if like == "weights" else like
             raise RuntimeError(f"{name}: expected {argument} on {other.device} like {like}, got {tensor.device}")
 

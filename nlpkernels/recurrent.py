@@ -33,7 +33,7 @@ def _states_of(name: str, hx: Tensor | tuple[Tensor, Tensor] | None, count: int)
     if isinstance(hx, Tensor):
         states: tuple[Tensor, ...] = (hx,)
     else:
-        states = tuple(hx) if isinstance(hx, tuple) or isinstance(hx, Iterable) else ()
+        states = tuple(hx) if isinstance(hx, (tuple, Iterable)) else ()
     fits = len(states) == count and (count == 1) == isinstance(hx, Tensor)
     if not fits or not (isinstance(states[0], Tensor) and isinstance(states[-1], Tensor)):
         expected = "one tensor" if count == 1 else "two tensors, (h, c)"

@@ -527,10 +527,13 @@ def _check_update(
     for name, state, needed in (("first", first, rule != "sgd"), ("second", second, rule == "adam")):
         if (state is not None) != needed:
             raise ValueError(f"{op}: {name} is {'needed' if needed else 'not wanted'} by this rule")
-        if state is not None and (state.shape != shape or state.dtype != dtype or not state.is_contiguous()):
+        if state is None:
+            continue
+        _refuse_strange(op, {name: state}, dtype)
+        if state.shape != shape or state.device != weight.device or not state.is_contiguous():
             raise RuntimeError(
-                f"{op}: expected contiguous {name} of shape {list(shape)} and {dtype}, got {list(state.shape)}, "
-                f"strides {state.stride()}, of {state.dtype}"
+                f"{op}: expected contiguous {name} of shape {list(shape)} on {weight.device}, got {list(state.shape)}, "
+                f"strides {state.stride()}, on {state.device}"
             )
 
 

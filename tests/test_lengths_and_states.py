@@ -103,6 +103,29 @@ def test_wrong_lengths(device: str) -> None:
         layer(pack_padded_sequence(x, [4, 3, 2]), lengths=[4, 3, 2])
 
 
+@pytest.mark.parametrize(
+    ("lengths", "got"),
+    [
+        (5, "int 5"),
+        ((n for n in (1, 2)), "generator <gen"),
+        ("ab", "str 'ab'"),
+        ([1, None], r"list \[1, None\]"),
+        ({1: 2, 2: 1}, "dict {1: 2"),
+        ([2**70, 1], r"list \[1180591620717411303424, 1\]"),
+        ([[1], [2, 3]], r"list \[\[1\], \[2, 3\]\]"),
+        ([[1, 2]], r"shape \[1, 2\]"),
+        ([1.0, 2.0], "float32"),
+        ([True, True], "bool"),
+        (torch.tensor([1.0, 2.0]), "float32"),
+        (torch.tensor(2), r"shape \[\]"),
+    ],
+    ids=str,
+)
+def test_lengths_that_are_no_integers(lengths: Any, got: str) -> None:
+    with pytest.raises(ValueError, match=f"expected lengths to be 2 integers .* got .*{got}"):
+        nlpkernels.GRU(3, 4)(torch.randn(4, 2, 3), lengths=lengths)
+
+
 def same(one: Tensor, other: Tensor) -> bool:
     """Bit for bit; of another's kernels where torch's own layers serve all that they can."""
     return torch.allclose(one, other) if one.device.type in _ops.LEFT_TO_TORCH else torch.equal(one, other)

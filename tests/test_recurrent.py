@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 
 import nlpkernels
-from nlpkernels import _ops
+from nlpkernels import _ops, functional
 
 LAYERS = ["rnn_tanh", "rnn_relu", "lstm", "lstm_projected", "gru"]
 CELLS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -526,6 +526,50 @@ def test_hx_of_another_kind_of_layer_is_refused(name: str) -> None:
     for hx in [h, (h, h, h)] if "LSTM" in name else [(h, h)]:
         with pytest.raises(RuntimeError, match=rf"{name}: expected hx to be (one tensor|two tensors, \(h, c\)), got"):
             getattr(nlpkernels, name)(4, 5)(x, hx)
+
+
+@pytest.mark.parametrize("name", ["RNN", "GRU", "LSTM", "RNNCell", "GRUCell", "LSTMCell"])
+def test_hx_of_other_things_is_refused(name: str) -> None:
+    x = torch.randn(2, 4) if "Cell" in name else torch.randn(3, 2, 4)
+    h = torch.randn(2, 5) if "Cell" in name else torch.randn(1, 2, 5)
+    others: list[tuple[Any, str]] = [(5, "int"), ("ab", "str"), ([1.0], "list"), ((None, None), "tuple of ")]
+    if "LSTM" in name:
+        others += [((h, None), "tuple of Tensor and NoneType"), ([[1.0], h], "list of list and Tensor")]
+    for hx, got in others:
+        with pytest.raises(RuntimeError, match=f"{name}: expected hx to be .*, got {got}"):
+            getattr(nlpkernels, name)(4, 5)(x, hx)
+
+
+def test_functions_refuse_what_does_not_fit() -> None:
+    x, h, weights = torch.randn(3, 2, 4), torch.randn(1, 2, 5), [torch.randn(15, 4), torch.randn(15, 5)]
+    functional.gru(x, h, weights, False, 1, 0.0, False, False)
+    with pytest.raises(TypeError, match=r"gru: expected params to be tensors, got NoneType in params\[1\]"):
+        functional.gru(x, h, [weights[0], None], False, 1, 0.0, False, False)  # type: ignore[list-item]
+    with pytest.raises(TypeError, match="gru: expected hx to be a tensor, got NoneType"):
+        functional.gru(x, None, weights, False, 1, 0.0, False, False)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="lstm: expected cx to be a tensor, got NoneType"):
+        functional.lstm(x, (h, None), weights, False, 1, 0.0, False, False)  # type: ignore[arg-type]
+    for p in (float("nan"), -1, 2, "a", None):
+        with pytest.raises(ValueError, match=f"gru: expected dropout to be a number from 0 to 1, got {p!r}"):
+            functional.gru(x, h, weights, False, 1, p, True, False)  # type: ignore[arg-type]
+        with pytest.raises(ValueError, match=f"gru: expected recurrent_dropout to be a number from 0 to 1, got {p!r}"):
+            functional.gru(x, h, weights, False, 1, 0.0, True, False, recurrent_dropout=p)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("kind", CELLS)
+def test_cells_without_units(kind: str) -> None:
+    """As torch.nn's: nothing comes out, and the input's gradient is zeros."""
+    name, own = CELLS[kind]
+    ours, theirs = (getattr(library, name)(3, 0, **own) for library in (nlpkernels, nn))
+    h = torch.zeros(2, 0)
+    for hx in (None, (h, h) if name == "LSTMCell" else h):
+        runs = []
+        for cell in (ours, theirs):
+            x = torch.randn(2, 3, requires_grad=True)
+            states = tensors(cell(x, hx))
+            sum(state.sum() for state in states).backward()
+            runs.append([*(state.shape for state in states), x.grad.tolist()])
+        assert runs[0] == runs[1]
 
 
 def test_ops_refuse_what_does_not_fit(device: str) -> None:
