@@ -179,6 +179,7 @@ def lstm(
     Raises:
         ValueError: the number of params or of layers or a state's shape does not fit.
         RuntimeError: a weight's shape, dtype or device does not fit.
+        NotImplementedError: what torch.lstm has not is wanted of a call that is left to it: see `_giving_way.py`.
     """
     result: tuple[Tensor, Tensor, Tensor] = _layers(
         "lstm", input, hx[0], hx[1], params, has_biases, num_layers, dropout, train, bidirectional, batch_first,
