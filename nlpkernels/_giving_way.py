@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses import FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensor
-from torch.fx import Proxy
+from torch.fx import Proxy, Tracer
 from torch.nested._internal.nested_tensor import NestedTensor
 
 __all__ = ["exports_to_onnx", "in_graph", "is_torchs", "leaves", "refuse"]
@@ -54,16 +54,16 @@ def _has_its_own_way(kind: type) -> bool:
 def in_graph(layer: nn.Module, *args: Any, **kwargs: Any) -> Proxy | None:
     """A call of a layer as a node of the graph that torch.fx is tracing, which torch.nn's layers are; None elsewhere.
 
-    None of the layer that is traced itself, too: it is no part of that graph.
+    None of the layer that is traced itself, too: it is no part of that graph; nor is one that is called with proxies by
+    what changes a graph.
     """
     given = {name: value for name, value in kwargs.items() if value is not None and value is not False}
     for value in leaves(*args, *given.values()):
-        if isinstance(value, Proxy):
-            tracer: Any = value.tracer
-            path = tracer.path_of_module(layer)
+        if isinstance(value, Proxy) and isinstance(value.tracer, Tracer):
+            path = value.tracer.path_of_module(layer)
             while args[-1] is None:
                 args = args[:-1]
-            return tracer.create_proxy("call_module", path, args, given) if path else None
+            return value.tracer.create_proxy("call_module", path, args, given) if path else None
     return None
 
 

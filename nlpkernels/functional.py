@@ -204,6 +204,7 @@ def lstm(
         TypeError: one of hx or params is not a tensor.
         ValueError: the number of params or of layers or a state's shape does not fit, or a probability is none.
         RuntimeError: a weight's shape, dtype or device does not fit.
+        NotImplementedError: what torch.lstm has not is wanted of a call that is left to it: see `_giving_way.py`.
     """
     result: tuple[Tensor, Tensor, Tensor] = _layers(
         "lstm", input, hx[0], hx[1], params, has_biases, num_layers, dropout, train, bidirectional, batch_first,

@@ -360,6 +360,7 @@ class RNN(_OneState):
         ValueError: input has a wrong number of dimensions or a dtype other than the parameters'; lengths do not fit;
             recurrent_dropout is not between 0 and 1.
         RuntimeError: a size does not fit.
+        NotImplementedError: what torch.nn has not is wanted of a call that is left to it: see `_giving_way.py`.
 
     Dropout on the recurrent weights in the place of h (DropConnect, Wan et al. 2013; AWD-LSTM's weight drop) is
     `torch.nn.utils.parametrize.register_parametrization(layer, "weight_hh_l0", torch.nn.Dropout(0.5))`.
@@ -508,6 +509,7 @@ class LSTM(_Layers):
     Raises:
         ValueError: input has a wrong number of dimensions or a dtype other than the parameters'; lengths do not fit.
         RuntimeError: a size does not fit, or hx is not a pair.
+        NotImplementedError: see `RNN`.
 
     Example:
         >>> import torch

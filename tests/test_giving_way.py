@@ -347,6 +347,20 @@ def test_symbolic_trace_of_options() -> None:
     torch.testing.assert_close(torch.fx.symbolic_trace(model)(*args), model(*args))
 
 
+def test_proxies_of_what_changes_a_graph() -> None:
+    """There torch.nn's layers are no nodes either: their functions are."""
+    graphs = []
+    for layer in bags("embedding"):
+        graph = torch.fx.symbolic_trace(nn.Identity()).graph
+        (given, output) = graph.nodes
+        with graph.inserting_before(output):
+            proxy = torch.fx.Proxy(given, torch.fx.proxy.GraphAppendingTracer(graph))
+            output.args = (layer(proxy).node,)
+        graphs.append([node.target for node in graph.nodes])
+        assert torch.nn.functional.embedding in graphs[-1]
+    assert graphs[0] == graphs[1]
+
+
 @pytest.mark.parametrize("mode", ["embedding", *BAGS])
 def test_symbolic_trace_of_an_embedding_itself(mode: str) -> None:
     theirs, ours = bags(mode)
