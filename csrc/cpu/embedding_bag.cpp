@@ -62,7 +62,7 @@ void pool(const Tensor& weight, const Indices& indices, const Bags& bags, const 
           int64_t padding_idx, const Tensor& out, const Tensor& aux) {
   using scalar = acc_t<T>;
   const int64_t columns = weight.size(1);
-  const T* table = weight.const_data_ptr<T>();
+  const T none{}, *table = weight.numel() > 0 ? weight.const_data_ptr<T>() : &none;  // a row of no columns counts, too
   T* out_data = out.mutable_data_ptr<T>();
   int64_t* aux_data = aux.mutable_data_ptr<int64_t>();
   const int64_t length = bags.count() == 0 ? 0 : bags.total() / bags.count();
@@ -255,10 +255,9 @@ struct Gradient {
   static Bags checked_bags(const char* op, const Tensor& grad, int64_t num_embeddings, const Tensor& indices,
                            const OptionalTensor& offsets, const OptionalTensor& per_sample_weights, const Tensor& aux,
                            Mode mode, bool include_last_offset) {
-    TORCH_CHECK_VALUE(num_embeddings >= 0, op, ": expected num_embeddings of 0 or more, got ", num_embeddings);
     check_embedding_bag(op, grad, indices, offsets, per_sample_weights, mode, include_last_offset);
     Bags bags(op, indices, offsets, include_last_offset);
-    check_embedding_bag_backward(op, grad, bags.count(), aux, mode);
+    check_embedding_bag_backward(op, grad, bags.count(), aux, mode, num_embeddings);
     return bags;
   }
 };
@@ -415,7 +414,7 @@ void embedding_bag_update(const Tensor& grad, const Tensor& weight, const Option
                           c10::string_view rule_name, at::ArrayRef<double> settings) {
   const char* op = "embedding_bag_update";
   const Rule rule = parse_rule(rule_name);
-  check_embedding_bag_update(op, weight, grad, first, second, rule, settings);
+  check_embedding_bag_update(op, weight, grad, first, second, rule, settings, per_sample_weights);
   const Gradient gradient(op, grad, weight.size(0), indices, offsets, per_sample_weights, aux, mode, padding_idx,
                           include_last_offset, scale_grad_by_freq);
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, weight.scalar_type(), "embedding_bag_update", [&] {
