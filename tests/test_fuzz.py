@@ -672,7 +672,7 @@ class Table:
         self.weight = data.expand(data.special(data.values(c.rows, c.columns), "w"))
         # What must not be read, or not counted.
         max_norm = getattr(c, "max_norm", 0)
-        if c.layout != "expanded" and rng.random() < 0.5 and not (c.special or max_norm or c.weighted):
+        if c.layout != "expanded" and rng.random() < 0.5 and not (c.special or max_norm):
             unread = torch.ones(c.rows, dtype=torch.bool)
             unread[self.used if c.mode == "lookup" else self.counted] = False
             self.weight[unread] = math.nan
