@@ -20,8 +20,9 @@ SETTINGS := $(TORCH) $(FORCE_CUDA) $(TORCH_CUDA_ARCH_LIST)
 UNDEFINED := shift,integer-divide-by-zero,signed-integer-overflow,bounds,float-cast-overflow,unreachable,return
 SANITIZERS := -O1 -g1 -fno-omit-frame-pointer -fsanitize=address,$(UNDEFINED) -fno-sanitize-recover=all
 SANITIZED := $(CURDIR)/build/sanitized
-SANITIZED_TESTS := $(addprefix test_,$(addsuffix .py,recurrent recurrent_dropout lengths_and_states embedding optim ops))
-SANITIZED_QUICKLY := test_recurrent.py test_embedding.py -k 'float32 and not instruction_set'
+SANITIZED_TESTS := $(addprefix test_,$(addsuffix .py,recurrent recurrent_dropout lengths_and_states embedding sorted_uses optim ops \
+  special_values))
+SANITIZED_QUICKLY := test_sorted_uses.py test_ops.py -k "not instruction_set"
 SANITIZED_ENV = NLPKERNELS_CXXFLAGS='$(SANITIZERS)' PYTHONPATH='$(SANITIZED)' UBSAN_OPTIONS=print_stacktrace=1 \
   ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1:redzone=256:malloc_fill_byte=255:max_malloc_fill_size=99999999 \
   LD_PRELOAD="$$(c++ -print-file-name=libasan.so) $$(c++ -print-file-name=libstdc++.so)"
@@ -35,12 +36,13 @@ CUDA_TORCH := torch==2.11.0
 CUDA_HOME ?= /usr/local/cuda
 export CUDA_HOME
 
-.PHONY: help demo test fuzz bench lint format build sanitize sanitize-quick coverage cuda-check gpu-report clean distclean .sanitized FORCE
+.PHONY: help demo test fuzz bench lint format build sanitize sanitize-quick coverage cuda-check gpu-report clean distclean
+.PHONY: .sanitized FORCE
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
 
 help:  ## list the targets
-	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/make \1\t\2/p' Makefile | expand -t 18
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/make \1\t\2/p' Makefile | expand -t 21
 	@echo
 	@echo 'ARGS="..." goes to the command; PYTHON=python3.12 picks the interpreter; for a torch without CUDA,'
 	@echo 'TORCH="torch==2.13.0 --index-url https://download.pytorch.org/whl/cpu"'

@@ -672,7 +672,7 @@ class Table:
         self.weight = data.expand(data.special(data.values(c.rows, c.columns), "w"))
         # What must not be read, or not counted.
         max_norm = getattr(c, "max_norm", 0)
-        if c.layout != "expanded" and rng.random() < 0.5 and not (c.special or max_norm or c.weighted):
+        if c.layout != "expanded" and rng.random() < 0.5 and not (c.special or max_norm):
             unread = torch.ones(c.rows, dtype=torch.bool)
             unread[self.used if c.mode == "lookup" else self.counted] = False
             self.weight[unread] = math.nan
@@ -738,9 +738,11 @@ class Table:
             counted = used.masked_fill(is_padding, 0).unsqueeze(1)
             divisor = nn.embedding_bag(torch.arange(self.inside), counted, self.starts, mode="sum")
             return total / divisor.masked_fill(divisor == 0, 1)
-        rows = torch.cat([weight[self.used] * used.unsqueeze(1), weight.new_zeros(1, weight.shape[1])])
-        place = torch.arange(self.inside).masked_fill(is_padding, self.inside)
-        return nn.embedding_bag(place, rows, self.starts, mode="max", padding_idx=self.inside)
+        kept = (~is_padding).nonzero().squeeze(1)
+        rows = weight[self.used[kept]] * used[kept].unsqueeze(1)
+        rows = torch.cat([rows, rows.new_zeros(1, rows.shape[1])])
+        place = torch.full_like(self.used, len(kept)).index_copy(0, kept, torch.arange(len(kept)))
+        return nn.embedding_bag(place, rows, self.starts, mode="max", padding_idx=len(kept))
 
     def grad(self) -> Tensor:
         lead = self.flat.numel() if self.c.mode == "lookup" else self.bags
