@@ -16,7 +16,7 @@ SETTINGS := $(TORCH) $(FORCE_CUDA) $(TORCH_CUDA_ARCH_LIST)
 # Every access to memory is checked, and what C++ leaves undefined and nobody would notice (a null pointer ends the
 # process anyway); new memory is full of NaN. -fno-wrapv, as Python's own flags make signed overflow defined. Python knows
 # nothing of it, so the libraries come first; that of C++ too, whose exceptions the sanitiser looks up at the start.
-UNDEFINED := shift,integer-divide-by-zero,signed-integer-overflow,bounds,float-cast-overflow,unreachable,return
+UNDEFINED := shift,integer-divide-by-zero,signed-integer-overflow,bounds,unreachable,return
 SANITIZERS := -O1 -g1 -fno-omit-frame-pointer -fno-wrapv -fsanitize=address,$(UNDEFINED) -fno-sanitize-recover=all
 SANITIZED := $(CURDIR)/build/sanitized
 SANITIZED_TESTS := $(addprefix test_,$(addsuffix .py,recurrent recurrent_dropout lengths_and_states embedding \
