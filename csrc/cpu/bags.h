@@ -105,29 +105,29 @@ class Bags {
   const int64_t* data_ = nullptr;
 };
 
-// The caller's indices, contiguous, of a table of so many rows; every index is checked as it is read, as their memory
-// may change at any moment. To be copied into a loop: what stands in a copy stays in registers.
+// Indices as kernels read them: int64, contiguous. (To read int32 as they are, all loops would be compiled once more,
+// or take a tenth longer by a question for each.)
+inline Tensor readable(const Tensor& indices) { return indices.to(at::kLong).contiguous(); }
+
+// Readable indices, of a table of so many rows; every index is checked as it is read, as the caller's memory may change
+// at any moment. To be copied into a loop: what stands in a copy stays in registers.
 class Indices {
  public:
   Indices(const char* op, const Tensor& indices, int64_t rows, bool is_lookup)
       : op_(op),
+        data_(indices.const_data_ptr<int64_t>()),
         rows_(rows),
         count_(indices.numel()),
         columns_(is_lookup || indices.dim() != 2 ? 0 : indices.size(1)),
         is_lookup_(is_lookup) {
     static const Ahead ahead = Ahead::of_this_processor();
     ahead_ = ahead;
-    if (indices.scalar_type() == at::kInt) {
-      ints_ = indices.const_data_ptr<int32_t>();
-    } else {
-      longs_ = indices.const_data_ptr<int64_t>();
-    }
   }
 
   const char* op() const { return op_; }
 
   NLPKERNELS_INLINE int64_t operator[](int64_t position) const {
-    const int64_t index = read(position);
+    const int64_t index = data_[position];
     if (C10_UNLIKELY(index < 0 || index >= rows_)) fail(position, index);
     return index;
   }
@@ -137,16 +137,12 @@ class Indices {
   NLPKERNELS_INLINE void prefetch_after(const T* table, int64_t columns, int64_t position) const {
     position += ahead_.rows;
     if (position >= count_) return;
-    const int64_t index = read(position);
+    const int64_t index = data_[position];
     if (C10_UNLIKELY(index < 0 || index >= rows_)) return;
     prefetch_row(table + index * columns, columns, ahead_);
   }
 
  private:
-  NLPKERNELS_INLINE int64_t read(int64_t position) const {
-    return ints_ != nullptr ? ints_[position] : longs_[position];
-  }
-
   [[noreturn]] void fail(int64_t position, int64_t index) const {
     // What is left of a lookup's indices, whatever shape they had, is one column.
     const std::string where =
@@ -158,8 +154,7 @@ class Indices {
   }
 
   const char* op_;
-  const int32_t* ints_ = nullptr;
-  const int64_t* longs_ = nullptr;
+  const int64_t* data_;
   int64_t rows_, count_, columns_;
   bool is_lookup_;
   Ahead ahead_;

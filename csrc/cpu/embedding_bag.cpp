@@ -97,7 +97,7 @@ void pool(const Tensor& weight, const Indices& indices, const Bags& bags, const 
       }
       return;
     }
-    const Scratch<scalar> scratch(RowSum<T, 0>::scratch_size(columns));
+    std::vector<scalar> scratch(RowSum<T, 0>::scratch_size(columns));
     with_row_sum<T>(columns, scratch.data(), [&](auto sum) {
       const auto term = [=](int64_t i) __attribute__((always_inline)) -> typename decltype(sum)::Term {
         const int64_t index = indices[i];
@@ -124,7 +124,7 @@ std::tuple<Tensor, Tensor> embedding_bag(const Tensor& weight, const Tensor& ind
   TORCH_CHECK_VALUE(weight.dim() == 2, op, ": expected 2-D weight, got ", weight.sizes());
   check_embedding_bag(op, weight, indices, offsets, per_sample_weights, mode, include_last_offset);
   const Bags bags(op, indices, offsets, include_last_offset);
-  const Tensor table = weight.contiguous(), ids = indices.contiguous();
+  const Tensor table = weight.contiguous(), ids = readable(indices);
   const OptionalTensor factors = contiguous(per_sample_weights);
   const Tensor out = at::empty({bags.count(), weight.size(1)}, weight.options());
   const auto integers = weight.options().dtype(at::kLong);
@@ -247,7 +247,7 @@ struct Gradient {
   }
 
   SortedUses sort(const char* op, const Tensor& indices, int64_t rows, int64_t padding_idx) const {
-    const Tensor ids = indices.contiguous();
+    const Tensor ids = readable(indices);
     const bool wants_positions = factors.has_value() || mode == Mode::max;
     return {Indices(op, ids, rows, mode == Mode::lookup), bags, rows, padding_idx, wants_positions, threads};
   }
@@ -438,7 +438,7 @@ Tensor embedding_bag_per_sample_backward(const Tensor& grad, const Tensor& weigh
   const Bags bags(op, indices, offsets, include_last_offset);
   check_shape(op, "grad", grad, {bags.count(), weight.size(1)});
   check_like(op, "grad", grad, "weight", weight);
-  const Tensor table = weight.contiguous(), grad_rows = grad.contiguous(), ids = indices.contiguous();
+  const Tensor table = weight.contiguous(), grad_rows = grad.contiguous(), ids = readable(indices);
   const Tensor out = at::zeros(indices.sizes(), weight.options());
   const int64_t columns = weight.size(1);
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, weight.scalar_type(), "embedding_bag_backward", [&] {

@@ -107,13 +107,14 @@ class SortedUses {
     // Calls body(key, place[digit_of(key)]), by value, as what they hold stays in registers then.
     template <typename Digit, typename Body>
     NLPKERNELS_INLINE void for_each_key(Digit digit_of, Body body) {
-      const int64_t half = (end - keys) / 2;
+      const int64_t count = end - keys, half = count / 2;
       const Key *const one = keys, *const other = keys + half;
+      auto* const counters = place;
       for (int64_t i = 0; i < half; ++i) {
-        body(one[i], place[digit_of(one[i])][0]);
-        body(other[i], place[digit_of(other[i])][1]);
+        body(one[i], counters[digit_of(one[i])][0]);
+        body(other[i], counters[digit_of(other[i])][1]);
       }
-      if (other + half < end) body(other[half], place[digit_of(other[half])][1]);
+      if (count % 2 == 1) body(other[half], counters[digit_of(other[half])][1]);
     }
   };
 
