@@ -441,12 +441,16 @@ using TileKernel = void (*)(int64_t k, const scalar* a, int64_t lda, const scala
 // Rows of a tile that S strips of N vectors leave accumulators for.
 constexpr int max_rows(int N, int S = 1) { return std::min(kMaxTileRows, kTileRows * kTileVecs / (N * S)); }
 
-// multiply_tile<scalar, is_packed, M, N, S> for M = 1 .. max_rows(N, S)
+// multiply_tile<scalar, is_packed, M, N, S> for M = 1 .. max_rows(N, S). Packed tiles, which are of many rows mostly,
+// take one strip at a time.
 template <typename scalar, int N, int S, int... M>
 TileKernel<scalar> tile_kernel(bool is_packed, int64_t rows, std::integer_sequence<int, M...>) {
-  static constexpr TileKernel<scalar> packed[] = {multiply_tile<scalar, true, M + 1, N, S>...};
+  if constexpr (S == 1) {
+    static constexpr TileKernel<scalar> packed[] = {multiply_tile<scalar, true, M + 1, N, S>...};
+    if (is_packed) return packed[rows - 1];
+  }
   static constexpr TileKernel<scalar> unpacked[] = {multiply_tile<scalar, false, M + 1, N, S>...};
-  return (is_packed ? packed : unpacked)[rows - 1];
+  return unpacked[rows - 1];
 }
 
 // As many values of k as let the left operand's rows take kSliceBytes.
@@ -526,7 +530,7 @@ class StripGroup {
     const auto run = [&](auto strips) {
       constexpr int S = decltype(strips)::value;
       if constexpr (max_rows(N, S) > 0) {
-        while (height <= max_rows(N, S) && count_ - done >= S) {
+        while (height <= max_rows(N, S) && count_ - done >= S && (S == 1 || !a_.is_packed())) {
           multiply_strips<scalar, N, S>(tiles_, a_, slice_, b_ + done, c_ + done, ldc_, add_);
           done += S;
         }
