@@ -124,7 +124,11 @@ inline variable_list recurrent(const Tensor& x, const OptionalTensor& batch_size
   bool wants_derivative = x.requires_grad() || h0.requires_grad() || requires_grad(c0);
   for (const Tensor& weight : weights) wants_derivative |= weight.requires_grad();
   if (at::GradMode::is_enabled() && wants_derivative) {
-    variable_list results = RecurrentFunction::apply(x, h0, c0, at::TensorList(weights), batch_sizes, h_mask, cell);
+    // What was made in inference mode cannot be saved for backward; torch.nn's layers take it too.
+    const auto savable = [](const Tensor& tensor) { return tensor.is_inference() ? tensor.clone() : tensor; };
+    const auto if_any = [&](const OptionalTensor& tensor) { return tensor ? savable(*tensor) : OptionalTensor(); };
+    variable_list results = RecurrentFunction::apply(savable(x), savable(h0), if_any(c0), at::TensorList(weights),
+                                                     if_any(batch_sizes), if_any(h_mask), cell);
     if (!c0) results.push_back(at::empty({0}, x.options()));
     return results;
   }

@@ -22,6 +22,7 @@
 #include <string>
 
 #include "autograd.h"
+#include "batched.h"
 
 TORCH_LIBRARY(nlpkernels, m) {
   // One layer of an RNN, all steps, both directions.
@@ -106,6 +107,12 @@ TORCH_LIBRARY(nlpkernels, m) {
   m.def(
       "embedding_bag_per_sample_backward(Tensor grad, Tensor weight, Tensor indices, Tensor? offsets,"
       " int padding_idx, bool include_last_offset) -> Tensor");
+}
+
+TORCH_LIBRARY_IMPL(nlpkernels, Batched, m) {
+  for (const char* name : {"recurrent_backward", "recurrent_states_backward"}) {
+    m.impl(name, torch::CppFunction::makeFromBoxedFunction<&nlpkernels::call_for_each_example>());
+  }
 }
 
 TORCH_LIBRARY_IMPL(nlpkernels, Autograd, m) {

@@ -23,6 +23,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._functorch.pyfunctorch import retrieve_all_functorch_interpreters
 from torch._subclasses import FakeTensor
 from torch.utils.flop_counter import register_flop_formula
 
@@ -463,6 +464,8 @@ def _differentiable(
     def call(*args: Any) -> Any:
         if torch.compiler.is_compiling():
             return op(*args)
+        if _is_forward_in_forward_mode():
+            return getattr(reference, name)(*args)
         flat = inputs_of.flatten(args)
         if _is_transformed() or (
             torch.is_grad_enabled() and any(isinstance(value, Tensor) and value.requires_grad for value in flat)
@@ -476,6 +479,17 @@ def _differentiable(
 
 def _is_forward_mode() -> bool:
     return torch.autograd.forward_ad._current_level >= 0
+
+
+def _is_forward_in_forward_mode() -> bool:
+    """Whether torch.func differentiates forward mode by forward mode, for which torch takes an autograd.Function wrong.
+
+    Its second derivative is nought then, whatever its jvp says.
+    """
+    if not torch._C._are_functorch_transforms_active():
+        return False
+    levels = [level.key() for level in retrieve_all_functorch_interpreters()]
+    return levels.count(torch._C._functorch.TransformType.Jvp) > 1
 
 
 def _is_transformed() -> bool:
@@ -646,6 +660,10 @@ def autocast_dtype(device: str) -> torch.dtype | None:
     return None
 
 
+def _autocast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    return tensor if tensor.dtype == torch.float64 else tensor.to(dtype)
+
+
 def recurrent(
     x: Tensor,
     batch_sizes: Tensor | None,
@@ -658,13 +676,13 @@ def recurrent(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """One layer: y, h_n and c_n of `reference.recurrent`, with derivatives, and c of all steps, [D, T, B, H].
 
-    c of all steps is None unless return_cell_states and the cell has one. Autocast casts all, as in torch.
+    c of all steps is None unless return_cell_states and the cell has one. Autocast casts all but float64, as in torch.
     """
     dtype = autocast_dtype(x.device.type)
     if dtype is not None:
-        x, h0, c0 = x.to(dtype), h0.to(dtype), None if c0 is None else c0.to(dtype)
-        weights = [weight.to(dtype) for weight in weights]
-        h_mask = None if h_mask is None else h_mask.to(dtype)
+        x, h0, *weights = (_autocast(tensor, dtype) for tensor in (x, h0, *weights))
+        c0 = None if c0 is None else _autocast(c0, dtype)
+        h_mask = None if h_mask is None else _autocast(h_mask, dtype)
     wants_c = return_cell_states and c0 is not None
     if not (wants_c or torch.compiler.is_compiling() or _is_transformed()):
         y, h_n, c_n = _C.recurrent(x, batch_sizes, h0, c0, weights, cell, h_mask)

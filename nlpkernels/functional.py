@@ -473,8 +473,8 @@ def embedding_bag(
         if mode == "max":
             # In no bag: their rows may hold anything, and those past the last bag need not be rows at all.
             outside = input == padding
-            if offsets is not None and include_last_offset and offsets.numel() > 0:
-                past = position >= offsets[-1]
+            if offsets is not None and (include_last_offset or offsets.numel() == 0):
+                past = position >= (offsets[-1] if offsets.numel() > 0 else 0)
                 outside, input = outside | past, input.masked_fill(past, 0)
             ids = input.reshape(-1)
             rows = _ops.embedding_bag(weight, ids, None, None, "lookup", padding, False, False, False)

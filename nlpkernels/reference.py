@@ -388,8 +388,6 @@ def _check_bags_backward(grad: Tensor, num_embeddings: int, bags: int, aux: Tens
         raise ValueError(f"embedding_bag: expected num_embeddings of 0 or more, got {num_embeddings}")
     if grad.shape[0] != bags:
         raise ValueError(f"embedding_bag: expected grad of shape [{bags}, columns], got {list(grad.shape)}")
-    if aux.dtype != torch.int64:
-        raise TypeError(f"embedding_bag: expected aux of dtype int64, got {aux.dtype}")
     expected = {"mean": (bags,), "max": tuple(grad.shape)}.get(mode, tuple(aux.shape))
     if aux.shape != expected:
         raise RuntimeError(f"embedding_bag: expected aux of shape {list(expected)}, got {list(aux.shape)}")
@@ -472,6 +470,8 @@ def embedding_bag_backward(
     scale_grad_by_freq: bool,
 ) -> Tensor:
     """Dense gradient of weight, [V, E]."""
+    if aux.dtype != torch.int64 or aux.layout != torch.strided:
+        raise TypeError(f"embedding_bag: expected aux of dtype int64, got {aux.layout} of {aux.dtype}")
     _check_bags(grad, indices, offsets, per_sample_weights, mode)
     uses = _uses(indices, offsets, num_embeddings, padding_idx, include_last_offset, mode)
     _check_bags_backward(grad, num_embeddings, uses.bags, aux, mode)

@@ -354,3 +354,96 @@ def test_gradient_penalty(kind: str, device: str) -> None:
     for got, expected in zip(*runs, strict=True):
         if expected is not None:
             torch.testing.assert_close(got, expected)
+
+
+def small(layer: nn.Module) -> tuple[nn.Module, nn.Module, Tensor]:
+    """A layer of ours, torch.nn's with the same parameters, and an input for both, float64."""
+    theirs = copy.deepcopy(layer)
+    nlpkernels.revert(theirs)
+    return layer, theirs, torch.randn((2, 3) if isinstance(layer, nn.RNNCellBase) else (4, 2, 3))
+
+
+RECURRENT = [
+    nlpkernels.RNN,
+    nlpkernels.LSTM,
+    nlpkernels.GRU,
+    nlpkernels.RNNCell,
+    nlpkernels.LSTMCell,
+    nlpkernels.GRUCell,
+]
+
+
+def first_of(output: Tensor | tuple[Tensor, ...]) -> Tensor:
+    return output if isinstance(output, Tensor) else output[0]
+
+
+@pytest.mark.parametrize("kind", RECURRENT)
+def test_autocast_leaves_float64(kind: type[nn.Module], doubles: None) -> None:
+    ours, theirs, x = small(kind(3, 4))
+    with torch.autocast("cpu", torch.bfloat16):
+        got, expected = first_of(ours(x)), first_of(theirs(x))
+    assert got.dtype == expected.dtype == torch.float64
+    torch.testing.assert_close(got, expected)
+
+
+@pytest.mark.parametrize("kind", RECURRENT)
+def test_forward_mode_of_forward_mode(kind: type[nn.Module], doubles: None) -> None:
+    """torch.func takes the second derivative of any autograd.Function for nought here."""
+    ours, theirs, x = small(kind(3, 4))
+
+    def along(layer: nn.Module) -> Tensor:
+        def slope(x: Tensor) -> Tensor:
+            return torch.func.jvp(lambda x: first_of(layer(x)), (x,), (torch.ones_like(x),))[1]
+
+        return torch.func.jvp(slope, (x,), (torch.ones_like(x),))[1]
+
+    got = along(ours)
+    assert got.abs().max() > 0
+    torch.testing.assert_close(got, along(theirs))
+    torch.testing.assert_close(
+        torch.func.jacfwd(torch.func.jacfwd(lambda x: first_of(ours(x)).sum()))(x),
+        torch.func.jacrev(torch.func.jacrev(lambda x: first_of(ours(x)).sum()))(x),
+    )
+
+
+@pytest.mark.parametrize("create_graph", [False, True])
+@pytest.mark.parametrize("kind", RECURRENT)
+def test_gradients_of_many_outputs_at_once(kind: type[nn.Module], create_graph: bool, doubles: None) -> None:
+    ours, theirs, x = small(kind(3, 4))
+    x.requires_grad_()
+    gradients = []
+    for layer in (ours, theirs):
+        y = first_of(layer(x))
+        torch.manual_seed(1)
+        inputs = (x, *layer.parameters())
+        gradients.append(
+            torch.autograd.grad(y, inputs, torch.randn(5, *y.shape), is_grads_batched=True, create_graph=create_graph)
+        )
+    for got, expected in zip(*gradients, strict=True):
+        torch.testing.assert_close(got, expected)
+    torch.testing.assert_close(
+        torch.autograd.functional.jacobian(lambda x: first_of(ours(x)), x, vectorize=True),
+        torch.autograd.functional.jacobian(lambda x: first_of(ours(x)), x),
+    )
+
+
+@pytest.mark.parametrize("kind", RECURRENT)
+def test_inputs_made_in_inference_mode(kind: type[nn.Module], doubles: None) -> None:
+    ours, theirs, x = small(kind(3, 4))
+    with torch.inference_mode():
+        features = x.clone()
+    first_of(ours(features)).square().sum().backward()
+    first_of(theirs(x)).square().sum().backward()
+    for got, expected in zip(ours.parameters(), theirs.parameters(), strict=True):
+        torch.testing.assert_close(got.grad, expected.grad)
+
+
+def test_weighted_maxima_of_no_bags() -> None:
+    """Indices that are in no bag, of rows that hold NaN."""
+    factors = torch.ones(1, requires_grad=True)
+    ids, table, no_offsets = torch.tensor([0]), torch.full((1, 2), torch.nan), torch.empty(0, dtype=torch.long)
+    pooled = nlpkernels.functional.embedding_bag(ids, table, no_offsets, mode="max", per_sample_weights=factors)
+    assert pooled.shape == (0, 2)
+    pooled.sum().backward()
+    assert factors.grad is not None
+    assert factors.grad.tolist() == [0]
