@@ -6,6 +6,7 @@
 
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/ops/_sparse_coo_tensor_with_dims_and_tensors.h>
+#include <ATen/ops/_unsafe_view.h>
 #include <ATen/ops/cat.h>
 #include <ATen/ops/empty.h>
 #include <c10/core/impl/LocalDispatchKeySet.h>
@@ -164,7 +165,8 @@ inline std::optional<variable_list> recurrent_step(const Tensor& x, std::optiona
       recurrent(x, std::nullopt, states->at(0).unsqueeze(0),
                 has_c ? OptionalTensor(states->at(1).unsqueeze(0)) : std::nullopt, weights, cell, std::nullopt);
   if (!has_c) return variable_list{results[0]};
-  return variable_list{results[0], results[2].squeeze(0)};
+  // Not as a view, of which detach_() would be refused.
+  return variable_list{results[0], at::_unsafe_view_symint(results[2], {batch, results[2].sym_size(2)})};
 }
 
 // A function of tensors as one that Python may hand anything: nothing for what is no tensor or one of a subclass, which

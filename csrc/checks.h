@@ -115,8 +115,10 @@ inline RecurrentArguments check_recurrent(const Tensor& x, const OptionalTensor&
     TORCH_CHECK(x.size(-2) == args.batch, op, ": expected h0 for a batch of ", x.size(-2), " as x has, got ",
                 args.batch);
     const int64_t steps = x.dim() == 2 ? 1 : x.size(0);
+    // Steps of no sequences are as good as none. Others take up memory, if x does not: more are a mistake.
+    TORCH_CHECK_VALUE(args.batch == 0 || steps < int64_t(1) << 40, op, ": expected less than 2^40 steps, got ", steps);
     check_product(op, "steps and batch", {steps, args.batch});
-    args.active.assign(steps, args.batch);
+    args.active.assign(args.batch == 0 ? 0 : steps, args.batch);
   }
   args.steps = static_cast<int64_t>(args.active.size());
   int64_t limit = args.batch;

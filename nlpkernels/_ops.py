@@ -642,6 +642,12 @@ def update_in_backward(table: Tensor, optimizer: Any) -> None:
     UPDATED_IN_BACKWARD[key] = weakref.ref(table, forget), weakref.ref(optimizer)
 
 
+def leave_to_backward(table: Tensor, optimizer: Any) -> None:
+    """From now on `optimizer_of(table)` is not this one."""
+    if optimizer_of(table) is optimizer:
+        del UPDATED_IN_BACKWARD[id(table)]
+
+
 def optimizer_of(table: Tensor) -> Any:
     """The optimizer that updates a table in backward, or None."""
     found = UPDATED_IN_BACKWARD.get(id(table))

@@ -189,6 +189,12 @@ def collect(table: Tensor, *use: Any) -> None:
             f"{type(optimizer).__name__}: the table of shape {list(table.shape)} has a hook (register_hook, "
             "register_post_accumulate_grad_hook) that waits for its gradient: updated in backward, it has none"
         )
+    compiled_autograd = sys.modules.get("torch._dynamo.compiled_autograd")
+    if compiled_autograd is not None and compiled_autograd.in_compiled_autograd_region:
+        raise RuntimeError(
+            f"{type(optimizer).__name__}: compiled autograd runs this backward pass, whose end it does not tell of, "
+            "when the table is to be updated"
+        )
     optimizer._refuse_other_gradient(table)
     with _lock:
         _current_pass().add(optimizer, table, [(use, _versions(use))])
@@ -285,7 +291,13 @@ class _InBackward(torch.optim.Optimizer):
                 f"belongs to, False or None, got {process_group!r}"
             )
         self._start(process_group)
-        super().__init__(params, defaults)
+        try:
+            super().__init__(params, defaults)
+        except BaseException:  # nobody has this optimizer, though an exception's traceback may
+            for group in getattr(self, "param_groups", ()):
+                for table in group["params"]:
+                    _ops.leave_to_backward(table, self)
+            raise
 
     def _start(self, process_group: Any) -> None:
         self.process_group = process_group
@@ -378,6 +390,11 @@ class _InBackward(torch.optim.Optimizer):
         groups = {id(table): group for group in self.param_groups for table in group["params"]}
         prepared: list[Callable[[], None]] = []
         for table, versioned in tables.values():
+            if id(table) not in groups:
+                raise RuntimeError(
+                    f"{type(self).__name__}: the table of shape {list(table.shape)} is in none of param_groups any "
+                    "more, but was not given to another optimizer"
+                )
             self._refuse_other_gradient(table)
             for use, versions in versioned:
                 self._refuse_changes(table, use, versions)
@@ -430,13 +447,25 @@ class _InBackward(torch.optim.Optimizer):
                 f"{type(self).__name__}: indices, or a gradient, of the table of shape {list(table.shape)} were "
                 "changed in place before the end of backward, where they are applied"
             )
-        grad = use[0]
+        self._refuse_changed_table(table, use[0])
+
+    def _refuse_changed_table(self, table: Tensor, grad: Tensor) -> None:
         if grad.dtype != table.dtype or grad.device != table.device or grad.shape[1] != table.shape[1]:
             raise RuntimeError(
                 f"{type(self).__name__}: the table, {table.dtype} of shape {list(table.shape)} on {table.device}, was "
-                f"changed between forward and backward, whose gradient is {grad.dtype} of {grad.shape[1]} columns on "
+                f"changed between forward and its update, whose gradient is {grad.dtype} of {grad.shape[1]} columns on "
                 f"{grad.device}"
             )
+
+    def _take_zeros(self, table: Tensor, group: dict[str, Any]) -> None:
+        """Of a gradient of zeros in step(): by that torch.distributed.checkpoint has an optimizer make its states."""
+        grad = table.grad
+        if grad is None or isinstance(grad, _Applied) or grad.layout != torch.strided or bool(grad.any()):
+            return
+        state, is_new = self._state_of(table, group)
+        if is_new:
+            self.state[table] = state
+        table.grad = None
 
     def _refuse_other_gradient(self, table: Tensor) -> None:
         if table.grad is not None and not isinstance(table.grad, _Applied):
@@ -471,6 +500,7 @@ class _InBackward(torch.optim.Optimizer):
             tables = group["params"]
             references = [] if self._updated.issuperset(map(id, tables)) else _references(tables)
             for table in tables:
+                self._take_zeros(table, group)
                 self._refuse_other_gradient(table)
             for table, count in zip(tables, references, strict=False):
                 used = id(table) in self._updated or table in self._kept
@@ -492,6 +522,8 @@ class _InBackward(torch.optim.Optimizer):
             self._check_tables()
             for table, group in groups:
                 parts = self._kept.get(table)
+                for _, values in parts or ():
+                    self._refuse_changed_table(table, values)
                 own.append(None if parts is None else _coalesce(table, [_as_lookup(*part) for part in parts]))
                 settings = self._settings(group, int(self.state.get(table, {}).get("step", 0)) + 1)
                 tables.append((self.rule, tuple(table.shape), str(table.dtype), settings))

@@ -447,3 +447,19 @@ def test_weighted_maxima_of_no_bags() -> None:
     pooled.sum().backward()
     assert factors.grad is not None
     assert factors.grad.tolist() == [0]
+
+
+def test_states_of_cells_are_detached_in_place(doubles: None) -> None:
+    """As truncated backpropagation does."""
+    for cell in (nlpkernels.LSTMCell(3, 4), torch.nn.LSTMCell(3, 4)):
+        h, c = cell(torch.randn(2, 3), (torch.randn(2, 4), torch.randn(2, 4)))
+        h.detach_()
+        c.detach_()
+        assert not (h.requires_grad or c.requires_grad)
+
+
+def test_steps_of_no_sequences() -> None:
+    """As many as there may be: they take up nothing."""
+    for layer in (nlpkernels.LSTM(3, 4), nlpkernels.GRU(3, 4, bidirectional=True)):
+        output, _ = layer(torch.empty(2**33, 0, 3))
+        assert output.shape[:2] == (2**33, 0)

@@ -1072,3 +1072,62 @@ def test_hooks_run_around_a_step() -> None:
         hook.remove()
     fused.step()
     assert calls == ["before", "after", "after all", "before"]
+
+
+def test_compiled_autograd_is_refused() -> None:
+    """It never says when a pass has ended: updates would be lost."""
+    bag = nlpkernels.EmbeddingBag(7, 3)
+    optimizer = nlpkernels.optim.SGD(bag.parameters(), lr=0.1)
+    before = bag.weight.detach().clone()
+    pooled = bag(torch.randint(7, (2, 3))).sum()
+    compiled_autograd = pytest.importorskip("torch._dynamo.compiled_autograd")
+    with (
+        compiled_autograd._enable(torch.compile(backend="eager")),
+        pytest.raises(RuntimeError, match="compiled autograd"),
+    ):
+        pooled.backward()
+    assert torch.equal(bag.weight, before)
+    del optimizer
+
+
+def test_states_for_a_checkpoint() -> None:
+    """torch.distributed.checkpoint has an optimizer make its states by a step with gradients of zeros."""
+    from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+
+    ids = torch.tensor([[1, 2, 2]])
+    model = torch.nn.Sequential(nlpkernels.EmbeddingBag(10, 4))
+    before = model[0].weight.detach().clone()
+    optimizer = nlpkernels.optim.Adagrad(model.parameters(), lr=0.1)
+    get_state_dict(model, optimizer)
+    assert torch.equal(model[0].weight, before)
+    model(ids).sum().backward()
+    optimizer.step()
+    weights, states = get_state_dict(model, optimizer)
+    other = torch.nn.Sequential(nlpkernels.EmbeddingBag(10, 4))
+    again = nlpkernels.optim.Adagrad(other.parameters(), lr=0.1)
+    set_state_dict(other, again, model_state_dict=weights, optim_state_dict=states)
+    for one, step in ((model, optimizer), (other, again)):
+        one(ids).square().sum().backward()
+        step.step()
+    assert torch.equal(model[0].weight, other[0].weight)
+
+
+def test_a_constructor_that_fails_takes_nothing() -> None:
+    bag = nlpkernels.EmbeddingBag(10, 4)
+    groups = [{"params": [bag.weight]}, {"params": [torch.nn.Parameter(torch.zeros(3))]}]
+    with pytest.raises(ValueError, match="expected contiguous tables") as kept:
+        nlpkernels.optim.SGD(groups, lr=0.1)
+    bag(torch.tensor([[1]])).sum().backward()
+    assert bag.weight.grad is not None
+    assert bag.weight.grad.sum() == 4
+    bag.weight.grad = None
+    nlpkernels.optim.SGD(bag.parameters(), lr=0.1)
+    del kept
+
+
+def test_a_group_that_is_gone() -> None:
+    bags = [nlpkernels.EmbeddingBag(10, 4), nlpkernels.EmbeddingBag(10, 4)]
+    optimizer = nlpkernels.optim.SGD([{"params": [bag.weight]} for bag in bags], lr=0.1)
+    del optimizer.param_groups[1]
+    with pytest.raises(RuntimeError, match="in none of param_groups"):
+        bags[1](torch.tensor([[1]])).sum().backward()
