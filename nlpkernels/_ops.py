@@ -23,6 +23,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C._functorch import is_legacy_batchedtensor
 from torch._functorch.pyfunctorch import retrieve_all_functorch_interpreters
 from torch._subclasses import FakeTensor
 from torch.utils.flop_counter import register_flop_formula
@@ -470,6 +471,8 @@ def _differentiable(
         if _is_transformed() or (
             torch.is_grad_enabled() and any(isinstance(value, Tensor) and value.requires_grad for value in flat)
         ):
+            if any(isinstance(value, Tensor) and is_legacy_batchedtensor(value) for value in flat):
+                return op(*args)  # in a batch of gradients, where a Function's results have no derivatives
             result = Function.apply(*flat)
             return result if has_one_output else outputs_of.unflatten(result)
         return call_kernel(*args)

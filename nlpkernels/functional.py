@@ -469,6 +469,8 @@ def embedding_bag(
         bags = (offsets, per_sample_weights, weighable, padding, include_last_offset, False, False)
         _renormalise(max_norm, norm_type, weight, input, *bags)
     if per_sample_weights is not None and mode != "sum":
+        for name, tensor in (("input", input), ("per_sample_weights", per_sample_weights)):
+            reference.refuse_shrunk("embedding_bag", name, tensor)
         position = torch.arange(input.numel(), device=input.device).reshape(input.shape)
         if mode == "max":
             # In no bag: their rows may hold anything, and those past the last bag need not be rows at all.

@@ -25,7 +25,7 @@ A table is trained where backward would add to its gradient: not when frozen, no
 **Backward passes.** A pass's uses are applied together when it has come through. What a pass inside another finds, a
 hook's or a reentrant checkpoint's, belongs to the outermost one and makes one update with that one's. (Not where 60
 and more are nested, when torch takes another thread: such a pass updates by itself.) A pass that fails leaves its
-tables as they were, all of them, unless memory runs out in the midst of several tables' updates. Any number of threads
+tables as they were, all of them, unless memory runs out, or Ctrl-C comes, between two tables' updates. Any number of threads
 may be in backward at once: updates of a table come one after the other and none is lost. A forward pass that reads the
 table meanwhile may see some rows before an update and others after it.
 
@@ -388,6 +388,8 @@ class _InBackward(torch.optim.Optimizer):
                 "same update in all); for tables of this process alone say process_group=False"
             )
         groups = {id(table): group for group in self.param_groups for table in group["params"]}
+        for group in self.param_groups:
+            self._refuse_settings(group)
         prepared: list[Callable[[], None]] = []
         for table, versioned in tables.values():
             if id(table) not in groups:
@@ -409,7 +411,13 @@ class _InBackward(torch.optim.Optimizer):
     def _prepare_update(self, table: Tensor, group: dict[str, Any], use: _Use) -> Callable[[], None]:
         state, is_new = self._state_of(table, group)
         step = int(state["step"]) + 1 if state else 1
-        return functools.partial(self._update, table, state, is_new, step, use, self._settings(group, step))
+        settings = self._settings(group, step)
+        if any(map(math.isnan, settings)):
+            raise ValueError(f"{type(self).__name__}: expected numbers in param_groups, got NaN among {settings}")
+        for name, tensor in [("the table", table), *((name, state[name]) for name in self.states)]:
+            if not tensor.is_contiguous():
+                raise ValueError(f"{type(self).__name__}: expected {name} contiguous, got strides {tensor.stride()}")
+        return functools.partial(self._update, table, state, is_new, step, use, settings)
 
     def _update(
         self, table: Tensor, state: dict[str, Any], is_new: bool, step: int, use: _Use, settings: list[float]
@@ -572,6 +580,10 @@ class _InBackward(torch.optim.Optimizer):
                         f"{type(self).__name__}: expected a state {name!r} of shape {list(expected)}, "
                         f"got {'none' if got is None else list(got)}"
                     )
+        for group in state_dict["param_groups"]:
+            missing = sorted(set(self.defaults) - set(group))
+            if missing:
+                raise ValueError(f"{type(self).__name__}: expected a state_dict of groups with {', '.join(missing)}")
         super().load_state_dict(state_dict)
         for table, values in zip(tables, saved, strict=True):
             for name in self.states if values else ():  # torch has cast them to the table's dtype

@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch._C._functorch import get_unwrapped, is_functorch_wrapped_tensor, is_legacy_batchedtensor
 
 
 class Cell(NamedTuple):
@@ -105,6 +106,23 @@ def _arithmetic_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if dtype in (torch.bfloat16, torch.float16) else dtype
 
 
+def refuse_shrunk(op: str, name: str, tensor: Tensor) -> None:
+    """Raise if a storage has been made smaller than its tensor, which torch's own functions do not notice."""
+    while is_functorch_wrapped_tensor(tensor):
+        tensor = get_unwrapped(tensor)
+    if type(tensor) not in (Tensor, torch.nn.Parameter) or tensor.numel() == 0 or tensor.device.type == "meta":
+        return
+    if is_legacy_batchedtensor(tensor):
+        return
+    last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    needed = (tensor.storage_offset() + last + 1) * tensor.element_size()
+    if tensor.untyped_storage().nbytes() < needed:
+        raise RuntimeError(
+            f"{op}: expected {name} with memory for all of its values, got a storage of "
+            f"{tensor.untyped_storage().nbytes()} bytes"
+        )
+
+
 def _refuse_strange(op: str, tensors: dict[str, Tensor | None], dtype: torch.dtype) -> None:
     """Raise unless all these tensors are dense and of that dtype, which is one that kernels take."""
     if dtype not in DTYPES:
@@ -114,6 +132,8 @@ def _refuse_strange(op: str, tensors: dict[str, Tensor | None], dtype: torch.dty
             raise RuntimeError(
                 f"{op}: expected {name} to be a dense tensor of dtype {dtype}, got {tensor.layout} of {tensor.dtype}"
             )
+        if tensor is not None:
+            refuse_shrunk(op, name, tensor)
 
 
 def _check_recurrent(
@@ -364,6 +384,8 @@ def _check_bags(
             raise TypeError(
                 f"embedding_bag: expected {name} of dtype int32 or int64, got {integers.layout} of {integers.dtype}"
             )
+        if integers is not None:
+            refuse_shrunk("embedding_bag", name, integers)
     if like.dim() != 2:
         raise ValueError(f"embedding_bag: expected 2-D weight, got {list(like.shape)}")
     if offsets is None and indices.dim() != 2:
@@ -472,6 +494,7 @@ def embedding_bag_backward(
     """Dense gradient of weight, [V, E]."""
     if aux.dtype != torch.int64 or aux.layout != torch.strided:
         raise TypeError(f"embedding_bag: expected aux of dtype int64, got {aux.layout} of {aux.dtype}")
+    refuse_shrunk("embedding_bag", "aux", aux)
     _check_bags(grad, indices, offsets, per_sample_weights, mode)
     uses = _uses(indices, offsets, num_embeddings, padding_idx, include_last_offset, mode)
     _check_bags_backward(grad, num_embeddings, uses.bags, aux, mode)

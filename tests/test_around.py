@@ -463,3 +463,16 @@ def test_steps_of_no_sequences() -> None:
     for layer in (nlpkernels.LSTM(3, 4), nlpkernels.GRU(3, 4, bidirectional=True)):
         output, _ = layer(torch.empty(2**33, 0, 3))
         assert output.shape[:2] == (2**33, 0)
+
+
+@pytest.mark.parametrize("kind", ["RNN", "LSTM", "GRU"])
+def test_batches_of_gradients_of_all_states(kind: str, doubles: None) -> None:
+    layer, x = getattr(nlpkernels, kind)(3, 4), torch.randn(4, 2, 3, requires_grad=True)
+    output, states = layer(x, return_state_sequence=True)
+    for result in (output, *(states if isinstance(states, tuple) else (states,))):
+        cotangents = torch.randn(3, *result.shape)
+        (together,) = torch.autograd.grad(result, x, cotangents, is_grads_batched=True, create_graph=True)
+        alone = torch.stack([torch.autograd.grad(result, x, one, create_graph=True)[0] for one in cotangents])
+        torch.testing.assert_close(together, alone)
+        second = [torch.autograd.grad(g.square().sum(), x, retain_graph=True)[0] for g in (together, alone)]
+        torch.testing.assert_close(*second)

@@ -533,3 +533,31 @@ def test_public_names() -> None:
         "RNN", "LSTM", "GRU", "RNNCell", "LSTMCell", "GRUCell", "Embedding", "EmbeddingBag", "functional", "convert",
         "revert", "optim",
     }  # fmt: skip
+
+
+def test_second_derivatives_read_no_memory_that_is_gone() -> None:
+    ids, table = torch.randint(100, (50, 4)), torch.randn(100, 8, requires_grad=True)
+    pooled = nlpkernels.functional.embedding_bag(ids, table, mode="sum")
+    (gradient,) = torch.autograd.grad(pooled.square().sum(), table, create_graph=True)
+    ids.untyped_storage().resize_(0)
+    with pytest.raises(RuntimeError, match="memory for all of its values"):
+        gradient.square().sum().backward()
+
+
+def test_derivatives_of_states_read_no_memory_that_is_gone() -> None:
+    x, h = torch.randn(4, 5, 30), torch.zeros(1, 5, 5)
+    x.untyped_storage().resize_(8)
+    weights = [torch.randn(20, 30), torch.randn(20, 5)]
+    with pytest.raises(RuntimeError, match="expected x with memory"):
+        torch.ops.nlpkernels.recurrent_states_backward(
+            None, None, None, torch.randn(1, 20, 5, 5), x, None, h, h, weights, "lstm", True, True, None
+        )
+
+
+@pytest.mark.parametrize("mode", ["mean", "max"])
+@pytest.mark.parametrize("gone", ["input", "per_sample_weights"])
+def test_weighted_bags_read_no_memory_that_is_gone(mode: str, gone: str) -> None:
+    ids, factors = torch.randint(100, (50, 4)), torch.rand(50, 4)
+    (ids if gone == "input" else factors).untyped_storage().resize_(0)
+    with pytest.raises(RuntimeError, match=f"expected {gone} with memory"):
+        nlpkernels.functional.embedding_bag(ids, torch.randn(100, 8), mode=mode, per_sample_weights=factors)

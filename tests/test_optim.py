@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import gc
 import io
+import math
 import os
 import pickle
 import subprocess
@@ -1131,3 +1132,24 @@ def test_a_group_that_is_gone() -> None:
     del optimizer.param_groups[1]
     with pytest.raises(RuntimeError, match="in none of param_groups"):
         bags[1](torch.tensor([[1]])).sum().backward()
+
+
+@pytest.mark.parametrize("name", ["momentum", "weight_decay", "maximize", "lr"])
+def test_groups_changed_for_the_worse(name: str) -> None:
+    """Settings that cannot be had, put into a group after all, and a NaN: no table of the pass changes."""
+    bags = [nlpkernels.EmbeddingBag(5, 3) for _ in range(3)]
+    optimizer = nlpkernels.optim.SGD([{"params": [bag.weight]} for bag in bags], lr=0.1)
+    before = [bag.weight.detach().clone() for bag in bags]
+    total = sum(bag(torch.tensor([[1, 2]])).sum() for bag in bags)
+    optimizer.param_groups[1][name] = math.nan if name == "lr" else 0.5
+    with pytest.raises(ValueError, match="NaN" if name == "lr" else name):
+        total.backward()
+    for bag, weight in zip(bags, before, strict=True):
+        assert torch.equal(bag.weight, weight)
+
+
+def test_states_of_another_optimizer() -> None:
+    bag = nlpkernels.EmbeddingBag(5, 3)
+    saved = torch.optim.SGD(bag.parameters(), lr=0.1).state_dict()
+    with pytest.raises(ValueError, match="betas"):
+        nlpkernels.optim.SparseAdam(bag.parameters()).load_state_dict(saved)
