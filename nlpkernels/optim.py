@@ -25,9 +25,9 @@ A table is trained where backward would add to its gradient: not when frozen, no
 **Backward passes.** A pass's uses are applied together when it has come through. What a pass inside another finds, a
 hook's or a reentrant checkpoint's, belongs to the outermost one and makes one update with that one's. (Not where 60
 and more are nested, when torch takes another thread: such a pass updates by itself.) A pass that fails leaves its
-tables as they were, all of them, unless memory runs out, or Ctrl-C comes, between two tables' updates. Any number of threads
-may be in backward at once: updates of a table come one after the other and none is lost. A forward pass that reads the
-table meanwhile may see some rows before an update and others after it.
+tables as they were, all of them, unless memory runs out, or Ctrl-C comes, between two tables' updates. Any number of
+threads may be in backward at once: updates of a table come one after the other and none is lost. A forward pass that
+reads the table meanwhile may see some rows before an update and others after it.
 
 **Several processes.** With `process_group`, one table is trained by all processes of that group, each of which has a
 copy. `step()` then makes the update, and not backward: the processes gather their rows and the gradients of these,
