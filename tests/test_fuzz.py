@@ -395,6 +395,9 @@ class Recurrent:
             is_rounded = dtype != torch.float32 and (c.layers > 1 or "cpu" in rounding_devices)
             if nearest.distance < FUZZED_KINK[dtype if is_rounded else torch.float32] or c.special:
                 ours, theirs = ours[:outputs], theirs[:outputs]
+        if c.special == "huge" and dtype != torch.float64:
+            # A gradient's terms may be too large for the dtype, as torch's are, where the exact gradient is not.
+            ours, theirs = ours[:outputs], theirs[:outputs]
         names = [f"output {i}" if i < outputs else f"gradient {i - outputs}" for i in range(len(ours))]
         assert_each_close(ours, theirs, names, outputs, self.incoming, bool(c.special))
 
