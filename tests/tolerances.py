@@ -127,6 +127,8 @@ def assert_each_close(
             continue
         one, expected = one.detach(), expected.detach()
         dtype = one.dtype
+        if scale > 1e-6 * torch.finfo(dtype).max:  # terms may be too large for the dtype, where their sum is not
+            continue
         if has_special:
             one, expected = _without_specials(one, expected, name, is_any_infinite=i >= outputs)
         error = (one - expected).abs().max().item()
