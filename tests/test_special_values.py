@@ -116,9 +116,9 @@ def compare(
                         parameter.copy_(new)
                 run, names = run_layer(module, [t.to(dtype) for t in own["input"]], own["gradient"], call)
                 runs.append(run)
-            # torch's GRU has dh - dh z for dh (1 - z), no number where dh is infinite; in halves it has none either where
-            # a gate is rounded to 1, and 1 - o to 0. A unit of a ReLU that is almost 0 is, in halves, on either side of
-            # it: then 0 stands for any gradient, and NaN for an infinite one.
+            # torch's GRU has dh - dh z for dh (1 - z), no number where dh is infinite; in halves there is none either
+            # where torch rounds a gate to 1, and 1 - o to 0. A unit of a ReLU that is almost 0 is, in halves, on either
+            # side of it: then 0 stands for any gradient, and NaN for an infinite one.
             rounds = dtype in FLOOR_OF_RELU
             flips = relu and rounds
             either = flips or (group == "gradient" and (rounds or name.startswith("GRU")))
