@@ -154,11 +154,11 @@ struct Report {
     TORCH_CHECK_VALUE(found.kind != kFirstOffset, op, ": expected offsets[0] to be 0, got ", found.value);
     TORCH_CHECK_VALUE(found.kind != kOffset, op, ": expected offsets[", found.position, "] between ", found.least,
                       " (the offset before it) and ", found.most, " (the number of indices), got ", found.value);
-    // A single column may be what is left of any shape: a lookup's.
-    const std::string where = found.columns == 0   ? "indices[" + std::to_string(found.position)
-                              : found.columns == 1 ? "flattened indices[" + std::to_string(found.position)
-                                                   : "indices[" + std::to_string(found.position / found.columns) +
-                                                         "][" + std::to_string(found.position % found.columns);
+    // What is left of a lookup's indices, whatever shape they had, is one column.
+    const std::string where = found.columns == 0  ? "indices[" + std::to_string(found.position)
+                              : found.columns < 0 ? "flattened indices[" + std::to_string(found.position)
+                                                  : "indices[" + std::to_string(found.position / found.columns) + "][" +
+                                                        std::to_string(found.position % found.columns);
     TORCH_CHECK_INDEX(false, op, ": ", where, "] is ", found.value, ", expected a row from 0 to ", found.most,
                       " of a table of ", found.most + 1);
   }
@@ -171,7 +171,8 @@ bool raises_now() {
   return when == "now";
 }
 
-// columns: of the indices that the caller wrote, 0 if they are 1-D. is_wrong: [1], 0 before, or nullptr.
+// columns: of the indices that the caller wrote, 0 if they are 1-D, -1 for a lookup's. is_wrong: [1], 0 before, or
+// nullptr.
 template <typename index_t>
 __global__ void __launch_bounds__(kThreads) check_values(const index_t* indices, const Bags bags, int64_t columns,
                                                          int64_t rows, Report* report, int* is_wrong) {
@@ -195,7 +196,7 @@ __global__ void __launch_bounds__(kThreads) check_values(const index_t* indices,
 class Input {
  public:
   Input(const char* op, const Tensor& indices, const OptionalTensor& offsets, bool include_last_offset, int64_t rows,
-        const OptionalTensor& is_wrong = std::nullopt)
+        const OptionalTensor& is_wrong = std::nullopt, bool is_lookup = false)
       : op_(op), report_(Report::of_device(c10::cuda::current_device())), indices_(indices.contiguous()) {
     report_.raise(op);
     bags.total = indices.numel();
@@ -211,8 +212,10 @@ class Input {
     }
     AT_DISPATCH_INDEX_TYPES(indices.scalar_type(), "embedding_bag", [&] {
       launch(check_values<index_t>, positions(std::max(bags.total, bags.given)), data<index_t>(), bags,
-             indices.dim() == 2 ? indices.size(1) : 0, rows, &report_,
-             is_wrong ? is_wrong->mutable_data_ptr<int>() : nullptr);
+             is_lookup            ? -1
+             : indices.dim() == 2 ? indices.size(1)
+                                  : 0,
+             rows, &report_, is_wrong ? is_wrong->mutable_data_ptr<int>() : nullptr);
     });
   }
 
@@ -408,12 +411,12 @@ std::tuple<Tensor, Tensor> embedding_bag(const Tensor& weight, const Tensor& ind
                                          int64_t padding_idx, bool include_last_offset, bool /*scale_grad_by_freq*/,
                                          bool /*sparse*/) {
   const at::AutoDispatchBelowADInplaceOrView no_derivatives;
-  const char* op = "embedding_bag";
   const Mode mode = parse_mode(mode_name);
+  const char* op = mode == Mode::lookup ? "embedding" : "embedding_bag";
   TORCH_CHECK_VALUE(weight.dim() == 2, op, ": expected 2-D weight, got ", weight.sizes());
   check_embedding_bag(op, weight, indices, offsets, per_sample_weights, mode, include_last_offset);
   const c10::cuda::CUDAGuard device(weight.device());
-  const Input input(op, indices, offsets, include_last_offset, weight.size(0));
+  const Input input(op, indices, offsets, include_last_offset, weight.size(0), std::nullopt, mode == Mode::lookup);
   const int64_t bags = input.bags.count, columns = weight.size(1);
   const Tensor table = weight.contiguous();
   const OptionalTensor factors = contiguous(per_sample_weights);
