@@ -1,8 +1,9 @@
 """Build of the compiled libraries. All metadata is in pyproject.toml.
 
 csrc/library.cpp becomes `nlpkernels._C` (schemas and build facts). csrc/cpu is compiled once per instruction set, into
-`nlpkernels._cpu_default`, `_cpu_avx2`, `_cpu_avx512` and `_cpu_amx`, of which one is loaded at import. csrc/cuda
-becomes `nlpkernels._cuda` where CUDA is built (`cuda_wanted`).
+`nlpkernels._cpu_default`, `_cpu_avx2` and `_cpu_avx512`, of which one is loaded at import. Beside the last one,
+`_cpu_avx512bf16` or `_cpu_amx` has recurrent layers of bfloat16. csrc/cuda becomes `nlpkernels._cuda` where CUDA is
+built (`cuda_wanted`).
 """
 
 from __future__ import annotations
@@ -31,15 +32,18 @@ def knows(flags: list[str]) -> bool:
 
 
 INSTRUCTION_SETS = {"default": ["-Wno-psabi"]}  # its vectors are passed to inlined functions only
+OF_BFLOAT16 = {}  # that add to the last one what they multiply bfloat16 with
 if platform.machine().lower() in ("x86_64", "amd64"):
     INSTRUCTION_SETS["avx2"] = ["-mavx2", "-mfma", "-mf16c"]
     INSTRUCTION_SETS["avx512"] = ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma", "-mf16c"]
     INSTRUCTION_SETS["avx512"] += ["-Wno-maybe-uninitialized", "-Wno-uninitialized"]  # of GCC's own AVX-512 header
-    INSTRUCTION_SETS["amx"] = [*INSTRUCTION_SETS["avx512"], "-mavx512bf16", "-mamx-tile", "-mamx-bf16"]
-    if not knows(INSTRUCTION_SETS["amx"]):  # GCC 11 and Clang 12 do
-        del INSTRUCTION_SETS["amx"]
+    OF_BFLOAT16["avx512bf16"] = [*INSTRUCTION_SETS["avx512"], "-mavx512bf16"]
+    OF_BFLOAT16["amx"] = [*OF_BFLOAT16["avx512bf16"], "-mamx-tile", "-mamx-bf16"]
+    OF_BFLOAT16 = {name: flags for name, flags in OF_BFLOAT16.items() if knows(flags)}  # GCC 11 and Clang 12 do
 if only := os.environ.get("NLPKERNELS_BUILD_CPU"):  # for a check of something else
-    INSTRUCTION_SETS = {only: INSTRUCTION_SETS[only]}
+    OF_BFLOAT16 = {only: OF_BFLOAT16[only]} if only in OF_BFLOAT16 else {}
+    base = "avx512" if OF_BFLOAT16 else only
+    INSTRUCTION_SETS = {base: INSTRUCTION_SETS[base]}
 
 OPTIMISE = ["-O3", "-g0", "-fvisibility=hidden"]
 WARNINGS = ["-Wall", "-Wextra", "-Wno-unused-parameter", "-Wno-unknown-pragmas"]  # the last two are torch's headers'
@@ -120,7 +124,7 @@ def sources(pattern: str) -> list[str]:
 
 def vectors(instruction_set: str) -> str:
     """What torch's headers call the vectors of an instruction set."""
-    return "AVX512" if instruction_set == "amx" else instruction_set.upper()
+    return "AVX512" if instruction_set in OF_BFLOAT16 else instruction_set.upper()
 
 
 def extensions() -> list[CppExtension]:
@@ -130,7 +134,7 @@ def extensions() -> list[CppExtension]:
     cpu = [
         CppExtension(
             f"nlpkernels._cpu_{name}",
-            sources("cpu/*.cpp"),
+            ["csrc/cpu/recurrent.cpp"] if name in OF_BFLOAT16 else sources("cpu/*.cpp"),
             depends=headers,
             extra_compile_args=[
                 *flags,
@@ -141,7 +145,7 @@ def extensions() -> list[CppExtension]:
             ],
             extra_link_args=OPENMP + LAST,
         )
-        for name, instructions in INSTRUCTION_SETS.items()
+        for name, instructions in (INSTRUCTION_SETS | OF_BFLOAT16).items()
     ]
 
     cuda, archs = [], ""

@@ -39,17 +39,24 @@ TORCH_LIBRARY(nlpkernels, m) {
   //   y            [T, B, D P] or [N, D P]
   //   h_n, c_n     [D, B, P], [D, B, H] (c_n is empty, [0], but for the LSTM)
   //   workspace    [D, N, S, H], the values that cells.h saves; empty, [0], unless keep
-  m.def(
-      "recurrent(Tensor x, Tensor? batch_sizes, Tensor h0, Tensor? c0, Tensor[] weights, str cell, bool keep,"
-      " Tensor? h_mask) -> (Tensor y, Tensor h_n, Tensor c_n, Tensor workspace)");
+  //
+  // Here and below the ops of bfloat16 are the same for the processors that multiply it themselves (csrc/cpu): only the
+  // ops without that name call them.
+  for (const std::string name : {"recurrent", "recurrent_bfloat16"}) {
+    m.def((name +
+        "(Tensor x, Tensor? batch_sizes, Tensor h0, Tensor? c0, Tensor[] weights, str cell, bool keep,"
+        " Tensor? h_mask) -> (Tensor y, Tensor h_n, Tensor c_n, Tensor workspace)").c_str());
+  }
 
   // Its gradients. dy, dh_n, dc_n: shaped like the outputs, None stands for zeros. Returns dx, dh0, dc0 and one
   // gradient per weight, shaped like the inputs; dc0 is empty but for the LSTM, dx and the weights' are empty unless
   // needed.
-  m.def(
-      "recurrent_backward(Tensor? dy, Tensor? dh_n, Tensor? dc_n, Tensor x, Tensor? batch_sizes, Tensor h0, Tensor? c0,"
-      " Tensor[] weights, str cell, Tensor y, Tensor workspace, bool need_dx, bool need_dweights,"
-      " Tensor? h_mask) -> (Tensor dx, Tensor dh0, Tensor dc0, Tensor[] dweights)");
+  for (const std::string name : {"recurrent_backward", "recurrent_bfloat16_backward"}) {
+    m.def((name +
+        "(Tensor? dy, Tensor? dh_n, Tensor? dc_n, Tensor x, Tensor? batch_sizes, Tensor h0, Tensor? c0,"
+        " Tensor[] weights, str cell, Tensor y, Tensor workspace, bool need_dx, bool need_dweights,"
+        " Tensor? h_mask) -> (Tensor dx, Tensor dh0, Tensor dc0, Tensor[] dweights)").c_str());
+  }
 
   // The same of an LSTM, given a gradient of the workspace as well: of the cell states between the steps.
   m.def(
@@ -133,6 +140,17 @@ TORCH_LIBRARY_IMPL(nlpkernels, ADInplaceOrView, m) {
 
 namespace {
 
+// Whether the processor multiplies vectors of bfloat16. Whether it and the system have vectors of 512 bits, torch knows.
+bool has_avx512bf16() {
+#if defined(__x86_64__) && defined(__linux__)
+  constexpr unsigned kAvx512Bf16 = 1u << 5;
+  unsigned a, b, c, d;
+  return __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a & kAvx512Bf16);
+#else
+  return false;
+#endif
+}
+
 // Whether this process may multiply tiles of bfloat16 (AMX), and vectors of it, which no processor with AMX lacks. A
 // process has to ask: the system then makes room for tiles where it keeps threads' registers.
 bool has_amx() {
@@ -158,6 +176,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.attr("compiler") = std::string(__VERSION__);
   m.attr("torch_version") = std::string(TORCH_VERSION);
   m.attr("cuda_archs") = std::string(NLPKERNELS_CUDA_ARCHS);
+  m.def("has_avx512bf16", &has_avx512bf16, "Whether the processor multiplies vectors of bfloat16.");
   m.def("has_amx", &has_amx, "Whether this process may use AMX, for which it asks the system.");
   m.def("recurrent", &nlpkernels::recurrent, pybind11::call_guard<pybind11::gil_scoped_release>(),
         "y, h_n and c_n of the op of this name, with derivatives for eager calls.");

@@ -33,7 +33,9 @@ from nlpkernels._giving_way import exports_to_onnx
 
 # --- Libraries -------------------------------------------------------------------------------------------------------
 
-INSTRUCTION_SETS = ("default", "avx2", "avx512", "amx")  # each needs those before it
+INSTRUCTION_SETS = ("default", "avx2", "avx512", "avx512bf16", "amx")  # each needs those before it
+OF_BFLOAT16 = ("avx512bf16", "amx")
+"""Those whose libraries have recurrent layers of bfloat16 alone, and are loaded beside that of avx512."""
 
 
 def _library(name: str) -> Path | None:
@@ -44,9 +46,9 @@ def _library(name: str) -> Path | None:
 def _pick_instruction_set() -> tuple[str, str]:
     """The instruction set whose library is loaded, and why."""
     capability = torch.backends.cpu.get_cpu_capability()
-    # Tiles are a process's to ask for: the system makes room for them in what it saves of a thread.
-    if capability == "AVX512" and _C.has_amx():
-        capability = "AMX"
+    if capability == "AVX512" and _C.has_avx512bf16():
+        # Tiles are a process's to ask for: the system makes room for them in what it saves of a thread.
+        capability = "AMX" if _C.has_amx() else "AVX512BF16"
     best = capability.lower() if capability.lower() in INSTRUCTION_SETS else "default"
     built = [name for name in INSTRUCTION_SETS if _library(f"_cpu_{name}")]
     usable = [name for name in built if INSTRUCTION_SETS.index(name) <= INSTRUCTION_SETS.index(best)]
@@ -65,6 +67,8 @@ def _pick_instruction_set() -> tuple[str, str]:
 
 INSTRUCTION_SET, INSTRUCTION_SET_REASON = _pick_instruction_set()
 torch.ops.load_library(_library(f"_cpu_{INSTRUCTION_SET}"))
+if INSTRUCTION_SET in OF_BFLOAT16:
+    torch.ops.load_library(_library("_cpu_avx512"))
 # Not by default: these kernels compile, and their code agrees with the CPU's when it is run there, but they have not
 # yet run on a GPU. Without them torch's own layers serve CUDA tensors where they can, and reference.py the rest; with
 # NLPKERNELS_CUDA=0 reference.py serves all.

@@ -27,12 +27,12 @@ FLOOR = {
 }
 # The error of float32 whose products are of TF32, where that is allowed: operands of 11 bits.
 TF32 = 2e-3
-# Where states are rounded to half a precision before a product reads them (CUDA, and bfloat16 with AMX; the CPU's other
-# kernels keep them in float), a unit of a ReLU that is almost 0 may fall on the other side of it than in exact
-# arithmetic, and its gradient with it. torch.nn's units do so too, but they are others. In a small layer one unit is a
-# tenth of a gradient; that equations are right shows in float32 and float64.
+# Where states are rounded to half a precision before a product reads them (CUDA, and bfloat16 on processors that
+# multiply it; the CPU's other kernels keep them in float), a unit of a ReLU that is almost 0 may fall on the other side
+# of it than in exact arithmetic, and its gradient with it. torch.nn's units do so too, but they are others. In a small
+# layer one unit is a tenth of a gradient; that equations are right shows in float32 and float64.
 FLOOR_OF_RELU = {torch.bfloat16: 0.3, torch.float16: 0.3}
-rounding_devices = {"cuda", "cpu"} if _ops.INSTRUCTION_SET == "amx" else {"cuda"}
+rounding_devices = {"cuda", "cpu"} if _ops.INSTRUCTION_SET in _ops.OF_BFLOAT16 else {"cuda"}
 
 # Relative error against float64, in place of the two above, for a handful of values, some of them in saturated gates:
 # rounding has nothing to average over there, and torch.nn's own error is now and then nought. A result of less than

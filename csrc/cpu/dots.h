@@ -17,7 +17,12 @@
 //
 // Same bits: a dot product adds its terms one after the other, those of a vector's lane in the order of k, and then the
 // lanes as a tree, whatever the tile that it is in.
+//
+// Of bfloat16, a lane holds a pair (bfloat16.h).
 #pragma once
+
+#include <memory>
+#include <type_traits>
 
 #include "gemm.h"
 
@@ -27,12 +32,26 @@ inline namespace CPU_CAPABILITY {
 // Rows of k values that a step multiplies with weights.
 template <typename Operand>
 struct StepRows {
-  StepRows(int64_t k, int64_t /*rows*/) : k(k) {}
-  void set(const Operand* rows, int64_t distance) { a = rows, lda = distance; }
+  StepRows(int64_t k, int64_t rows) : k(k), rows_(rows) {}
+
+  template <typename From>
+  void set(const From* rows, int64_t distance) {
+    if constexpr (std::is_same_v<From, Operand>) {
+      a = rows, lda = distance;
+    } else {
+      copies_ = std::make_unique<OperandRows<Operand>>(rows_, k);
+      for (const auto r : c10::irange(rows_)) copies_->copy(r, rows + r * distance);
+      a = copies_->row(0), lda = copies_->stride;
+    }
+  }
 
   const int64_t k;
   const Operand* a = nullptr;
   int64_t lda = 0;
+
+ private:
+  const int64_t rows_;
+  std::unique_ptr<OperandRows<Operand>> copies_;
 };
 
 // One term: rows a, and rows of weights w.
@@ -114,10 +133,11 @@ V kept(const V& value) {
 
 // The dot products of M rows of a, from `row` on, with `columns` rows of weights, from `column` on, at most
 // kDotColumns[M - 1].
-template <int M, typename scalar, typename T>
-void dot_tile(const DotTerm<scalar, T>* terms, int64_t count, int64_t row, int64_t column, int64_t columns,
-              scalar* __restrict out, int64_t ldo) {
-  using V = Vectorized<scalar>;
+template <int M, typename Operand, typename T>
+void dot_tile(const DotTerm<Operand, T>* terms, int64_t count, int64_t row, int64_t column, int64_t columns,
+              acc_t<Operand>* __restrict out, int64_t ldo) {
+  using P = Packing<Operand>;
+  using V = typename P::V;
   constexpr int N = kDotColumns[M - 1];
   V sum[M][N];
 #pragma GCC unroll 16
@@ -127,7 +147,7 @@ void dot_tile(const DotTerm<scalar, T>* terms, int64_t count, int64_t row, int64
   }
   for (const auto* term = terms; term != terms + count; ++term) {
     const int64_t k = term->a->k, lda = term->a->lda;
-    const scalar* a = term->a->a + row * lda;
+    const Operand* a = term->a->a + row * lda;
     const T* w[N];
 #pragma GCC unroll 16
     for (int n = 0; n < N; ++n) w[n] = term->w + (column + std::min<int64_t>(n, columns - 1)) * k;
@@ -140,14 +160,14 @@ void dot_tile(const DotTerm<scalar, T>* terms, int64_t count, int64_t row, int64
       for (int n = 0; n < N; ++n) {
         const V right = M > 1 ? kept(load(w[n] + i)) : load(w[n] + i);
 #pragma GCC unroll 16
-        for (int m = 0; m < M; ++m) sum[m][n] = at::vec::fmadd(left[m], right, sum[m][n]);
+        for (int m = 0; m < M; ++m) sum[m][n] = P::multiply_add(left[m], right, sum[m][n]);
       }
     };
     int64_t i = 0;
-    for (; i + V::size() <= k; i += V::size()) multiply(i, [](const auto* p) { return load_vector(p); });
-    if (i < k) multiply(i, [&](const auto* p) { return load_vector(p, k - i); });
+    for (; i + P::row_step <= k; i += P::row_step) multiply(i, [](const auto* p) { return P::load_row(p); });
+    if (i < k) multiply(i, [&](const auto* p) { return P::load_row(p, k - i); });
   }
-  alignas(16) scalar dots[M * N];
+  alignas(16) acc_t<Operand> dots[M * N];
   const V* sums = &sum[0][0];
 #pragma GCC unroll 4
   for (int i = 0; i < M * N; i += 4) add_lanes(sums[i], sums[i + 1], sums[i + 2], sums[i + 3], dots + i);
@@ -162,14 +182,14 @@ void dot_tile(const DotTerm<scalar, T>* terms, int64_t count, int64_t row, int64
 }
 
 // For `rows` rows of a and `columns` rows of weights.
-template <typename scalar, typename T>
-void multiply_rows(const DotTerm<scalar, T>* terms, int64_t count, int64_t rows, int64_t columns, scalar* out,
+template <typename Operand, typename T>
+void multiply_rows(const DotTerm<Operand, T>* terms, int64_t count, int64_t rows, int64_t columns, acc_t<Operand>* out,
                    int64_t ldo) {
   const RowTiles tiles(rows, rows <= kDotRowsAlone ? kDotRowsAlone : kDotRows);
   int64_t block = tiles.count;
   if (kDotBytes < INT64_MAX && tiles.count > 1) {
     int64_t tile_bytes = 0;
-    for (const auto* term = terms; term != terms + count; ++term) tile_bytes += term->a->k * kDotRows * sizeof(scalar);
+    for (const auto* term = terms; term != terms + count; ++term) tile_bytes += term->a->k * kDotRows * sizeof(Operand);
     block = std::max<int64_t>(1, kDotBytes / std::max<int64_t>(1, tile_bytes));
   }
   const auto run = [&]<int M>(int64_t begin, int64_t end) {

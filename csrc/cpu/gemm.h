@@ -4,7 +4,8 @@
 //   b  has been packed in panels of up to kTileVecs vectors of columns, each stored [K][width]   (PackedMatrix)
 //   a  is read where it lies, rows of K values, a tile of up to kTileRows rows at a time; or, if it is given by its
 //      columns, from tiles that have been packed, each stored [K][height]                        (LeftOperand)
-// Operands are of the type of c, or of bfloat16, in which case bfloat16.h says how they are packed and multiplied.
+// Operands are of the type of c, or of bfloat16: then pairs of neighbouring k stand in the place of single values
+// (bfloat16.h), and where processors have tiles these multiply them (tiles.h).
 // A step k of the microkernel loads `width` values of b and broadcasts `height` values of a into kTileRows * kTileVecs
 // accumulators, which is what it takes to hide the latency of a fused multiply-add. For few rows it takes up to four
 // panels at once instead, so that a matrix-vector product has enough accumulators too; for a narrow panel alone, more
@@ -112,14 +113,30 @@ struct Panels {
   Slice all() const { return {0, count()}; }
 };
 
-// How operands of a type are packed: as elements that hold `values` values of k each, `depth` of them for k. Of a left
-// operand up to so many more rows are read than there are, and more values of a row.
+// How operands of a type are packed and multiplied: as elements that hold `values` values of k each, `depth` of them for
+// k. Of a left operand up to so many more rows are read than there are, and more values of a row.
 template <typename Operand>
 struct Packing {
   using Element = Operand;
+  using V = Vectorized<Operand>;
   static constexpr int64_t values = 1, spare_rows = 0, spare_values = 0;
   static int64_t depth(int64_t k) { return k; }
+
+  // V has an element in each lane: the same in all; packed ones; and the values of `count` rows, one above the other.
+  static NLPKERNELS_INLINE V spread(const Element* p) { return V(*p); }
+  static NLPKERNELS_INLINE V load(const Element* p) { return V::loadu(p); }
+  static NLPKERNELS_INLINE V join(const Operand* row, int64_t /*ld*/, int64_t /*count*/) { return V::loadu(row); }
+  // Or what neighbours along k, from a row of T that is read as it lies: the first n values, and zeros.
+  static constexpr int64_t row_step = V::size();
+  template <typename T>
+  static NLPKERNELS_INLINE V load_row(const T* p, int64_t n = row_step) {
+    return load_vector(p, n);
+  }
+  static NLPKERNELS_INLINE V multiply_add(const V& a, const V& b, const V& sum) { return at::vec::fmadd(a, b, sum); }
 };
+
+template <typename Operand>
+using Element = typename Packing<Operand>::Element;
 
 // What products need of the thread that runs them, as long as it does.
 template <typename Operand>
@@ -272,23 +289,27 @@ struct RowTiles : EvenParts {
   explicit RowTiles(int64_t rows, int64_t most = kTileRows) : EvenParts(rows, most) {}
 };
 
-// Where a packed tile of a left operand begins. The tiles lie a cache line more than their size apart, as those of a
+// Where a packed tile of a left operand begins, of `depth` elements of k. The tiles lie a cache line more than their size apart, as those of a
 // size that is a multiple of a power of two would share few sets of the cache.
-inline int64_t packed_tile(const RowTiles& tiles, int64_t tile, int64_t k) {
-  return tiles.begin(tile) * k + tile * kTilePadding;
+inline int64_t packed_tile(const RowTiles& tiles, int64_t tile, int64_t depth) {
+  return tiles.begin(tile) * depth + tile * kTilePadding;
 }
 
-// A left operand of k columns. Element (m, i) of a tile stands at tile(..., 0)[m * ld + i], or at [i * height + m] if
-// it is packed.
+// A left operand of k columns. Element (m, i) of a tile stands at tile(..., 0)[m * element_ld() + i], or at
+// [i * height + m] if it is packed.
 template <typename Operand>
 struct LeftOperand {
+  using Element = typename Packing<Operand>::Element;
   const Operand* data;
   int64_t k;
-  int64_t ld;  // distance of rows; 0 if packed
+  int64_t ld;  // distance of rows, whole elements; 0 if packed
 
   bool is_packed() const { return ld == 0; }
-  const Operand* tile(const RowTiles& tiles, int64_t tile, int64_t i) const {
-    return is_packed() ? data + packed_tile(tiles, tile, k) + i * tiles.size(tile) : data + tiles.begin(tile) * ld + i;
+  int64_t element_ld() const { return ld / Packing<Operand>::values; }
+  const Element* tile(const RowTiles& tiles, int64_t tile, int64_t i) const {
+    const auto* elements = reinterpret_cast<const Element*>(data);
+    return is_packed() ? elements + packed_tile(tiles, tile, Packing<Operand>::depth(k)) + i * tiles.size(tile)
+                       : elements + tiles.begin(tile) * element_ld() + i;
   }
 };
 
@@ -327,21 +348,23 @@ class OperandRows {
 // Packs the left operand whose columns stand in rows `ld` apart: dst[i][m] = rows[i][m] for each tile. Whole vectors
 // are copied; what is too much is overwritten by the next column or falls into the padding, and a row must be readable
 // for kTilePadding values more.
-template <typename scalar>
-void pack_tiles(scalar* dst, const RowTiles& tiles, int64_t k, const scalar* rows, int64_t ld) {
-  using V = Vectorized<scalar>;
-  const int64_t vectors = ceil_div(tiles.size(0), V::size());
-  static_assert(V::size() <= kTilePadding);
+template <typename Operand>
+void pack_tiles(Element<Operand>* dst, const RowTiles& tiles, int64_t k, const Operand* rows, int64_t ld) {
+  using P = Packing<Operand>;
+  constexpr int64_t lanes = P::V::size();
+  const int64_t vectors = ceil_div(tiles.size(0), lanes), depth = P::depth(k);
+  static_assert(lanes <= kTilePadding);
   constexpr int64_t ahead = 8;
-  for (const auto i : c10::irange(k)) {
-    const scalar* src = rows + i * ld;
+  for (const auto i : c10::irange(depth)) {
+    const Operand* src = rows + i * P::values * ld;
+    const int64_t count = k - i * P::values;
     const auto copy = [&](int64_t begin, int64_t end, int64_t height) {
-      scalar* out = dst + packed_tile(tiles, begin, k) + i * height;
+      auto* out = dst + packed_tile(tiles, begin, depth) + i * height;
       for (int64_t tile = begin; tile < end; ++tile) {
         __builtin_prefetch(src + ahead * ld);
-        for (int64_t v = 0; v < vectors; ++v) V::loadu(src + v * V::size()).store(out + v * V::size());
+        for (int64_t v = 0; v < vectors; ++v) P::join(src + v * lanes, ld, count).store(out + v * lanes);
         src += height;
-        out += height * k + kTilePadding;
+        out += height * depth + kTilePadding;
       }
     };
     copy(0, tiles.larger, tiles.low + 1);
@@ -353,13 +376,15 @@ void pack_tiles(scalar* dst, const RowTiles& tiles, int64_t k, const scalar* row
 // fetches into the first-level cache: what stands at `next`, `next_step` values further at each k; or, where several
 // strips show that rows are few and that each weight is used but once, the strips themselves, kAhead values of k ahead
 // (by a tenth faster, one and two rows, H 128 to 512).
-template <typename scalar, bool Packed, int M, int N, int S>
-void multiply_tile(int64_t k, const scalar* a, int64_t lda, const scalar* const* b, scalar* const* c, int64_t ldc,
-                   bool add, const scalar* next, int64_t next_step) {
-  using V = Vectorized<scalar>;
+template <typename Operand, bool Packed, int M, int N, int S>
+void multiply_tile(int64_t k, const Element<Operand>* a, int64_t lda, const Element<Operand>* const* b,
+                   acc_t<Operand>* const* c, int64_t ldc, bool add, const Element<Operand>* next, int64_t next_step) {
+  using P = Packing<Operand>;
+  using scalar = acc_t<Operand>;
+  using V = typename P::V;
   // Rows that are addressed from one pointer: with more, or one for each, addresses are more than there are registers.
   constexpr int kRows = 3;
-  const scalar* strip[S];
+  const Element<Operand>* strip[S];
   scalar* out[S];
   const char* rows[(M + kRows - 1) / kRows];
 #pragma GCC unroll 16
@@ -387,18 +412,19 @@ void multiply_tile(int64_t k, const scalar* a, int64_t lda, const scalar* const*
     }
 #pragma GCC unroll 4
     for (int64_t i = std::min(k, kChain); i > 0; --i) {
-      int64_t stride = lda * sizeof(scalar);
+      int64_t stride = lda * sizeof(Element<Operand>);
       asm("" : "+r"(stride));  // or GCC keeps the addresses of all rows, most of them in memory or vector registers
 #pragma GCC unroll 4
       for (int s = 0; s < S; ++s) {
         V column[N];
 #pragma GCC unroll 3
-        for (int n = 0; n < N; ++n) column[n] = V::loadu(strip[s] + n * V::size());
+        for (int n = 0; n < N; ++n) column[n] = P::load(strip[s] + n * V::size());
 #pragma GCC unroll 16
         for (int m = 0; m < M; ++m) {
-          const V value(Packed ? a[m] : *reinterpret_cast<const scalar*>(rows[m / kRows] + m % kRows * stride));
+          const char* row = rows[m / kRows] + m % kRows * stride;
+          const V value = P::spread(Packed ? a + m : reinterpret_cast<const Element<Operand>*>(row));
 #pragma GCC unroll 3
-          for (int n = 0; n < N; ++n) sum[s][m][n] = at::vec::fmadd(value, column[n], sum[s][m][n]);
+          for (int n = 0; n < N; ++n) sum[s][m][n] = P::multiply_add(value, column[n], sum[s][m][n]);
         }
         strip[s] += N * V::size();
       }
@@ -416,7 +442,7 @@ void multiply_tile(int64_t k, const scalar* a, int64_t lda, const scalar* const*
         a += M;
       } else {
 #pragma GCC unroll 16
-        for (int m = 0; m < M; m += kRows) rows[m / kRows] += sizeof(scalar);
+        for (int m = 0; m < M; m += kRows) rows[m / kRows] += sizeof(Element<Operand>);
       }
     }
 #pragma GCC unroll 4
@@ -434,57 +460,60 @@ void multiply_tile(int64_t k, const scalar* a, int64_t lda, const scalar* const*
   }
 }
 
-template <typename scalar>
-using TileKernel = void (*)(int64_t k, const scalar* a, int64_t lda, const scalar* const* b, scalar* const* c,
-                            int64_t ldc, bool add, const scalar* next, int64_t next_step);
+template <typename Operand>
+using TileKernel = void (*)(int64_t k, const Element<Operand>* a, int64_t lda, const Element<Operand>* const* b,
+                            acc_t<Operand>* const* c, int64_t ldc, bool add, const Element<Operand>* next,
+                            int64_t next_step);
 
 // Rows of a tile that S strips of N vectors leave accumulators for.
 constexpr int max_rows(int N, int S = 1) { return std::min(kMaxTileRows, kTileRows * kTileVecs / (N * S)); }
 
-// multiply_tile<scalar, is_packed, M, N, S> for M = 1 .. max_rows(N, S). Packed tiles, which are of many rows mostly,
+// multiply_tile<Operand, is_packed, M, N, S> for M = 1 .. max_rows(N, S). Packed tiles, which are of many rows mostly,
 // take one strip at a time.
-template <typename scalar, int N, int S, int... M>
-TileKernel<scalar> tile_kernel(bool is_packed, int64_t rows, std::integer_sequence<int, M...>) {
+template <typename Operand, int N, int S, int... M>
+TileKernel<Operand> tile_kernel(bool is_packed, int64_t rows, std::integer_sequence<int, M...>) {
   if constexpr (S == 1) {
-    static constexpr TileKernel<scalar> packed[] = {multiply_tile<scalar, true, M + 1, N, S>...};
+    static constexpr TileKernel<Operand> packed[] = {multiply_tile<Operand, true, M + 1, N, S>...};
     if (is_packed) return packed[rows - 1];
   }
-  static constexpr TileKernel<scalar> unpacked[] = {multiply_tile<scalar, false, M + 1, N, S>...};
+  static constexpr TileKernel<Operand> unpacked[] = {multiply_tile<Operand, false, M + 1, N, S>...};
   return unpacked[rows - 1];
 }
 
 // As many values of k as let the left operand's rows take kSliceBytes.
 template <typename Operand>
 int64_t slice_depth(const RowTiles& tiles) {
-  constexpr int64_t unit = kChain;
+  constexpr int64_t unit = kChain * Packing<Operand>::values;
   const int64_t unit_bytes = std::max<int64_t>(1, tiles.total()) * unit * sizeof(Operand);
   return std::max<int64_t>(1, kSliceBytes / unit_bytes) * unit;
 }
 
-template <typename scalar, int N, int S>
-void multiply_strips(const RowTiles& rows, const LeftOperand<scalar>& a, Slice slice, const scalar* const* b,
-                     scalar* const* c, int64_t ldc, bool add) {
+template <typename Operand, int N, int S>
+void multiply_strips(const RowTiles& rows, const LeftOperand<Operand>& a, Slice slice, const Element<Operand>* const* b,
+                     acc_t<Operand>* const* c, int64_t ldc, bool add) {
+  using P = Packing<Operand>;
   // A narrow strip alone takes taller tiles, unless they are packed.
   const RowTiles tiles = S > 1 || a.is_packed() ? rows : RowTiles(rows.total(), max_rows(N));
-  constexpr int64_t width = N * Vectorized<scalar>::size();
-  constexpr int64_t block = kPanelBytes / (width * sizeof(scalar)) / kChain * kChain;
+  constexpr int64_t width = N * P::V::size();
+  constexpr int64_t block = kPanelBytes / (width * sizeof(Element<Operand>)) / kChain * kChain;
   static_assert(block > 0);
   // The tiles together fetch the block after the one that they multiply, be it of the same strip or of the next.
-  const int64_t next_step = ceil_div(width, tiles.count);
-  for (int64_t begin = slice.begin; begin < slice.end;) {
-    const int64_t count = tiles.count > 1 ? std::min(block, slice.end - begin) : slice.end - begin;
-    const scalar* next = b[S - 1] + (begin + count < slice.end ? begin + count : a.k + slice.begin) * width;
+  const int64_t next_step = ceil_div(width, tiles.count), end = ceil_div(slice.end, P::values);
+  for (int64_t begin = slice.begin / P::values; begin < end;) {
+    const int64_t count = tiles.count > 1 ? std::min(block, end - begin) : end - begin;
+    const Element<Operand>* next =
+        b[S - 1] + (begin + count < end ? begin + count : P::depth(a.k) + slice.begin / P::values) * width;
     for (const auto tile : c10::irange(tiles.count)) {
       const int64_t height = tiles.size(tile), first = tiles.begin(tile);
-      const scalar* b_block[S];
-      scalar* c_tile[S];
+      const Element<Operand>* b_block[S];
+      acc_t<Operand>* c_tile[S];
       for (int s = 0; s < S; ++s) {
         b_block[s] = b[s] + begin * width;
         c_tile[s] = c[s] + first * ldc;
       }
       const auto kernel =
-          tile_kernel<scalar, N, S>(a.is_packed(), height, std::make_integer_sequence<int, max_rows(N, S)>());
-      kernel(count, a.tile(tiles, tile, begin), a.ld, b_block, c_tile, ldc, add, next, next_step);
+          tile_kernel<Operand, N, S>(a.is_packed(), height, std::make_integer_sequence<int, max_rows(N, S)>());
+      kernel(count, a.tile(tiles, tile, begin), a.element_ld(), b_block, c_tile, ldc, add, next, next_step);
       next += count * next_step;
     }
     add = true;
@@ -494,13 +523,13 @@ void multiply_strips(const RowTiles& rows, const LeftOperand<scalar>& a, Slice s
 
 // Up to kMaxStrips strips of one width that the same rows are multiplied with, taken together as far as the
 // accumulators reach.
-template <typename scalar>
+template <typename Operand>
 class StripGroup {
  public:
-  StripGroup(const RowTiles& tiles, const LeftOperand<scalar>& a, Slice slice, int64_t ldc, bool add)
+  StripGroup(const RowTiles& tiles, const LeftOperand<Operand>& a, Slice slice, int64_t ldc, bool add)
       : tiles_(tiles), a_(a), slice_(slice), ldc_(ldc), add_(add) {}
 
-  void add(const scalar* b, scalar* c, int64_t width) {
+  void add(const Element<Operand>* b, acc_t<Operand>* c, int64_t width) {
     if (count_ == kMaxStrips || width != width_) flush();
     width_ = width;
     b_[count_] = b;
@@ -510,7 +539,7 @@ class StripGroup {
   void flush() {
     if (count_ > 0 && tiles_.count > 0) {
       static_assert(kTileVecs <= 3);
-      const int64_t vectors = width_ / Vectorized<scalar>::size();
+      const int64_t vectors = width_ / Packing<Operand>::V::size();
       if (vectors == 1) {
         multiply<1>();
       } else if (vectors == kTileVecs) {
@@ -531,7 +560,7 @@ class StripGroup {
       constexpr int S = decltype(strips)::value;
       if constexpr (max_rows(N, S) > 0) {
         while (height <= max_rows(N, S) && count_ - done >= S && (S == 1 || !a_.is_packed())) {
-          multiply_strips<scalar, N, S>(tiles_, a_, slice_, b_ + done, c_ + done, ldc_, add_);
+          multiply_strips<Operand, N, S>(tiles_, a_, slice_, b_ + done, c_ + done, ldc_, add_);
           done += S;
         }
       }
@@ -543,14 +572,14 @@ class StripGroup {
   }
 
   const RowTiles& tiles_;
-  const LeftOperand<scalar>& a_;
+  const LeftOperand<Operand>& a_;
   const Slice slice_;
   const int64_t ldc_;
   const bool add_;
   int count_ = 0;
   int64_t width_ = 0;
-  const scalar* b_[kMaxStrips];
-  scalar* c_[kMaxStrips];
+  const Element<Operand>* b_[kMaxStrips];
+  acc_t<Operand>* c_[kMaxStrips];
 };
 
 // c += a b, or c = a b unless `add`, for some panels of b and one slice of k. A row of c holds, from the first panel
@@ -604,16 +633,16 @@ void multiply(const RowTiles& tiles, const LeftOperand<Operand>& a, const Packed
 // A block of k of a left operand that is given by its columns, for run_products.
 template <typename Operand>
 struct LeftBlock {
-  static constexpr int64_t most_k = kChain, most_m = 192;
+  static constexpr int64_t most_k = kChain * Packing<Operand>::values, most_m = 192;
 
   // Of the rows of `tiles`; the columns stand in rows `ld` apart.
   LeftOperand<Operand> pack(const RowTiles& tiles, int64_t k, const Operand* columns, int64_t ld) const {
     pack_tiles(storage_.data(), tiles, k, columns, ld);
-    return {storage_.data(), k, 0};
+    return {reinterpret_cast<const Operand*>(storage_.data()), k, 0};
   }
 
  private:
-  const Scratch<Operand> storage_{packed_tile(RowTiles(most_m), ceil_div(most_m, kTileRows), most_k)};
+  const Scratch<Element<Operand>> storage_{packed_tile(RowTiles(most_m), ceil_div(most_m, kTileRows), kChain)};
 };
 
 // A product over all rows of data, out [m, n] = a^T b, for the gradients of weights: a(k) and b(k) point to the k-th
