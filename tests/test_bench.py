@@ -258,7 +258,9 @@ def test_report_shows_losses_first(tmp_path: Path, made_up: list[measure.Row], c
         )
     )
     assert report.report([tmp_path / "run.csv"], tmp_path, readme) == 0
-    tables = capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert (tmp_path / "tables.md").read_text().strip() == said.strip()
+    tables = said[said.rindex("**CPU, float32**") :]
     lines = [line for line in tables.splitlines() if line.startswith("| ") and "LSTM" in line]
     assert [line.split(",")[0] for line in lines] == ["| wrong one", "| loser", "| winner"]
     assert "**0.50×** (0.45–0.55)" in lines[1]
@@ -270,6 +272,34 @@ def test_report_shows_losses_first(tmp_path: Path, made_up: list[measure.Row], c
     assert content.startswith("before\n") and "\nbetween\n" in content and "\nold\n" not in content
     picture = (tmp_path / "recurrent-cpu-float32-1t.png").read_bytes()
     assert picture.startswith(b"\x89PNG") and len(picture) > 10_000
+
+
+def test_summary_against_the_best_peer(tmp_path: Path, made_up: list[measure.Row]) -> None:
+    """In each row the fastest peer counts, whichever that is; and every row counts once."""
+    next(row for row in made_up if row.provider == "compile").ratio = 0.25  # the winner loses to this one
+    made_up.append(dataclasses.replace(made_up[1], subject="overhead", workload="tiny", ratio=4.0))
+    measure.append_rows(tmp_path / "run.csv", made_up)
+    lines = report.summary(report.read([tmp_path / "run.csv"])).splitlines()
+    assert [line for line in lines if line.startswith(("| LSTM | inf", "| next", "| **all"))] == [
+        "| LSTM | inference | 2 | 0.35 | 0.25 torch.compile | 2 |",  # of 0.25 and 0.5
+        "| next to no work | inference | 1 | 4.00 | 4.00 torch.nn | 0 |",
+        "| **all** |  | 3 | 0.79 | 0.25 torch.compile | 2 |",
+    ]
+
+
+def test_modes_of_older_runs_are_reported(tmp_path: Path, made_up: list[measure.Row]) -> None:
+    for row in made_up:
+        row.mode = "forgotten"
+    measure.append_rows(tmp_path / "run.csv", made_up)
+    assert report.report([tmp_path / "run.csv"], tmp_path, None) == 0
+    tables = (tmp_path / "tables.md").read_text()
+    assert "| layer | against | forgotten |" in tables
+    assert "| LSTM | forgotten | 2 | 1.00 | 0.50 torch.nn | 1 |" in tables
+
+
+def test_rows_without_peers_are_reported(tmp_path: Path, made_up: list[measure.Row]) -> None:
+    measure.append_rows(tmp_path / "run.csv", (row for row in made_up if row.provider == OURS))
+    assert report.report([tmp_path / "run.csv"], tmp_path, None) == 0
 
 
 @pytest.mark.parametrize(("slowdown", "status"), [(1.0, 0), (1.05, 0), (1.5, 1), (0.5, 0)])
