@@ -27,11 +27,13 @@ BUSY = 0.05  # beyond this share of the machine, others disturb
 MODES = {
     "inference": "inference",
     "train": "training step",
-    "sparse": "training step, sparse gradient",
+    "sparse": "training step, sparse gradient",  # of older runs: a gradient that nobody reads
     "update": "training step with SGD",
     "dense-sgd": "dense gradient and torch's SGD",
+    "dense-adam": "dense gradient and torch's Adam",
     "sparse-sgd": "sparse gradient and torch's SGD",
     "sparse-adam": "sparse gradient and torch's SparseAdam",
+    "sparse-adagrad": "sparse gradient and torch's Adagrad",
 }
 # Each summarised on its own: of whole layers, not of what is too little work to tell, nor of grids around one point.
 SUMMARISED = {
@@ -301,7 +303,7 @@ def _title(frame: pd.DataFrame, what: str) -> str:
 def plot_ratios(frame: pd.DataFrame) -> Figure | None:
     """For each workload how much longer each peer takes, with its spread; one panel for each mode.
 
-    Whole steps with an optimizer are left to the tables: few workloads have them.
+    Whole steps with an optimizer are left to the tables.
     """
     work = ["subject", "workload", "kind", "cell"]
     good = _peers(frame)
