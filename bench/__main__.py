@@ -35,7 +35,7 @@ from .workloads import RNNS, STEP_MODES, SUBJECTS, WORKLOADS, Workload
 
 RESULTS = Path(__file__).resolve().parent / "results"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-MODES = ("inference", "train", "sparse", *STEP_MODES)
+MODES = ("inference", "train", *STEP_MODES)
 console = Console(stderr=True, highlight=False, markup=False)
 
 
@@ -154,7 +154,7 @@ def expected_seconds(case: Case, plan: Plan) -> float:
     idle = ("onnxruntime", "openvino") * case.train + ("compile",) * (work.kind == "sequence")
     providers = sum(concerned(name, work.kind, case.mode) and name not in idle for name in plan.providers)
     calls = 6 * max(1, providers)  # a check, its memory, an estimate, and three rounds
-    dense_bytes = 4 * work.V * work.D * (case.mode in ("train", "dense-sgd", "update"))
+    dense_bytes = 4 * work.V * work.D * {"train": 1, "update": 1, "dense-sgd": 1, "dense-adam": 4}.get(case.mode, 0)
     once = (3 if case.train else 1) * flops / rate + dense_bytes / 1e9
     return 0.6 + max(plan.effort.seconds, calls * once)
 
@@ -283,11 +283,7 @@ def parser() -> argparse.ArgumentParser:
     add = runs.add_argument
     add("--workload", metavar="NAMES", help="which workloads (names or patterns, see `list`)")
     add("--cell", metavar="NAMES", help="rnn, gru, lstm: in place of the cells that each workload names")
-    add(
-        "--mode",
-        metavar="NAMES",
-        help=f"inference, train; of embeddings sparse (its gradient), {', '.join(STEP_MODES)}",
-    )
+    add("--mode", metavar="NAMES", help=f"inference, train; of tables also whole steps: {', '.join(STEP_MODES)}")
     add("--device", default="cpu", metavar="NAMES", help="cpu, cuda")
     add("--dtype", default="float32", metavar="NAMES", help="float32, bfloat16, float16")
     add("--threads", metavar="N,N", help="CPU threads; by default 1 and the number of cores")

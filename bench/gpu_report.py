@@ -66,7 +66,7 @@ def cases() -> list[Case]:
         work = Workload("gpu grid", "recurrent", "sequence", "a grid", (cell,), **sizes)  # type: ignore[arg-type]
         layers += [Case(work, cell, mode, dtype, "cuda", 1) for mode in work.modes]
     large = Workload(
-        "gpu bags", "bag", "bag", "a grid", ("mean",), ("inference", "train", "sparse", "update"),
+        "gpu bags", "bag", "bag", "a grid", ("mean",), ("inference", "train", "update", "sparse-sgd"),
         V=2_000_000, D=256, B=16_384, L=64, draw="uniform",
     )  # fmt: skip
     bags = [

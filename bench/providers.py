@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from .problems import Bound, Case, PoolProblem, Problem, Results
+from .workloads import DENSE_MODES, SPARSE_MODES
 
 OURS = "nlpkernels"
 
@@ -208,7 +209,7 @@ def fbgemm(problem: Problem, case: Case) -> Prepared:
         raise Unsupported("its CPU wheel is measured on CPU only")
     if case.dtype != torch.float32:
         raise Unsupported("measured in float32 only")
-    if case.mode in ("sparse", "update"):
+    if case.mode == "update":
         raise Unsupported(
             "measured with a dense gradient only: its sparse path updates the table and returns no gradient"
         )
@@ -259,18 +260,16 @@ BAG_ONLY = ("idiom", "idiom-compile", "fbgemm")  # an Embedding and a mean: as a
 
 # Who makes a whole step with an optimizer; `dense` does nothing else.
 STEPS = {
-    "dense-sgd": (OURS, "torch"),
     "update": (OURS, "torch", "dense", "fbgemm"),
-    "sparse-sgd": (OURS, "torch"),
-    "sparse-adam": (OURS, "torch"),
+    **dict.fromkeys(DENSE_MODES, (OURS, "torch")),
+    **dict.fromkeys(SPARSE_MODES, (OURS, "torch", "idiom")),
 }
 
 
 def concerned(name: str, kind: str, mode: str) -> bool:
     """Whether a provider has anything to do with a kind of layer in a mode."""
-    if mode in STEPS:
-        return name in STEPS[mode]
-    return name != "dense" and (kind == "bag" or name not in BAG_ONLY)
+    meant = name in STEPS[mode] if mode in STEPS else name != "dense"
+    return meant and (kind == "bag" or name not in BAG_ONLY)
 
 
 def availability(names: tuple[str, ...]) -> dict[str, str]:

@@ -27,11 +27,13 @@ BUSY = 0.05  # beyond this share of the machine, others disturb
 MODES = {
     "inference": "inference",
     "train": "training step",
-    "sparse": "training step, sparse gradient",
+    "sparse": "training step, sparse gradient",  # of older runs: a gradient that nobody reads
     "update": "training step with SGD",
     "dense-sgd": "dense gradient and torch's SGD",
+    "dense-adam": "dense gradient and torch's Adam",
     "sparse-sgd": "sparse gradient and torch's SGD",
     "sparse-adam": "sparse gradient and torch's SparseAdam",
+    "sparse-adagrad": "sparse gradient and torch's Adagrad",
 }
 # Each summarised on its own: of whole layers, not of what is too little work to tell, nor of grids around one point.
 SUMMARISED = {
@@ -42,6 +44,8 @@ SUMMARISED = {
     "EmbeddingBag": ("bag", "mean"),
     "Embedding + mean": ("embedding", "mean"),
 }
+# And what is left: with these, each row of a machine counts once.
+ALL_ROWS = {**SUMMARISED, "next to no work": ("overhead", ""), "a grid of LSTMs": ("scaling", "")}
 FLOOR_HOLDS = 1.1  # a share of the floor beyond this says that the floor was measured too low, noise aside
 STYLE = {  # colours that stay apart for colour-blind eyes; the peer that everybody has is black
     OURS: ("#d55e00", "D"),
@@ -91,6 +95,23 @@ def _of(frame: pd.DataFrame, provider: str) -> Any:
 
 def _ok(row: Any) -> bool:
     return row is not None and row.status == "ok"
+
+
+def _modes(frame: pd.DataFrame) -> list[str]:
+    """The modes of some rows in the order of MODES, then those of older runs that it does not know any more."""
+    found = dict.fromkeys(frame["mode"])
+    return [mode for mode in MODES if mode in found] + [mode for mode in found if mode not in MODES]
+
+
+def _peers(frame: pd.DataFrame) -> pd.DataFrame:
+    """The rows that tell how long a peer takes beside nlpkernels."""
+    return frame[(frame.provider != OURS) & (frame.status == "ok") & frame.ratio.notna()]
+
+
+def _table(rows: Iterable[Sequence[str]]) -> str:
+    """Markdown, with the first row as head."""
+    head, *others = rows
+    return "\n".join("| " + " | ".join(row) + " |" for row in (head, ["---"] * len(head), *others))
 
 
 def times(ratio: float) -> str:
@@ -145,29 +166,61 @@ def markdown_table(frame: pd.DataFrame) -> str:
         share = f"{ours.share_of_floor:.0%}" if ours is not None and 0 < ours.share_of_floor <= FLOOR_HOLDS else "–"
         lines.append((worst, [f"{workload}, {layer(kind, cell)}", mode, shape, *cells, share, _best_other(most)]))
     lines.sort(key=lambda line: line[0])
-    rows = [head, ["---"] * len(head), *(line for _, line in lines)]
-    return "\n".join("| " + " | ".join(row) + " |" for row in rows)
+    return _table([head, *(line for _, line in lines)])
+
+
+def against_each(frame: pd.DataFrame) -> str:
+    """One line for each layer and peer: the geometric mean over its cases, and the worst of them."""
+    good = _peers(frame)
+    modes = _modes(good)
+    rows = [["layer", "against", *(MODES.get(mode, mode) for mode in modes)]]
+    for provider in PROVIDERS:
+        for name, (subject, cell) in SUMMARISED.items():
+            cases = good[(good.provider == provider) & (good.subject == subject) & good.cell.str.startswith(cell)]
+            if len(cases):
+                ratios = [cases.ratio[cases["mode"] == mode] for mode in modes]
+                means = [f"{_mean(r):.2f} ({r.min():.2f})" if len(r) else "" for r in ratios]
+                rows.append([name, LABEL.get(provider, provider), *means])
+    return _table(rows)
+
+
+def against_best(frame: pd.DataFrame) -> str:
+    """One line for each layer and mode, and one for all: how they stand against the fastest peer of each case."""
+    good = _peers(frame)
+    best = good.loc[good.groupby(CASE).ratio.idxmin()]
+    rows = [["layer", "mode", "rows", "geometric mean", "worst", "below 1"]]
+    for name, (subject, cell) in ALL_ROWS.items():
+        cases = best[(best.subject == subject) & best.cell.str.startswith(cell)]
+        for mode in _modes(cases):
+            rows.append([name, MODES.get(mode, mode), *_standing(cases[cases["mode"] == mode])])
+    if len(best):
+        rows.append(["**all**", "", *_standing(best)])
+    return _table(rows)
+
+
+def _standing(cases: pd.DataFrame) -> list[str]:
+    worst = cases.loc[cases.ratio.idxmin()]
+    loser = f"{worst.ratio:.2f} {LABEL.get(worst.provider, worst.provider)}"
+    return [str(len(cases)), f"{_mean(cases.ratio):.2f}", loser, str((cases.ratio < 1).sum())]
+
+
+def _mean(ratios: pd.Series) -> float:
+    return float(np.exp(np.log(ratios).mean()))
 
 
 def summary(frame: pd.DataFrame) -> str:
-    """One line for each layer and peer: the geometric mean over its cases, and the worst of them."""
+    """How each layer stands against each peer, and against the best of them."""
     parts = []
     for (device, dtype, clock), group in frame.groupby(PLACE, sort=False):
-        good = group[(group.provider != OURS) & (group.status == "ok") & group.ratio.notna()]
-        modes = [mode for mode in MODES if (good["mode"] == mode).any()]
-        rows = [["layer", "against", *(MODES[mode] for mode in modes)]]
-        rows.append(["---"] * len(rows[0]))
-        for provider in PROVIDERS:
-            for name, (subject, cell) in SUMMARISED.items():
-                cases = good[(good.provider == provider) & (good.subject == subject) & good.cell.str.startswith(cell)]
-                if len(cases):
-                    ratios = [cases.ratio[cases["mode"] == mode] for mode in modes]
-                    means = [f"{np.exp(np.log(r).mean()):.2f} ({r.min():.2f})" if len(r) else "" for r in ratios]
-                    rows.append([name, LABEL.get(provider, provider), *means])
         last = group.iloc[-1]
         where = f"{device.upper()}, {dtype}" + (", CUDA graph replay" if clock == "graph" else "")
-        parts += [f"**{where}**: {last.machine}, commit {last.commit}, {last.date[:10]}"]
-        parts += ["\n".join("| " + " | ".join(row) + " |" for row in rows)]
+        parts += [
+            f"**{where}**: {last.machine}, commit {last.commit}, {last.date[:10]}",
+            against_each(group),
+            "Against the fastest peer of each row, whichever that is. A row is a workload with one number of threads; "
+            "in those that are below 1 that peer is faster than nlpkernels:",
+            against_best(group),
+        ]
     return "\n\n".join(parts) + "\n"
 
 
@@ -250,14 +303,14 @@ def _title(frame: pd.DataFrame, what: str) -> str:
 def plot_ratios(frame: pd.DataFrame) -> Figure | None:
     """For each workload how much longer each peer takes, with its spread; one panel for each mode.
 
-    Whole steps with an optimizer are left to the tables: few workloads have them.
+    Whole steps with an optimizer are left to the tables.
     """
     work = ["subject", "workload", "kind", "cell"]
-    good = frame[(frame.status == "ok") & (frame.provider != OURS) & frame.ratio.notna()]
+    good = _peers(frame)
     good = good[~good["mode"].isin(STEP_MODES)]
     if not len(good):
         return None
-    modes = [mode for mode in MODES if (good["mode"] == mode).any()]
+    modes = _modes(good)
     names = [name for name in PROVIDERS if (good.provider == name).any()]
     torch = good[good.provider == "torch"].groupby(work).ratio.median()
     keys = list(dict.fromkeys(good[work].itertuples(index=False, name=None)))
@@ -301,7 +354,7 @@ def plot_ratios(frame: pd.DataFrame) -> Figure | None:
                 alpha=0.9,
                 linewidth=0,
             )
-        panel.set_title(MODES[mode], fontsize=10)
+        panel.set_title(MODES.get(mode, mode), fontsize=10)
         panel.spines[["top", "right", "left"]].set_visible(False)
         panel.tick_params(axis="y", length=0)
         one = math.log(1 / low) / math.log(high / low)
@@ -328,7 +381,7 @@ def plot_scaling(frame: pd.DataFrame) -> Figure | None:
     """Rates over T, B and H against the floor: where a kernel starts to pay, and how much is left."""
     good = frame[(frame.subject == "scaling") & (frame.status == "ok")]
     axes = [axis for axis in "TBH" if good.workload.str.match(f"scaling {axis}").any()]
-    modes = [mode for mode in MODES if (good["mode"] == mode).any()]
+    modes = _modes(good)
     if not axes:
         return None
     names = [name for name in PROVIDERS if (good.provider == name).any()]
@@ -340,7 +393,7 @@ def plot_scaling(frame: pd.DataFrame) -> Figure | None:
             _draw_scaling(panel, rows, axis, names)
             if mode == modes[-1]:
                 panel.set_xlabel({"T": "T, steps", "B": "B, sequences", "H": "H, hidden units"}[axis])
-        line[0].set_ylabel(f"{MODES[mode]}, GFLOP/s")
+        line[0].set_ylabel(f"{MODES.get(mode, mode)}, GFLOP/s")
     figure.suptitle(_title(good, "Scaling of the LSTM"), fontsize=11)
     dashes = Line2D([], [], color="0.3", linestyle="--", label="floor: this machine's best")
     _legend(figure, names, [dashes], line="-")
@@ -375,14 +428,15 @@ def _draw_scaling(panel: Axes, rows: pd.DataFrame, axis: str, names: Sequence[st
 
 
 def report(paths: Sequence[Path], folder: Path, readme: Path | None) -> int:
-    """Writes tables.md and the plots into `folder`, and summary and tables into `readme` between its marks."""
+    """Writes tables.md and the plots into `folder`, and its summary and tables into `readme` between its marks."""
     frame = read(paths).drop_duplicates([*CASE, "provider"], keep="last")
     if len(machines := frame.machine.unique()) > 1:
         raise FileNotFoundError(f"these rows are of several machines, report on one at a time: {'; '.join(machines)}")
     folder.mkdir(parents=True, exist_ok=True)
-    tables = text(frame)
-    (folder / "tables.md").write_text(tables, encoding="utf-8")
-    print(tables)
+    parts = {"summary": summary(frame), "tables": text(frame)}
+    everything = "\n".join(parts.values())
+    (folder / "tables.md").write_text(everything, encoding="utf-8")
+    print(everything)
     written = [folder / "tables.md"]
     for key, group in frame.groupby([*PLACE, "threads"], sort=False):
         device, dtype, clock, threads = key
@@ -399,7 +453,7 @@ def report(paths: Sequence[Path], folder: Path, readme: Path | None) -> int:
                 figure.savefig(written[-1], dpi=130)
     if readme is not None:
         content = readme.read_text(encoding="utf-8")
-        for name, part in {"summary": summary(frame), "tables": tables}.items():
+        for name, part in parts.items():
             begin, end = f"<!-- bench {name}: begin -->", f"<!-- bench {name}: end -->"
             if begin not in content or end not in content:
                 raise FileNotFoundError(f"{readme} has no lines '{begin}' and '{end}' to put the {name} between")

@@ -13,12 +13,13 @@ import numpy as np
 
 RNNS = ("rnn", "gru", "lstm")
 RECURRENT_MODES = ("inference", "train")
-POOL_MODES = ("inference", "train", "sparse")  # train: a dense gradient; sparse: a sparse one
-# Whole training steps. update: with SGD, however that is best done; the others: with a gradient of that kind and an
-# optimizer of torch.optim, which reads all of a dense one, and for which uses of a row have to be summed in a sparse
-# one, by the layer or by the optimizer.
-LARGE_MODES = ("update", "sparse-sgd", "sparse-adam")
-STEP_MODES = ("dense-sgd", *LARGE_MODES)
+# Whole training steps of a table. update: with SGD, however that is best done; the others: with a gradient of that kind
+# and an optimizer of torch.optim, which reads all of a dense one, and for which uses of a row have to be summed in a
+# sparse one, by the layer or by the optimizer.
+DENSE_MODES = ("dense-sgd", "dense-adam")
+SPARSE_MODES = ("sparse-sgd", "sparse-adam", "sparse-adagrad")
+STEP_MODES = ("update", *DENSE_MODES, *SPARSE_MODES)
+POOL_MODES = ("inference", "train", *SPARSE_MODES)  # train: forward, and a dense gradient that nobody reads
 
 
 @dataclass(frozen=True)
@@ -134,11 +135,11 @@ CELLS = (
 BAGS = (
     _pool(
         "bag", "news topics", "PyTorch's text classification tutorial on AG_NEWS, with offsets",
-        V=95_811, D=64, B=64, L=60, draw="words", ragged=True, modes=(*POOL_MODES, "dense-sgd"),
+        V=95_811, D=64, B=64, L=60, draw="words", ragged=True, modes=(*POOL_MODES, *DENSE_MODES),
     ),
     _pool(
         "bag", "reviews", "deep averaging network (Iyyer et al., 2015) on IMDb, padded",
-        V=25_000, D=300, B=32, L=256, draw="words", padding=True, modes=(*POOL_MODES, "dense-sgd"),
+        V=25_000, D=300, B=32, L=256, draw="words", padding=True, modes=(*POOL_MODES, *DENSE_MODES),
     ),
     _pool("bag", "query", "four short queries, a small vocabulary", V=8_000, D=50, B=4, L=25, draw="words"),
     _pool(
@@ -146,8 +147,12 @@ BAGS = (
         modes=(*POOL_MODES, "dense-sgd"),
     ),
     _pool(
+        "bag", "GloVe in large batches", "the same words, 1,024 texts at once",
+        V=400_000, D=100, B=1024, L=40, draw="words", modes=DENSE_MODES,
+    ),
+    _pool(
         "bag", "fastText", "crawl-300d-2M: two million words of 300", V=2_000_000, D=300, B=64, L=40, draw="words",
-        modes=("inference", "sparse"),
+        modes=("inference", "sparse-sgd"),
     ),
     _pool(
         "bag", "click logs", "a hashed feature in a large batch: caches do not help",
@@ -155,11 +160,11 @@ BAGS = (
     ),
     _pool(
         "bag", "recommender", "items of a user's history, two million of them: what an update costs beside the table",
-        V=2_000_000, D=64, B=512, L=25, draw="words", modes=("inference", "sparse", *LARGE_MODES),
+        V=2_000_000, D=64, B=512, L=25, draw="words", modes=("inference", *STEP_MODES),
     ),
     _pool(
         "bag", "small recommender", "the same from a hundredth of the items: an update's cost should not differ much",
-        V=20_000, D=64, B=512, L=25, draw="words", modes=LARGE_MODES,
+        V=20_000, D=64, B=512, L=25, draw="words", modes=("update", *SPARSE_MODES),
     ),
 )
 
@@ -169,7 +174,10 @@ EMBEDDINGS = (
         "embedding", "reviews", "deep averaging network on IMDb, padded, masked mean",
         V=25_000, D=300, B=32, L=256, draw="words", padding=True,
     ),
-    _pool("embedding", "GloVe", "glove.6B.100d: 400,000 words", V=400_000, D=100, B=128, L=50, draw="words"),
+    _pool(
+        "embedding", "GloVe", "glove.6B.100d: 400,000 words", V=400_000, D=100, B=128, L=50, draw="words",
+        modes=(*POOL_MODES, *DENSE_MODES),
+    ),
     _pool(
         "embedding", "hashed n-grams", "uniform indices: the memory's speed, not the caches'",
         V=200_000, D=128, B=128, L=50, draw="uniform",

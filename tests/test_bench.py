@@ -83,14 +83,16 @@ def test_wrong_gradient_is_caught() -> None:
     assert rows["liar"].status.startswith("wrong: off by")
 
 
-@pytest.mark.parametrize("mode", ["train", "sparse"])
-def test_gradient_of_a_row_that_no_index_touched_is_caught(mode: str) -> None:
-    problem = PoolProblem(case_of(BAG, mode))
+def test_change_of_a_row_that_no_index_touched_is_caught() -> None:
+    problem = PoolProblem(case_of(BAG, "train"))
     stranger = next(row for row in range(BAG.V) if row not in problem.touched)
-    gradient = torch.zeros(BAG.V, BAG.D)
-    gradient[stranger] = 1
-    with pytest.raises(measure.WrongResult, match="no index touched"):
-        problem.rows(gradient.to_sparse(1) if mode == "sparse" else gradient)
+    for rows, right in ((problem.rows, torch.zeros(BAG.V, BAG.D)), (problem.rows_after, problem.table.clone())):
+        right[problem.touched] += 1
+        wrong = right.clone()
+        wrong[stranger] += 1
+        assert torch.equal(rows(right), right[problem.touched])
+        with pytest.raises(measure.WrongResult, match="no index touched"):
+            rows(wrong)
 
 
 def test_absent_and_broken_providers_are_named() -> None:
@@ -107,6 +109,7 @@ def test_absent_and_broken_providers_are_named() -> None:
     assert rows["torch"].status == "ok"
 
 
+@pytest.mark.filterwarnings("ignore:Sparse invariant checks")  # what torch's Adagrad makes is sparse
 @pytest.mark.parametrize(
     "workload", [w for w in WORKLOADS if w.subject != "scaling"], ids=lambda w: f"{w.kind} {w.name}"
 )
@@ -258,7 +261,9 @@ def test_report_shows_losses_first(tmp_path: Path, made_up: list[measure.Row], c
         )
     )
     assert report.report([tmp_path / "run.csv"], tmp_path, readme) == 0
-    tables = capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert (tmp_path / "tables.md").read_text().strip() == said.strip()
+    tables = said[said.rindex("**CPU, float32**") :]
     lines = [line for line in tables.splitlines() if line.startswith("| ") and "LSTM" in line]
     assert [line.split(",")[0] for line in lines] == ["| wrong one", "| loser", "| winner"]
     assert "**0.50×** (0.45–0.55)" in lines[1]
@@ -270,6 +275,34 @@ def test_report_shows_losses_first(tmp_path: Path, made_up: list[measure.Row], c
     assert content.startswith("before\n") and "\nbetween\n" in content and "\nold\n" not in content
     picture = (tmp_path / "recurrent-cpu-float32-1t.png").read_bytes()
     assert picture.startswith(b"\x89PNG") and len(picture) > 10_000
+
+
+def test_summary_against_the_best_peer(tmp_path: Path, made_up: list[measure.Row]) -> None:
+    """In each row the fastest peer counts, whichever that is; and every row counts once."""
+    next(row for row in made_up if row.provider == "compile").ratio = 0.25  # the winner loses to this one
+    made_up.append(dataclasses.replace(made_up[1], subject="overhead", workload="tiny", ratio=4.0))
+    measure.append_rows(tmp_path / "run.csv", made_up)
+    lines = report.summary(report.read([tmp_path / "run.csv"])).splitlines()
+    assert [line for line in lines if line.startswith(("| LSTM | inf", "| next", "| **all"))] == [
+        "| LSTM | inference | 2 | 0.35 | 0.25 torch.compile | 2 |",  # of 0.25 and 0.5
+        "| next to no work | inference | 1 | 4.00 | 4.00 torch.nn | 0 |",
+        "| **all** |  | 3 | 0.79 | 0.25 torch.compile | 2 |",
+    ]
+
+
+def test_modes_of_older_runs_are_reported(tmp_path: Path, made_up: list[measure.Row]) -> None:
+    for row in made_up:
+        row.mode = "forgotten"
+    measure.append_rows(tmp_path / "run.csv", made_up)
+    assert report.report([tmp_path / "run.csv"], tmp_path, None) == 0
+    tables = (tmp_path / "tables.md").read_text()
+    assert "| layer | against | forgotten |" in tables
+    assert "| LSTM | forgotten | 2 | 1.00 | 0.50 torch.nn | 1 |" in tables
+
+
+def test_rows_without_peers_are_reported(tmp_path: Path, made_up: list[measure.Row]) -> None:
+    measure.append_rows(tmp_path / "run.csv", (row for row in made_up if row.provider == OURS))
+    assert report.report([tmp_path / "run.csv"], tmp_path, None) == 0
 
 
 @pytest.mark.parametrize(("slowdown", "status"), [(1.0, 0), (1.05, 0), (1.5, 1), (0.5, 0)])
@@ -326,7 +359,7 @@ def test_interrupt_keeps_what_is_done(tmp_path: Path, monkeypatch: pytest.Monkey
         (["recurrent", "--cell", "lstn"], "Did you mean 'lstm'"),
         (["bag", "--workload", "Glove"], "Did you mean 'GloVe'"),
         (["bag", "--peers", "torch,tensorflow"], "unknown peer 'tensorflow'"),
-        (["cells", "--mode", "sparse"], "nothing to run"),
+        (["cells", "--mode", "sparse-sgd"], "nothing to run"),
         (["cells", "--threads", "99999"], "more than this machine's"),
         (["cells", "--graph"], "needs --device cuda"),
         (["report", "nowhere.csv"], "there is no nowhere.csv"),
@@ -388,7 +421,7 @@ def test_gpu_report_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 def test_gpu_report_without_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What it runs on a GPU runs on the CPU, small; what it makes of the rows is a table with a line for each kind."""
     gpu_report.smoke("cpu")
-    assert {case.mode for case in gpu_report.cases()} == {"inference", "train", "sparse", *STEP_MODES}
+    assert {case.mode for case in gpu_report.cases()} == {"inference", "train", *STEP_MODES}
     update = dataclasses.replace(BAG, modes=("update",))
     small = [case_of(work, mode) for work, mode in ((SMALL, "inference"), (SMALL, "train"), (update, "update"))]
     small.append(dataclasses.replace(small[0], dtype=torch.bfloat16))
