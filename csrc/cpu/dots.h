@@ -139,7 +139,11 @@ void dot_tile(const DotTerm<Operand, T>* terms, int64_t count, int64_t row, int6
   using P = Packing<Operand>;
   using V = typename P::V;
   constexpr int N = kDotColumns[M - 1];
-  V sum[M][N];
+  union Sums {  // without V's constructor, as in multiply_tile
+    Sums() {}
+    V of[M][N];
+  } all_sums;
+  auto& sum = all_sums.of;
 #pragma GCC unroll 16
   for (int m = 0; m < M; ++m) {
 #pragma GCC unroll 16
