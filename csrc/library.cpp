@@ -42,20 +42,20 @@ TORCH_LIBRARY(nlpkernels, m) {
   //
   // Here and below the ops of bfloat16 are the same for the processors that multiply it themselves (csrc/cpu): only the
   // ops without that name call them.
-  for (const std::string name : {"recurrent", "recurrent_bfloat16"}) {
-    m.def((name +
-        "(Tensor x, Tensor? batch_sizes, Tensor h0, Tensor? c0, Tensor[] weights, str cell, bool keep,"
-        " Tensor? h_mask) -> (Tensor y, Tensor h_n, Tensor c_n, Tensor workspace)").c_str());
+  for (const std::string name : {"recurrent", "_recurrent_bfloat16"}) {
+    m.def((name + "(Tensor x, Tensor? batch_sizes, Tensor h0, Tensor? c0, Tensor[] weights, str cell, bool keep,"
+                  " Tensor? h_mask) -> (Tensor y, Tensor h_n, Tensor c_n, Tensor workspace)")
+              .c_str());
   }
 
   // Its gradients. dy, dh_n, dc_n: shaped like the outputs, None stands for zeros. Returns dx, dh0, dc0 and one
   // gradient per weight, shaped like the inputs; dc0 is empty but for the LSTM, dx and the weights' are empty unless
   // needed.
-  for (const std::string name : {"recurrent_backward", "recurrent_bfloat16_backward"}) {
-    m.def((name +
-        "(Tensor? dy, Tensor? dh_n, Tensor? dc_n, Tensor x, Tensor? batch_sizes, Tensor h0, Tensor? c0,"
-        " Tensor[] weights, str cell, Tensor y, Tensor workspace, bool need_dx, bool need_dweights,"
-        " Tensor? h_mask) -> (Tensor dx, Tensor dh0, Tensor dc0, Tensor[] dweights)").c_str());
+  for (const std::string name : {"recurrent_backward", "_recurrent_bfloat16_backward"}) {
+    m.def((name + "(Tensor? dy, Tensor? dh_n, Tensor? dc_n, Tensor x, Tensor? batch_sizes, Tensor h0, Tensor? c0,"
+                  " Tensor[] weights, str cell, Tensor y, Tensor workspace, bool need_dx, bool need_dweights,"
+                  " Tensor? h_mask) -> (Tensor dx, Tensor dh0, Tensor dc0, Tensor[] dweights)")
+              .c_str());
   }
 
   // The same of an LSTM, given a gradient of the workspace as well: of the cell states between the steps.
@@ -140,7 +140,8 @@ TORCH_LIBRARY_IMPL(nlpkernels, ADInplaceOrView, m) {
 
 namespace {
 
-// Whether the processor multiplies vectors of bfloat16. Whether it and the system have vectors of 512 bits, torch knows.
+// Whether the processor multiplies vectors of bfloat16. Whether it and the system have vectors of 512 bits, torch
+// knows.
 bool has_avx512bf16() {
 #if defined(__x86_64__) && defined(__linux__)
   constexpr unsigned kAvx512Bf16 = 1u << 5;

@@ -123,7 +123,24 @@ def test_every_op_is_listed() -> None:
     registered = {
         name.split("::")[1] for name in torch._C._dispatch_get_all_op_names() if name.startswith("nlpkernels::")
     }
-    assert registered == {*ALL_OPS, "embedding_bag_update"}  # which changes its arguments: see test_optim.py
+    # The first changes its arguments: see test_optim.py. The others are what ops of these names call for bfloat16.
+    others = {"embedding_bag_update", "_recurrent_bfloat16", "_recurrent_bfloat16_backward"}
+    assert registered == {*ALL_OPS, *others}
+
+
+@pytest.mark.skipif(_ops.INSTRUCTION_SET not in _ops.OF_BFLOAT16, reason="this machine does not multiply bfloat16")
+def test_ops_of_bfloat16_take_nothing_else() -> None:
+    for name in ("recurrent", "recurrent_backward"):
+        op = getattr(OPS, f"_{name.replace('recurrent', 'recurrent_bfloat16')}").default
+        for sample in samples_of(name, "cpu")[:2]:
+            with pytest.raises(RuntimeError, match="not implemented for 'Float'"):
+                op(*sample)
+            halves = torch.utils._pytree.tree_map_only(
+                Tensor, lambda t: t.bfloat16() if t.is_floating_point() else t, sample
+            )
+            results = torch.utils._pytree.tree_leaves((op(*halves), getattr(OPS, name)(*halves)))
+            half = len(results) // 2
+            assert all(map(torch.equal, results[:half], results[half:]))
 
 
 # The modes of opcheck cannot look into the torch.func of reference.py.

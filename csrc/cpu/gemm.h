@@ -113,8 +113,8 @@ struct Panels {
   Slice all() const { return {0, count()}; }
 };
 
-// How operands of a type are packed and multiplied: as elements that hold `values` values of k each, `depth` of them for
-// k. Of a left operand up to so many more rows are read than there are, and more values of a row.
+// How operands of a type are packed and multiplied: as elements that hold `values` values of k each, `depth` of them
+// for k. Of a left operand up to so many more rows are read than there are, and more values of a row.
 template <typename Operand>
 struct Packing {
   using Element = Operand;
@@ -289,8 +289,8 @@ struct RowTiles : EvenParts {
   explicit RowTiles(int64_t rows, int64_t most = kTileRows) : EvenParts(rows, most) {}
 };
 
-// Where a packed tile of a left operand begins, of `depth` elements of k. The tiles lie a cache line more than their size apart, as those of a
-// size that is a multiple of a power of two would share few sets of the cache.
+// Where a packed tile of a left operand begins, of `depth` elements of k. The tiles lie a cache line more than their
+// size apart, as those of a size that is a multiple of a power of two would share few sets of the cache.
 inline int64_t packed_tile(const RowTiles& tiles, int64_t tile, int64_t depth) {
   return tiles.begin(tile) * depth + tile * kTilePadding;
 }

@@ -2,7 +2,7 @@
 // rooms of their own: recurrent_layer.h, recurrent_forward.h, recurrent_backward.h.
 //
 // Compiled for processors that multiply bfloat16 themselves, this is a library of bfloat16 alone. It serves ops of its
-// own, `recurrent_bfloat16` and `recurrent_bfloat16_backward`, which those that are everyone's call where they are.
+// own, `_recurrent_bfloat16` and `_recurrent_bfloat16_backward`, which those that are everyone's call where they are.
 //
 // Letters are those of library.cpp.
 #include <ATen/Dispatch.h>
@@ -53,7 +53,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> recurrent(const Tensor& x, const Opti
                                                      const Tensor& h0, const OptionalTensor& c0, at::TensorList weights,
                                                      c10::string_view cell, bool keep, const OptionalTensor& h_mask) {
   if (!kServesBfloat16Alone && x.scalar_type() == at::kBFloat16) {
-    static const auto op = of_bfloat16<ForwardSignature>("nlpkernels::recurrent_bfloat16");
+    static const auto op = of_bfloat16<ForwardSignature>("nlpkernels::_recurrent_bfloat16");
     const at::AutoDispatchBelowADInplaceOrView below_autograd;
     if (op) return op->call(x, batch_sizes, h0, c0, weights, cell, keep, h_mask);
   }
@@ -78,7 +78,7 @@ std::tuple<Tensor, Tensor, Tensor, std::vector<Tensor>> recurrent_backward(
     c10::string_view cell, const Tensor& y, const Tensor& workspace, bool need_dx, bool need_dweights,
     const OptionalTensor& h_mask) {
   if (!kServesBfloat16Alone && x.scalar_type() == at::kBFloat16) {
-    static const auto op = of_bfloat16<BackwardSignature>("nlpkernels::recurrent_bfloat16_backward");
+    static const auto op = of_bfloat16<BackwardSignature>("nlpkernels::_recurrent_bfloat16_backward");
     const at::AutoDispatchBelowADInplaceOrView below_autograd;
     if (op) {
       return op->call(dy, dh_n, dc_n, x, batch_sizes, h0, c0, weights, cell, y, workspace, need_dx, need_dweights,
@@ -107,6 +107,6 @@ std::tuple<Tensor, Tensor, Tensor, std::vector<Tensor>> recurrent_backward(
 
 TORCH_LIBRARY_IMPL(nlpkernels, CPU, m) {
   using namespace nlpkernels;
-  m.impl(kServesBfloat16Alone ? "recurrent_bfloat16" : "recurrent", TORCH_FN(recurrent));
-  m.impl(kServesBfloat16Alone ? "recurrent_bfloat16_backward" : "recurrent_backward", TORCH_FN(recurrent_backward));
+  m.impl(kServesBfloat16Alone ? "_recurrent_bfloat16" : "recurrent", TORCH_FN(recurrent));
+  m.impl(kServesBfloat16Alone ? "_recurrent_bfloat16_backward" : "recurrent_backward", TORCH_FN(recurrent_backward));
 }
