@@ -21,6 +21,7 @@
 #include <optional>
 #include <string>
 #include <tuple>
+#include <unordered_set>
 #include <vector>
 
 namespace nlpkernels {
@@ -317,6 +318,31 @@ inline void collect(const Tensor& table, const Tensor& grad, const Tensor& indic
                         settings.include_last_offset, settings.scale_grad_by_freq);
 }
 
+// Has memory of a large table's gradients kept from step to step, as long as there is the table. Below a mode that
+// looks at ops there is nothing to see.
+inline void keep_gradients_of(const Tensor& table) {
+  constexpr size_t kLarge = size_t(1) << 20;  // kKeptBytes of csrc/cpu/kept_memory.h
+  if (!table.is_cpu() || table.unsafeGetTensorImpl()->has_symbolic_sizes_strides() || table.nbytes() < kLarge) return;
+  static const auto count_table = [](int64_t bytes, bool is_new) {
+    static const auto keep_memory = op<void(int64_t, bool)>("_keep_memory");
+    const c10::impl::ExcludeDispatchKeyGuard no_modes(
+        c10::DispatchKeySet({c10::DispatchKey::Python, c10::DispatchKey::PythonTLSSnapshot}));
+    keep_memory.call(bytes, is_new);
+  };
+  static auto& known = *new std::unordered_set<PyObject*>();  // under Python's lock
+  const pybind11::gil_scoped_acquire gil;
+  const auto object = pybind11::reinterpret_steal<pybind11::object>(THPVariable_Wrap(table));
+  if (!known.insert(object.ptr()).second) return;
+  const auto bytes = static_cast<int64_t>(table.nbytes());
+  const auto forget = [bytes, gone = object.ptr()](pybind11::handle reference) {
+    known.erase(gone);
+    count_table(bytes, false);
+    reference.dec_ref();
+  };
+  pybind11::weakref(object, pybind11::cpp_function(forget)).release();
+  count_table(bytes, true);
+}
+
 class EmbeddingBagFunction : public torch::autograd::Function<EmbeddingBagFunction> {
  public:
   static Tensor forward(Context* ctx, const Tensor& weight, const OptionalTensor& per_sample_weights,
@@ -378,6 +404,7 @@ inline Tensor embedding_bag(const Tensor& weight, const Tensor& indices, const O
                                  scale_grad_by_freq, sparse,      updated};
   const bool wants_derivative =
       at::GradMode::is_enabled() && (weight.requires_grad() || requires_grad(per_sample_weights));
+  if (wants_derivative && weight.requires_grad() && !sparse && !updated) keep_gradients_of(weight);
   if (wants_derivative) return EmbeddingBagFunction::apply(weight, per_sample_weights, indices, offsets, settings);
   return std::get<0>(call_embedding_bag(weight, indices, offsets, per_sample_weights, settings));
 }

@@ -110,6 +110,9 @@ TORCH_LIBRARY(nlpkernels, m) {
       "include_last_offset,"
       " bool scale_grad_by_freq, str rule, float[] settings) -> ()");
 
+  // On the CPU: a table of so many bytes, whose gradients' memory is kept from step to step, has come or gone.
+  m.def("_keep_memory(int bytes, bool is_new) -> ()");
+
   // Gradient of per_sample_weights (mode "sum"), shaped like indices.
   m.def(
       "embedding_bag_per_sample_backward(Tensor grad, Tensor weight, Tensor indices, Tensor? offsets,"

@@ -17,24 +17,21 @@
 // What a tensor of the caller's is changed by comes last: all that can fail, memory for the threads included, is
 // before.
 #include <ATen/Dispatch.h>
-#include <ATen/EmptyTensor.h>
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
-#include <ATen/ops/from_blob.h>
 #include <ATen/ops/zeros.h>
 #include <torch/library.h>
 
 #include <algorithm>
 #include <cmath>
-#include <cstdlib>
-#include <memory>
 #include <tuple>
 #include <utility>
 #include <vector>
 
 #include "../checks.h"
 #include "bags.h"
+#include "kept_memory.h"
 #include "memory.h"
 #include "row_sum.h"
 #include "sorted_uses.h"
@@ -289,32 +286,13 @@ struct Written {
   }
 };
 
-// Zeros, in huge pages where there are many: a system that clears them 4 KiB at a time takes longer over a large
-// gradient than all else of a training step (152 MB, step of SGD included: 41 ms, with huge pages 18; a copy takes 4).
-// Beyond what malloc keeps for itself, memory comes from the system, as zeros that take up nothing until they are
-// written: then only pages with rows in use cost anything.
-Tensor lazy_zeros(at::IntArrayRef sizes, const at::TensorOptions& options) {
-  constexpr size_t kLarge = size_t(32) << 20, kAlign = 64;
-  const size_t bytes = at::detail::computeStorageNbytesContiguous(sizes, options.dtype().itemsize());  // or an error
-  if (bytes < kLarge) {
-    Tensor zeros = at::empty(sizes, options);
-    advise_huge_pages(zeros.mutable_data_ptr(), bytes);
-    return zeros.zero_();
-  }
-  const std::shared_ptr<void> memory(std::calloc(bytes + kAlign, 1), std::free);
-  TORCH_CHECK(memory != nullptr, "embedding_bag_backward: no memory for a gradient of ", bytes, " bytes");
-  advise_huge_pages(memory.get(), bytes);
-  const auto aligned = (reinterpret_cast<uintptr_t>(memory.get()) + kAlign - 1) / kAlign * kAlign;
-  return at::from_blob(reinterpret_cast<void*>(aligned), sizes, [memory](void*) {}, options);
-}
-
 Tensor embedding_bag_backward(const Tensor& grad, int64_t num_embeddings, const Tensor& indices,
                               const OptionalTensor& offsets, const OptionalTensor& per_sample_weights,
                               const Tensor& aux, c10::string_view mode, int64_t padding_idx, bool include_last_offset,
                               bool scale_grad_by_freq) {
   const Gradient gradient("embedding_bag_backward", grad, num_embeddings, indices, offsets, per_sample_weights, aux,
                           mode, padding_idx, include_last_offset, scale_grad_by_freq);
-  const Tensor dweight = lazy_zeros({num_embeddings, grad.size(1)}, grad.options());
+  const Tensor dweight = gradient_zeros({num_embeddings, grad.size(1)}, grad.options(), gradient.threads);
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, grad.scalar_type(), "embedding_bag_backward", [&] {
     const Written<scalar_t> rows(dweight, gradient.sorted.rows_begin(), gradient.sorted.rows());
     gradient.for_each_row<scalar_t>([&](acc_t<scalar_t>*) { return rows; });
@@ -474,6 +452,11 @@ Tensor embedding_bag_per_sample_backward(const Tensor& grad, const Tensor& weigh
   return out;
 }
 
+void keep_memory(int64_t bytes, bool is_new) {
+  TORCH_CHECK_VALUE(bytes >= 0, "_keep_memory: expected bytes >= 0, got ", bytes);
+  KeptMemory::count_table(bytes, is_new);
+}
+
 }  // namespace
 }  // namespace CPU_CAPABILITY
 }  // namespace nlpkernels
@@ -484,4 +467,8 @@ TORCH_LIBRARY_IMPL(nlpkernels, CPU, m) {
   m.impl("embedding_bag_sparse_backward", TORCH_FN(nlpkernels::embedding_bag_sparse_backward));
   m.impl("embedding_bag_update", TORCH_FN(nlpkernels::embedding_bag_update));
   m.impl("embedding_bag_per_sample_backward", TORCH_FN(nlpkernels::embedding_bag_per_sample_backward));
+}
+
+TORCH_LIBRARY_IMPL(nlpkernels, CompositeExplicitAutograd, m) {
+  m.impl("_keep_memory", TORCH_FN(nlpkernels::keep_memory));
 }
