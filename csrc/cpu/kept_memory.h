@@ -83,17 +83,22 @@ class KeptMemory {
   };
   using Sizes = std::unordered_map<size_t, OfSize>;
 
-  // Never destroyed: gradients may go after it would have. A child of fork whose parent had the lock in another thread
-  // goes without.
+  struct Kept {
+    std::mutex mutex;
+    Sizes sizes;
+  };
+
+  // A child of fork whose parent had the lock in another thread goes without.
   template <typename Body>
   static void with_sizes(const Body& body) {
-    static auto& sizes = *new std::pair<std::mutex, Sizes>();
     constexpr int kTries = 10'000;
     for (int i = 0; i < kTries; ++i, std::this_thread::yield()) {
-      const std::unique_lock lock(sizes.first, std::try_to_lock);
-      if (lock) return body(sizes.second);
+      const std::unique_lock lock(kept_.mutex, std::try_to_lock);
+      if (lock) return body(kept_.sizes);
     }
   }
+
+  static inline Kept& kept_ = *new Kept();  // never destroyed: gradients may go after it would have been
 };
 
 // Zeros for a gradient.
