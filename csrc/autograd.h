@@ -5,6 +5,8 @@
 #pragma once
 
 #include <ATen/core/dispatch/Dispatcher.h>
+#include <ATen/PythonTorchFunctionTLS.h>
+#include <ATen/SparseTensorImpl.h>
 #include <ATen/ops/_sparse_coo_tensor_with_dims_and_tensors.h>
 #include <ATen/ops/_unsafe_view.h>
 #include <ATen/ops/cat.h>
@@ -14,6 +16,7 @@
 #include <pybind11/gil_safe_call_once.h>
 #include <pybind11/pybind11.h>
 #include <torch/csrc/autograd/custom_function.h>
+#include <torch/csrc/autograd/functions/accumulate_grad.h>
 #include <torch/csrc/autograd/graph_task.h>
 #include <torch/csrc/autograd/python_variable.h>
 #include <torch/csrc/utils/pybind.h>
@@ -343,6 +346,37 @@ inline void keep_gradients_of(const Tensor& table) {
   count_table(bytes, true);
 }
 
+// autograd's accumulation takes a sparse gradient's indices and values, but not that they are sorted and each once: an
+// optimizer would sort them again. After it, this says so again.
+class StaysCoalesced : public torch::autograd::FunctionPostHook {
+ public:
+  // The node that accumulates a table's gradient, with this: to be held until a graph has it. One that is there already
+  // is left as it is: a thread may be at work on it.
+  static c10::intrusive_ptr<torch::autograd::Node> in_node_of(const Tensor& table) {
+    const bool is_new = torch::autograd::impl::try_get_grad_accumulator(table) == nullptr;
+    auto node = torch::autograd::impl::grad_accumulator(table);
+    if (is_new) node->add_post_hook(std::make_unique<StaysCoalesced>(*node));
+    return node;
+  }
+
+  explicit StaysCoalesced(torch::autograd::Node& node) : node_(dynamic_cast<torch::autograd::AccumulateGrad&>(node)) {}
+
+  variable_list operator()(const variable_list& outputs, const variable_list& inputs) override {
+    const Tensor &given = inputs[0], &grad = node_.variable.grad();
+    if (is_sparse(given) && given.is_coalesced() && is_sparse(grad) && grad._nnz() == given._nnz() &&
+        grad._indices().const_data_ptr() == given._indices().const_data_ptr()) {
+      static_cast<at::SparseTensorImpl*>(grad.unsafeGetTensorImpl())->set_coalesced(true);
+    }
+    return outputs;
+  }
+  void compiled_args(torch::dynamo::autograd::CompiledNodeArgs&) const override {}  // there it is not called
+
+ private:
+  static bool is_sparse(const Tensor& tensor) { return tensor.defined() && tensor.layout() == at::kSparse; }
+
+  torch::autograd::AccumulateGrad& node_;  // which this belongs to
+};
+
 class EmbeddingBagFunction : public torch::autograd::Function<EmbeddingBagFunction> {
  public:
   static Tensor forward(Context* ctx, const Tensor& weight, const OptionalTensor& per_sample_weights,
@@ -404,9 +438,35 @@ inline Tensor embedding_bag(const Tensor& weight, const Tensor& indices, const O
                                  scale_grad_by_freq, sparse,      updated};
   const bool wants_derivative =
       at::GradMode::is_enabled() && (weight.requires_grad() || requires_grad(per_sample_weights));
-  if (wants_derivative && weight.requires_grad() && !sparse && !updated) keep_gradients_of(weight);
-  if (wants_derivative) return EmbeddingBagFunction::apply(weight, per_sample_weights, indices, offsets, settings);
+  if (wants_derivative) {
+    const bool accumulates = weight.requires_grad() && weight.is_leaf() && !updated;
+    const auto node = accumulates && sparse ? StaysCoalesced::in_node_of(weight) : nullptr;
+    if (accumulates && !sparse) keep_gradients_of(weight);
+    return EmbeddingBagFunction::apply(weight, per_sample_weights, indices, offsets, settings);
+  }
   return std::get<0>(call_embedding_bag(weight, indices, offsets, per_sample_weights, settings));
+}
+
+// A lookup for what is plain: nothing for what is no tensor or one of a subclass, for what torch.jit or a mode is to
+// see, and where dtypes, dimensions or padding_idx do not fit.
+inline std::optional<Tensor> lookup(pybind11::handle input, pybind11::handle table, std::optional<int64_t> padding_idx,
+                                    bool scale_grad_by_freq, bool sparse) {
+  if (!THPVariable_CheckExact(input.ptr()) || !THPVariable_CheckExact(table.ptr()) ||
+      at::impl::torch_function_mode_enabled() || c10::impl::tls_is_dispatch_key_included(at::DispatchKey::Tracer)) {
+    return std::nullopt;
+  }
+  const Tensor &indices = THPVariable_Unpack(input.ptr()), &weight = THPVariable_Unpack(table.ptr());
+  const auto index = indices.scalar_type(), value = weight.scalar_type();
+  if ((index != at::kLong && index != at::kInt) || indices.layout() != at::kStrided || indices.is_nested() || weight.is_nested() || weight.dim() != 2 ||
+      (value != at::kFloat && value != at::kDouble && value != at::kBFloat16 && value != at::kHalf)) {
+    return std::nullopt;
+  }
+  const int64_t rows = weight.size(0);
+  if (padding_idx && (*padding_idx < -rows || *padding_idx >= rows)) return std::nullopt;
+  const int64_t padding = !padding_idx ? -1 : *padding_idx < 0 ? *padding_idx + rows : *padding_idx;
+  const pybind11::gil_scoped_release no_gil;
+  return embedding_bag(weight, indices, std::nullopt, std::nullopt, "lookup", padding, false, scale_grad_by_freq,
+                       sparse, /*updated=*/false);
 }
 
 using UpdateSignature = void(const Tensor&, const Tensor&, const OptionalTensor&, const OptionalTensor&, const Tensor&,

@@ -191,6 +191,9 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("embedding_bag", &nlpkernels::embedding_bag, pybind11::call_guard<pybind11::gil_scoped_release>(),
         "The first output of the op of this name, with derivatives for eager calls; indices of a lookup may have any "
         "shape, before which goes no reshape.");
+  m.def("lookup", &nlpkernels::lookup,
+        "The op embedding_bag for a table that no optimizer updates in backward, in mode lookup; None where something "
+        "does not fit, or is not a plain tensor.");
   m.def("embedding_bag_update", &nlpkernels::embedding_bag_update, pybind11::call_guard<pybind11::gil_scoped_release>(),
         "The op of this name, for a table that requires a gradient.");
 }

@@ -758,6 +758,19 @@ def recurrent_layers(
     return _C.recurrent_layers(x, states, weights, cell, num_layers, directions, batch_first)
 
 
+def lookup(
+    input: Tensor, weight: Tensor, padding_idx: int | None, scale_grad_by_freq: bool, sparse: bool
+) -> Tensor | None:
+    """Rows of a table, [*input.shape, E]; None where `functional.embedding` has to take it.
+
+    That is so of tensors that are not plain, too, and of what are no tensors or none that fit. In Python the way to the
+    kernel takes longer than a small lookup.
+    """
+    if UPDATED_IN_BACKWARD or not _is_plain(weight):
+        return None
+    return _C.lookup(input, weight, padding_idx, scale_grad_by_freq, sparse)
+
+
 def embedding_bag(
     weight: Tensor,
     indices: Tensor,

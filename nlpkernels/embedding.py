@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from nlpkernels import functional
+from nlpkernels import _ops, functional
 from nlpkernels._giving_way import in_graph
 
 __all__ = ["Embedding", "EmbeddingBag"]
@@ -34,8 +34,13 @@ class Embedding(torch.nn.Embedding):
 
     def forward(self, input: Tensor) -> Tensor:
         """Look up `functional.embedding(input, self.weight, ...)`."""
-        if type(input) is not Tensor and (node := in_graph(self, input)) is not None:
-            return node  # type: ignore[return-value]
+        if type(input) is not Tensor:
+            if (node := in_graph(self, input)) is not None:
+                return node  # type: ignore[return-value]
+        elif self.max_norm is None:
+            rows = _ops.lookup(input, self.weight, self.padding_idx, self.scale_grad_by_freq, self.sparse)
+            if rows is not None:
+                return rows
         return functional.embedding(
             input, self.weight, self.padding_idx, self.max_norm, self.norm_type, self.scale_grad_by_freq, self.sparse
         )

@@ -525,6 +525,45 @@ def test_saved_tensors_pass_the_hooks(device: str) -> None:
         output.backward()
 
 
+@pytest.mark.parametrize("columns", [1, 15, 16, 17, 31, 33, 255, 256, 257, 511, 512, 513])
+@pytest.mark.parametrize("rows", [1, 2, 50, 12 << 20])
+def test_lookups_copy_rows(columns: int, rows: int, device: str) -> None:
+    """Of fewer and more bytes than are copied by the vector, in tables that are and are not in a cache."""
+    rows = max(1, rows // (4 * columns) + 1) if rows > 50 else rows
+    table = torch.randn(rows, columns, device=device)
+    for count in (0, 1, 60):
+        ids = torch.randint(rows, (count,), device=device)
+        for dtype in (torch.float32, torch.bfloat16):
+            embedding = nlpkernels.Embedding.from_pretrained(table.to(dtype))
+            for index in (torch.int32, torch.int64):
+                assert torch.equal(embedding(ids.to(index)), table.to(dtype)[ids])
+
+
+@pytest.mark.parametrize("name", ["Embedding", "EmbeddingBag"])
+def test_accumulated_gradients_stay_coalesced(name: str) -> None:
+    """Without a copy, as long as they are what the layer gave."""
+    module = getattr(nlpkernels, name)(30, 4, sparse=True)
+    for steps in (1, 2, 3):
+        module.weight.grad = None
+        expected = torch.zeros(30, 4)
+        for _ in range(steps):
+            ids = torch.randint(30, (5, 6))
+            output = module(ids)
+            gradient = torch.randn_like(output)
+            expected += torch.autograd.grad(output, module.weight, gradient, retain_graph=True)[0].to_dense()
+            output.backward(gradient)
+        if steps == 1:
+            assert module.weight.grad.is_coalesced()
+        torch.testing.assert_close(module.weight.grad.to_dense(), expected)
+        torch.testing.assert_close(module.weight.grad.coalesce().to_dense(), expected)
+    # Of a gradient that a hook has changed nobody knows.
+    module.weight.grad = None
+    module.weight.register_hook(lambda g: torch.sparse_coo_tensor(
+        g._indices().repeat(1, 2), g._values().repeat(2, 1), g.shape, check_invariants=False))  # fmt: skip
+    module(ids).sum().backward()
+    assert not module.weight.grad.is_coalesced()
+
+
 def test_sparse_gradients_are_refused_a_second_derivative(device: str) -> None:
     ours = nlpkernels.EmbeddingBag(6, 3, sparse=True, device=device)
     output = ours(torch.tensor([[1, 2]], device=device))

@@ -1,4 +1,4 @@
-"""Memory of large gradients, which is kept from step to step: whatever was written to it, the next gradient is right."""
+"""Memory of large gradients, kept from step to step: whatever was written to it, the next gradient is right."""
 
 from __future__ import annotations
 

@@ -54,6 +54,23 @@ int64_t grain(int64_t size) { return std::max<int64_t>(1, kGrain / std::max<int6
 
 // Forward ------------------------------------------------------------------------------------------------------------
 
+// By whole vectors where it is short, the last of which may overlap the one before: a call of memcpy takes a good part
+// of the time.
+template <typename T>
+NLPKERNELS_INLINE void copy_row(const T* from, int64_t columns, T* to) {
+  using V = Vectorized<float>;
+  constexpr int64_t size = sizeof(V), most = 1024;
+  const int64_t bytes = columns * sizeof(T);
+  const char* source = reinterpret_cast<const char*>(from);
+  char* target = reinterpret_cast<char*>(to);
+  if (bytes < size || bytes > most) {
+    std::copy_n(from, columns, to);
+    return;
+  }
+  for (int64_t i = 0; i < bytes - size; i += size) V::loadu(source + i).store(target + i);
+  V::loadu(source + bytes - size).store(target + bytes - size);
+}
+
 template <bool kWeighted, typename T>
 void pool(const Tensor& weight, const Indices& indices, const Bags& bags, const T* factors, Mode mode,
           int64_t padding_idx, const Tensor& out, const Tensor& aux) {
@@ -66,9 +83,10 @@ void pool(const Tensor& weight, const Indices& indices, const Bags& bags, const 
 
   at::parallel_for(0, bags.count(), grain((length + 1) * columns), [&](int64_t first, int64_t last) {
     if (mode == Mode::lookup) {
+      const bool is_far = static_cast<int64_t>(weight.nbytes()) > kCached;
       for (const auto bag : c10::irange(first, last)) {
-        indices.prefetch_after(table, columns, bag);
-        std::copy_n(table + indices[bag] * columns, columns, out_data + bag * columns);
+        if (is_far) indices.prefetch_after(table, columns, bag);
+        copy_row(table + indices[bag] * columns, columns, out_data + bag * columns);
       }
       return;
     }
