@@ -193,4 +193,6 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
         "shape, before which goes no reshape.");
   m.def("embedding_bag_update", &nlpkernels::embedding_bag_update, pybind11::call_guard<pybind11::gil_scoped_release>(),
         "The op of this name, for a table that requires a gradient.");
+  m.def("check_update", &nlpkernels::check_update,
+        "Raises what embedding_bag_update would, but for values of indices and offsets; changes nothing.");
 }
