@@ -362,7 +362,7 @@ class _InBackward(torch.optim.Optimizer):
         except (TypeError, ValueError, RuntimeError, ArithmeticError):
             fits = False
         if not fits:
-            got = {name: group[name] for name in self.defaults}
+            got = {name: value for name, value in group.items() if name in self.defaults}
             raise ValueError(f"{type(self).__name__}: expected numbers, as betas two below 1, got {got}")
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -647,7 +647,8 @@ class _InBackward(torch.optim.Optimizer):
             self._refuse_settings(group)
         loaded = [self._loaded(*pair) for pair in zip(tables, saved, strict=False)]
         for group in state_dict["param_groups"]:
-            missing = sorted(set(self.defaults) - set(group))
+            # (torch adds "differentiable" to the defaults when it loads.)
+            missing = sorted(set(self.defaults) - set(group) - {"differentiable"})
             if missing:
                 raise ValueError(f"{type(self).__name__}: expected a state_dict of groups with {', '.join(missing)}")
             self._refuse_values(group)

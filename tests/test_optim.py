@@ -1212,8 +1212,8 @@ def test_options_of_other_types(name: str, options: dict[str, Any]) -> None:
     ours.load_state_dict(theirs.state_dict())
     unfused = getattr(torch.optim, name)(theirs.parameters(), **options)
     fused = getattr(optim, name)(ours.named_parameters(), **options)
-    fused.load_state_dict(copy.deepcopy(fused.state_dict()))
-    for _ in range(2):
+    for _ in range(2):  # the second time into what has been loaded
+        fused.load_state_dict(copy.deepcopy(fused.state_dict()))
         ids, cotangent = torch.randint(V, (6, 7)), torch.randn(6, E)
         train(theirs, unfused, ids, cotangent=cotangent)
         train(ours, fused, ids, cotangent=cotangent)
