@@ -11,6 +11,7 @@
 #include <ATen/ops/_unsafe_view.h>
 #include <ATen/ops/cat.h>
 #include <ATen/ops/empty.h>
+#include <c10/core/InferenceMode.h>
 #include <c10/core/impl/LocalDispatchKeySet.h>
 #include <c10/util/irange.h>
 #include <pybind11/gil_safe_call_once.h>
@@ -26,6 +27,8 @@
 #include <tuple>
 #include <unordered_set>
 #include <vector>
+
+#include "checks.h"
 
 namespace nlpkernels {
 
@@ -153,11 +156,16 @@ inline bool has_shape(const Tensor& tensor, std::initializer_list<c10::SymInt> s
   return tensor.sym_sizes() == c10::SymIntArrayRef(shape.begin(), shape.size());
 }
 
+// What no kernel takes, and Python has an answer to: torch's own layers, or an error that says what to do.
+inline bool is_for_python(const Tensor& x) { return x.is_complex() || x.is_nested(); }
+
 // One step of a cell: x [B, I] and states (h,) or (h, c), [B, H], or nothing for zeros, to such states. Nothing where
 // shapes are others, or there are no hidden units.
 inline std::optional<variable_list> recurrent_step(const Tensor& x, std::optional<variable_list> states,
                                                    const variable_list& weights, const std::string& cell) {
-  if (!has_matrices(weights) || x.dim() != 2 || x.sym_size(1) != weights[0].sym_size(1)) return std::nullopt;
+  if (is_for_python(x) || !has_matrices(weights) || x.dim() != 2 || x.sym_size(1) != weights[0].sym_size(1)) {
+    return std::nullopt;
+  }
   const bool has_c = cell == "lstm";
   const c10::SymInt batch = x.sym_size(0), features = weights[1].sym_size(1);
   if (!states) states.emplace(has_c ? 2 : 1, x.new_zeros_symint({batch, features}));
@@ -205,8 +213,8 @@ auto of_plain_tensors(std::optional<variable_list> (*function)(const Tensor&, st
 inline std::optional<variable_list> recurrent_layers(const Tensor& input, std::optional<variable_list> given,
                                                      const variable_list& weights, const std::string& cell,
                                                      int64_t layers, int64_t directions, bool batch_first) {
-  if (!has_matrices(weights) || input.dim() != 3 || input.scalar_type() != weights[0].scalar_type() ||
-      input.sym_size(2) != weights[0].sym_size(1) || layers < 1) {
+  if (is_for_python(input) || !has_matrices(weights) || input.dim() != 3 ||
+      input.scalar_type() != weights[0].scalar_type() || input.sym_size(2) != weights[0].sym_size(1) || layers < 1) {
     return std::nullopt;
   }
   Tensor x = batch_first ? input.transpose(0, 1) : input;
@@ -311,14 +319,15 @@ inline bool accumulates(Context* ctx, const Tensor& table) {
   return true;
 }
 
-// Hands a table's optimizer what the table's gradient is made of.
-inline void collect(const Tensor& table, const Tensor& grad, const Tensor& indices, const OptionalTensor& offsets,
-                    const OptionalTensor& per_sample_weights, const Tensor& aux, const PoolingSettings& settings) {
+// Hands a table's optimizer what the table's gradient is made of, and how many rows the table had in the forward pass.
+inline void collect(const Tensor& table, int64_t rows, const Tensor& grad, const Tensor& indices,
+                    const OptionalTensor& offsets, const OptionalTensor& per_sample_weights, const Tensor& aux,
+                    const PoolingSettings& settings) {
   const pybind11::gil_scoped_acquire gil;
   static pybind11::gil_safe_call_once_and_store<pybind11::object> of_optim;
   of_optim.call_once_and_store_result([] { return pybind11::module_::import("nlpkernels.optim").attr("collect"); });
-  of_optim.get_stored()(table, grad, indices, offsets, per_sample_weights, aux, settings.mode, settings.padding_idx,
-                        settings.include_last_offset, settings.scale_grad_by_freq);
+  of_optim.get_stored()(table, rows, grad, indices, offsets, per_sample_weights, aux, settings.mode,
+                        settings.padding_idx, settings.include_last_offset, settings.scale_grad_by_freq);
 }
 
 // Has memory of a large table's gradients kept from step to step, as long as there is the table. Below a mode that
@@ -424,7 +433,8 @@ class EmbeddingBagFunction : public torch::autograd::Function<EmbeddingBagFuncti
       result[1] = per_sample.call(grad, weight, indices, offsets, settings.padding_idx, settings.include_last_offset);
     }
     if (updated && accumulates(ctx, ctx->saved_data["table"].toTensor())) {
-      collect(ctx->saved_data["table"].toTensor(), grad, indices, offsets, per_sample_weights, aux, settings);
+      const int64_t rows = ctx->saved_data["rows"].toSymInt().guard_int(__FILE__, __LINE__);
+      collect(ctx->saved_data["table"].toTensor(), rows, grad, indices, offsets, per_sample_weights, aux, settings);
       ctx->saved_data["used"] = true;
     }
     return result;
@@ -515,6 +525,13 @@ struct ChangesArguments<void(Args...), changed...> {
     handle().redispatch(keys & c10::after_ADInplaceOrView_keyset, args...);
   }
 
+  // What the two above will refuse.
+  static void refuse_unchangeable(Args... args) {
+    const auto all = std::tie(args...);
+    (refuse_view(changed, std::get<changed>(all)), ...);
+    (refuse_inference(changed, std::get<changed>(all)), ...);
+  }
+
  private:
   static const auto& handle() {
     static const auto update = op<void(Args...)>("embedding_bag_update");
@@ -540,6 +557,12 @@ struct ChangesArguments<void(Args...), changed...> {
                 handle().schema().arguments()[place].name(), " to be no negated or conjugated view");
   }
 
+  static void refuse_inference(size_t place, const OptionalTensor& tensor) {
+    TORCH_CHECK(!tensor || !tensor->is_inference() || c10::InferenceMode::is_enabled(), handle().schema().name(),
+                ": expected ", handle().schema().arguments()[place].name(),
+                " to be no tensor of torch.inference_mode(), which cannot be changed outside of it: use clone()");
+  }
+
   template <typename Other>
   static const Other& resolved(const Other& value) {
     return value;
@@ -556,5 +579,22 @@ struct ChangesArguments<void(Args...), changed...> {
 };
 
 using UpdatesInPlace = ChangesArguments<UpdateSignature, 1, 2, 3>;  // weight, first, second
+
+// All that embedding_bag_update checks but for the values of indices and offsets, which were the forward pass's to
+// check: an optimizer of several tables asks before the first of them changes.
+inline void check_update(const Tensor& grad, const Tensor& weight, const OptionalTensor& first,
+                         const OptionalTensor& second, const Tensor& indices, const OptionalTensor& offsets,
+                         const OptionalTensor& per_sample_weights, const Tensor& aux, const std::string& mode_name,
+                         int64_t padding_idx, bool include_last_offset, bool scale_grad_by_freq,
+                         const std::string& rule, const std::vector<double>& settings) {
+  const char* op = "embedding_bag_update";
+  UpdatesInPlace::refuse_unchangeable(grad, weight, first, second, indices, offsets, per_sample_weights, aux, mode_name,
+                                      padding_idx, include_last_offset, scale_grad_by_freq, rule, settings);
+  check_embedding_bag_update(op, weight, grad, first, second, parse_rule(rule), settings, per_sample_weights);
+  const Mode mode = parse_mode(mode_name);
+  check_embedding_bag(op, grad, indices, offsets, per_sample_weights, mode, include_last_offset);
+  const int64_t bags = offsets ? offsets->size(0) - (include_last_offset ? 1 : 0) : indices.size(0);
+  check_embedding_bag_backward(op, grad, bags, aux, mode, weight.size(0));
+}
 
 }  // namespace nlpkernels

@@ -286,9 +286,9 @@ inline Rule parse_rule(c10::string_view rule) {
                     rule, "'");
 }
 
-// The bytes that a tensor's values are in; nothing of an empty one.
+// The bytes that a tensor's values are in; nothing of one without values, or without data.
 inline std::pair<const char*, const char*> bytes_of(const Tensor& tensor) {
-  if (tensor.numel() == 0) return {nullptr, nullptr};
+  if (tensor.numel() == 0 || tensor.is_meta()) return {nullptr, nullptr};
   int64_t last = 0;
   for (const auto i : c10::irange(tensor.dim())) last += (tensor.size(i) - 1) * tensor.stride(i);
   const auto* begin = static_cast<const char*>(tensor.const_data_ptr());

@@ -196,4 +196,6 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
         "does not fit, or is not a plain tensor.");
   m.def("embedding_bag_update", &nlpkernels::embedding_bag_update, pybind11::call_guard<pybind11::gil_scoped_release>(),
         "The op of this name, for a table that requires a gradient.");
+  m.def("check_update", &nlpkernels::check_update,
+        "Raises what embedding_bag_update would, but for values of indices and offsets; changes nothing.");
 }

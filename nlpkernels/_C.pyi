@@ -6,6 +6,7 @@ compiler: str
 torch_version: str
 cuda_archs: str
 
+def has_avx512bf16() -> bool: ...
 def has_amx() -> bool: ...
 def recurrent(
     x: Tensor,
@@ -41,6 +42,22 @@ def embedding_bag(
     updated: bool,
 ) -> Tensor: ...
 def embedding_bag_update(
+    grad: Tensor,
+    weight: Tensor,
+    first: Tensor | None,
+    second: Tensor | None,
+    indices: Tensor,
+    offsets: Tensor | None,
+    per_sample_weights: Tensor | None,
+    aux: Tensor,
+    mode: str,
+    padding_idx: int,
+    include_last_offset: bool,
+    scale_grad_by_freq: bool,
+    rule: str,
+    settings: list[float],
+) -> None: ...
+def check_update(
     grad: Tensor,
     weight: Tensor,
     first: Tensor | None,

@@ -2,7 +2,8 @@
 
 That is so where our kernels cannot see through what they are given: a subclass of Tensor that has its own way with
 torch's functions (DTensor, quantised tensors, ExpandedWeight, a user's) or a proxy of torch.fx, as an input, a state or
-a parameter; and under torch.jit.trace and torch.onnx.export, which know torch's ops alone (but see `_onnx.py`).
+a parameter; and under torch.jit.trace and torch.onnx.export, which know torch's ops alone (but see `_onnx.py`). Complex
+numbers, of which our kernels know nothing, are torch's too.
 torch.compile, torch.export, fake tensors and the transforms of torch.func know ours too.
 """
 
@@ -17,7 +18,7 @@ from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.fx import Proxy, Tracer
 from torch.nested._internal.nested_tensor import NestedTensor
 
-__all__ = ["exports_to_onnx", "in_graph", "is_torchs", "leaves", "refuse"]
+__all__ = ["exports_to_onnx", "in_graph", "is_complex", "is_torchs", "leaves", "refuse", "refuse_nested"]
 
 _PLAIN = frozenset({Tensor, nn.Parameter, type(None), list})  # (lengths may be a list)
 # Our ops know the first two; of jagged tensors the embeddings see through to what is inside.
@@ -36,6 +37,11 @@ def is_torchs(*values: object, has_onnx: bool = False) -> bool:
     elif _PLAIN.issuperset(map(type, values)):
         return False
     return any(_has_its_own_way(type(value)) for value in values)
+
+
+def is_complex(input: object) -> bool:
+    """Whether an input of a recurrent layer is complex, which makes the call torch's."""
+    return isinstance(input, Tensor) and input.is_complex()
 
 
 def exports_to_onnx() -> bool:
@@ -84,6 +90,15 @@ def refuse(function: str, **wanted: bool) -> None:
         if is_wanted:
             raise NotImplementedError(
                 f"{function}: torch has no {name}, and this call is left to torch's own function, as one with a "
-                f"subclass of Tensor or a proxy of torch.fx, or under torch.jit.trace or torch.onnx.export: expected "
-                f"no {name}"
+                f"subclass of Tensor, a proxy of torch.fx or complex numbers, or under torch.jit.trace or "
+                f"torch.onnx.export: expected no {name}"
             )
+
+
+def refuse_nested(function: str, input: object) -> None:
+    """Raise if an input of a recurrent layer is nested, which torch's layers do not take either."""
+    if isinstance(input, Tensor) and input.is_nested:
+        raise ValueError(
+            f"{function}: expected no nested tensor: a layer takes a PackedSequence or, with batch_first, a padded "
+            "batch, torch.nested.to_padded_tensor(input, 0.0), and lengths=input.offsets().diff()"
+        )

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
 from nlpkernels import _ops, reference
-from nlpkernels._giving_way import is_torchs, refuse
+from nlpkernels._giving_way import is_complex, is_torchs, refuse, refuse_nested
 
 __all__ = ["embedding", "embedding_bag", "gru", "lstm", "rnn_relu", "rnn_tanh"]
 
@@ -41,7 +41,8 @@ def _layers(
     _check_probability(cell, "recurrent_dropout", recurrent_dropout)
     draws = train and recurrent_dropout > 0
     is_in_onnx = batch_sizes is None and len(params) == num_layers * directions * (4 if has_biases else 2)
-    if is_torchs(input, batch_sizes, h0, c0, *params, has_onnx=is_in_onnx and not (return_state_sequence or draws)):
+    has_onnx = is_in_onnx and not (return_state_sequence or draws)
+    if is_torchs(input, batch_sizes, h0, c0, *params, has_onnx=has_onnx) or is_complex(input):
         refuse(cell, return_state_sequence=return_state_sequence, recurrent_dropout=draws)
         hx = h0 if c0 is None else (h0, c0)
         rest = (params, has_biases, num_layers, dropout, train, bidirectional)
@@ -49,6 +50,7 @@ def _layers(
         if batch_sizes is None:
             return function(input, hx, *rest, batch_first)
         return function(input, batch_sizes, hx, *rest)
+    refuse_nested(cell, input)
     if num_layers < 1:
         raise ValueError(f"{cell}: expected num_layers of 1 or more, got {num_layers}")
     per_layer = len(params) // num_layers
@@ -198,11 +200,13 @@ def lstm(
 
     Returns:
         output [T, B, D P] (or as the input is laid out), h_n and c_n like hx, all in input's dtype: float32, float64,
-        or bfloat16 and float16, for which arithmetic and states inside the loop are float32.
+        or bfloat16 and float16, for which arithmetic and states inside the loop are float32. Complex input is left to
+        torch.
 
     Raises:
         TypeError: one of hx or params is not a tensor.
-        ValueError: the number of params or of layers or a state's shape does not fit, or a probability is none.
+        ValueError: the number of params or of layers or a state's shape does not fit, a probability is none, or input
+            is nested.
         RuntimeError: a weight's shape, dtype or device does not fit.
         NotImplementedError: what torch.lstm has not is wanted of a call that is left to it: see `_giving_way.py`.
     """

@@ -25,9 +25,10 @@ A table is trained where backward would add to its gradient: not when frozen, no
 **Backward passes.** A pass's uses are applied together when it has come through. What a pass inside another finds, a
 hook's or a reentrant checkpoint's, belongs to the outermost one and makes one update with that one's. (Not where 60
 and more are nested, when torch takes another thread: such a pass updates by itself.) A pass that fails leaves its
-tables as they were, all of them, unless memory runs out, or Ctrl-C comes, between two tables' updates. Any number of
-threads may be in backward at once: updates of a table come one after the other and none is lost. A forward pass that
-reads the table meanwhile may see some rows before an update and others after it.
+tables as they were, all of them, unless memory runs out, or Ctrl-C comes, between two tables' updates, or indices were
+changed where torch does not notice, as through numpy. Any number of threads may be in backward at once: updates of a
+table come one after the other and none is lost. A forward pass that reads the table meanwhile may see some rows before
+an update and others after it.
 
 **Several processes.** With `process_group`, one table is trained by all processes of that group, each of which has a
 copy. `step()` then makes the update, and not backward: the processes gather their rows and the gradients of these,
@@ -122,8 +123,9 @@ def _stand_in(shape: torch.Size, dtype: torch.dtype, device: torch.device) -> _A
 # --- Backward passes -------------------------------------------------------------------------------------------------
 
 _Use = tuple[Any, ...]  # the gradient of a layer's output and what `embedding_bag_update` takes after the states
-# Those of each table, by its id (torch's hash of a tensor is slow), with the versions of a use's tensors.
-_Uses = dict[int, tuple[Tensor, list[tuple[_Use, list[int]]]]]
+# A use as backward found it: with the number of rows that the table had in the forward pass, and versions of tensors.
+_Found = tuple[_Use, int, list[int]]
+_Uses = dict[int, tuple[Tensor, list[_Found]]]  # of each table, by its id (torch's hash of a tensor is slow)
 
 _queue_callback = torch.autograd.Variable._execution_engine.queue_callback
 
@@ -136,7 +138,7 @@ class _Pass:
         self.uses: dict[_InBackward, _Uses] = {}
         self.is_nested = False
 
-    def add(self, optimizer: _InBackward, table: Tensor, uses: list[tuple[_Use, list[int]]]) -> None:
+    def add(self, optimizer: _InBackward, table: Tensor, uses: list[_Found]) -> None:
         tables = self.uses.setdefault(optimizer, {})
         found = tables.get(id(table))
         if found is None:
@@ -179,8 +181,11 @@ def _current_pass() -> _Pass:
     return found
 
 
-def collect(table: Tensor, *use: Any) -> None:
-    """Take note of a use of a table: csrc/autograd.h calls it from within backward, with all that a gradient is of."""
+def collect(table: Tensor, rows: int, *use: Any) -> None:
+    """Take note of a use of a table, which had so many rows.
+
+    csrc/autograd.h calls it from within backward, with all that a gradient is of.
+    """
     optimizer: _InBackward | None = _ops.optimizer_of(table)
     if optimizer is None:
         raise RuntimeError("the optimizer (nlpkernels.optim) that was to update a table in backward is gone")
@@ -197,7 +202,7 @@ def collect(table: Tensor, *use: Any) -> None:
         )
     optimizer._refuse_other_gradient(table)
     with _lock:
-        _current_pass().add(optimizer, table, [(use, _versions(use))])
+        _current_pass().add(optimizer, table, [(use, rows, _versions(use))])
 
 
 def _versions(use: _Use) -> list[int]:
@@ -231,6 +236,12 @@ if hasattr(os, "register_at_fork"):
 
 def _dtype_of_states(table: Tensor) -> torch.dtype:
     return torch.float64 if table.dtype == torch.float64 else torch.float32
+
+
+@torch.inference_mode(False)
+def _copy(tensor: Tensor, dtype: torch.dtype | None = None, device: torch.device | None = None) -> Tensor:
+    """A copy that may be changed in place, also outside of inference mode."""
+    return tensor.detach().to(device, dtype, copy=True)
 
 
 def _references(tables: list[Tensor]) -> list[int]:
@@ -280,9 +291,8 @@ class _InBackward(torch.optim.Optimizer):
 
     def __init__(self, params: Iterable[Any], defaults: dict[str, Any], process_group: Any) -> None:
         for name, value in defaults.items():
-            values = value if isinstance(value, tuple) else (value,)
             least_excluded = 1.0 if name == "betas" else math.inf
-            if not all(0 <= float(v) < least_excluded for v in values):
+            if not all(0 <= float(v) < least_excluded for v in (value if name == "betas" else (value,))):
                 raise ValueError(f"{type(self).__name__}: expected {name} of 0 or more, betas below 1, got {value}")
         is_group = dist.is_available() and isinstance(process_group, dist.ProcessGroup)
         if not (is_group or process_group is None or process_group is False):
@@ -311,6 +321,7 @@ class _InBackward(torch.optim.Optimizer):
         super().add_param_group(param_group)
         try:
             self._refuse_settings(self.param_groups[-1])
+            self._refuse_values(self.param_groups[-1])
             self._take_over(self.param_groups[-1]["params"])
         except ValueError:
             self.param_groups.pop()
@@ -344,6 +355,16 @@ class _InBackward(torch.optim.Optimizer):
             if group.get(name):
                 raise ValueError(f"{type(self).__name__}: there is no {name} in backward, got {group[name]}")
 
+    def _refuse_values(self, group: dict[str, Any]) -> None:
+        """Raise where the rule's settings are not what it can reckon with."""
+        try:
+            fits = not any(map(math.isnan, self._settings(group, 1)))
+        except (TypeError, ValueError, RuntimeError, ArithmeticError):
+            fits = False
+        if not fits:
+            got = {name: value for name, value in group.items() if name in self.defaults}
+            raise ValueError(f"{type(self).__name__}: expected numbers, as betas two below 1, got {got}")
+
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         if not hasattr(self, "_lock"):  # a copy's, or an unpickled optimizer's; a process group cannot be copied
@@ -375,8 +396,11 @@ class _InBackward(torch.optim.Optimizer):
                 raise RuntimeError(
                     f"{type(self).__name__}: expected a state {name!r} of shape {list(shape)}, got {list(found.shape)}"
                 )
-            if found.dtype != dtype or found.device != device:
-                state = {**state, name: found.to(device, dtype)}
+            if found.dtype != dtype or found.device != device or found.is_inference():
+                state = {**state, name: _copy(found, dtype, device)}
+        step = kept["step"]  # of torch's SparseAdam it is a number
+        if not isinstance(step, Tensor) or step.is_inference() or step.requires_grad:
+            state = {**state, "step": _copy(torch.tensor(float(step)))}
         return state, state is not kept
 
     def _prepare(self, tables: _Uses) -> list[Callable[[], None]]:
@@ -391,16 +415,16 @@ class _InBackward(torch.optim.Optimizer):
         for group in self.param_groups:
             self._refuse_settings(group)
         prepared: list[Callable[[], None]] = []
-        for table, versioned in tables.values():
+        for table, uses_of_table in tables.values():
             if id(table) not in groups:
                 raise RuntimeError(
                     f"{type(self).__name__}: the table of shape {list(table.shape)} is in none of param_groups any "
                     "more, but was not given to another optimizer"
                 )
             self._refuse_other_gradient(table)
-            for use, versions in versioned:
-                self._refuse_changes(table, use, versions)
-            uses = [use for use, _ in versioned]
+            for found in uses_of_table:
+                self._refuse_changes(table, *found)
+            uses = [use for use, *_ in uses_of_table]
             if self.process_group:
                 prepared.append(functools.partial(self._keep, table, *_coalesce(table, uses)))
             else:
@@ -414,18 +438,20 @@ class _InBackward(torch.optim.Optimizer):
         settings = self._settings(group, step)
         if any(map(math.isnan, settings)):
             raise ValueError(f"{type(self).__name__}: expected numbers in param_groups, got NaN among {settings}")
-        for name, tensor in [("the table", table), *((name, state[name]) for name in self.states)]:
-            if not tensor.is_contiguous():
-                raise ValueError(f"{type(self).__name__}: expected {name} contiguous, got strides {tensor.stride()}")
-        return functools.partial(self._update, table, state, is_new, step, use, settings)
+        first, second, *_ = (*(state[name] for name in self.states), None, None)
+        arguments = (use[0], table, first, second, *use[1:], self.rule, settings)
+        if table.numel() == 0:  # the mean of no columns is NaN
+            return functools.partial(self._finish, table, state, is_new, step)
+        _C.check_update(*arguments)
+        return functools.partial(self._update, table, state, is_new, step, arguments)
 
     def _update(
-        self, table: Tensor, state: dict[str, Any], is_new: bool, step: int, use: _Use, settings: list[float]
+        self, table: Tensor, state: dict[str, Any], is_new: bool, step: int, arguments: tuple[Any, ...]
     ) -> None:
-        first, second, *_ = (*(state[name] for name in self.states), None, None)
-        if table.numel() > 0:  # the mean of no columns is NaN
-            rest: tuple[Any, ...] = (*use[1:], self.rule, settings)
-            _C.embedding_bag_update(use[0], table, first, second, *rest)
+        _C.embedding_bag_update(*arguments)
+        self._finish(table, state, is_new, step)
+
+    def _finish(self, table: Tensor, state: dict[str, Any], is_new: bool, step: int) -> None:
         if state:
             state["step"].fill_(step)
             if is_new:
@@ -449,11 +475,16 @@ class _InBackward(torch.optim.Optimizer):
         if found is None:
             table.grad = self._stand_ins[id(table)] = _stand_in(table.shape, table.dtype, table.device)
 
-    def _refuse_changes(self, table: Tensor, use: _Use, versions: list[int]) -> None:
+    def _refuse_changes(self, table: Tensor, use: _Use, rows: int, versions: list[int]) -> None:
         if _versions(use) != versions:
             raise RuntimeError(
                 f"{type(self).__name__}: indices, or a gradient, of the table of shape {list(table.shape)} were "
                 "changed in place before the end of backward, where they are applied"
+            )
+        if table.shape[0] != rows:
+            raise RuntimeError(
+                f"{type(self).__name__}: the table of shape {list(table.shape)} was changed between forward and its "
+                f"update: it had {rows} rows"
             )
         self._refuse_changed_table(table, use[0])
 
@@ -521,12 +552,14 @@ class _InBackward(torch.optim.Optimizer):
 
     def _step_together(self) -> None:
         """The same update in all processes of the group; all of them raise if one cannot."""
-        count = dist.get_world_size(self.process_group)
         groups = [(table, group) for group in self.param_groups for table in group["params"]]
-        error: Exception | None = None
         own: list[tuple[Tensor, Tensor] | None] = []
-        tables: list[Any] = []
-        try:
+        uses: list[_Use | None] = []
+        updates: list[Callable[[], None]] = []
+
+        def tell() -> tuple[list[Any], list[int | None]]:
+            """What has to be the same in all processes, and the number of rows of each table that are in use here."""
+            tables: list[Any] = []
             self._check_tables()
             for table, group in groups:
                 parts = self._kept.get(table)
@@ -535,29 +568,46 @@ class _InBackward(torch.optim.Optimizer):
                 own.append(None if parts is None else _coalesce(table, [_as_lookup(*part) for part in parts]))
                 settings = self._settings(group, int(self.state.get(table, {}).get("step", 0)) + 1)
                 tables.append((self.rule, tuple(table.shape), str(table.dtype), settings))
-        except Exception as caught:  # whatever it is, the others must not wait for this process
-            error = caught
-        sizes = [None if part is None else len(part[0]) for part in own]
-        facts: list[Any] = [None] * count
-        dist.all_gather_object(facts, (None if error is None else str(error), tables, sizes), self.process_group)
-        if error is not None:
-            raise error
-        for rank, (message, others, _) in enumerate(facts):
-            if message is not None:
-                raise RuntimeError(f"{type(self).__name__}: no table is updated, for in rank {rank}: {message}")
-            if others != tables:
+            return tables, [None if part is None else len(part[0]) for part in own]
+
+        def prepare() -> None:
+            for (table, group), use in zip(groups, uses, strict=True):
+                if use is not None:
+                    updates.append(self._prepare_update(table, group, use))
+
+        told = self._agree(tell)
+        expected, _ = told[dist.get_rank(self.process_group)]
+        for rank, (tables, _) in enumerate(told):
+            if tables != expected:
                 raise RuntimeError(
                     f"{type(self).__name__}: no table is updated, for rank {rank} has others, or other settings, than "
-                    f"this process: {others}, expected {tables}"
+                    f"this process: {tables}, expected {expected}"
                 )
-        updates = []
-        for (table, group), part, *of_ranks in zip(groups, own, *(f[2] for f in facts), strict=True):
-            if any(size is not None for size in of_ranks):
-                together = _gather(table, part, [size or 0 for size in of_ranks], self.process_group)
-                updates.append(self._prepare_update(table, group, _as_lookup(*together)))
+        for (table, _), part, *sizes in zip(groups, own, *(sizes for _, sizes in told), strict=True):
+            is_used = any(size is not None for size in sizes)
+            together = _gather(table, part, [size or 0 for size in sizes], self.process_group) if is_used else None
+            uses.append(None if together is None else _as_lookup(*together))
+        self._agree(prepare)
         self._kept.clear()
         for update in updates:
             update()
+
+    def _agree(self, prepare: Callable[[], Any]) -> list[Any]:
+        """What `prepare` gives in each process of the group. If it raises in one of them, all raise."""
+        error: Exception | None = None
+        own = None
+        try:
+            own = prepare()
+        except Exception as caught:  # whatever it is, the others must not wait for this process
+            error = caught
+        answers: list[Any] = [None] * dist.get_world_size(self.process_group)
+        dist.all_gather_object(answers, (None if error is None else str(error), own), self.process_group)
+        if error is not None:
+            raise error
+        for rank, (message, _) in enumerate(answers):
+            if message is not None:
+                raise RuntimeError(f"{type(self).__name__}: no table is updated, for in rank {rank}: {message}")
+        return [answer for _, answer in answers]
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Remove what stands in the place of gradients; with a process_group, also what step() was to apply."""
@@ -566,30 +616,46 @@ class _InBackward(torch.optim.Optimizer):
             for table in group["params"]:
                 table.grad = None
 
+    def _loaded(self, table: Tensor, saved: dict[str, Any]) -> dict[str, Any]:
+        """A table's state from the saved one, on the table's device and in the dtype of states."""
+        if not (self.states and saved):
+            return {}
+        expected, dtype = self._shape_of_states(table), _dtype_of_states(table)
+        step = saved.get("step")
+        try:
+            fits = 0 <= float(step) < math.inf  # type: ignore[arg-type]
+        except (TypeError, ValueError, RuntimeError):
+            fits = False
+        if not fits:
+            raise ValueError(f"{type(self).__name__}: expected a state 'step', the number of steps, got {step}")
+        state: dict[str, Any] = {"step": _copy(torch.tensor(float(step)))}  # type: ignore[arg-type]
+        for name in self.states:
+            value = saved.get(name)
+            if not isinstance(value, Tensor) or value.shape != expected:
+                got = list(value.shape) if isinstance(value, Tensor) else "none" if value is None else repr(value)
+                raise ValueError(
+                    f"{type(self).__name__}: expected a state {name!r} of shape {list(expected)}, got {got}"
+                )
+            state[name] = _copy(value, dtype, table.device).contiguous()
+        return state
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load a `state_dict`, this optimizer's or its unfused namesake's."""
+        """Load a `state_dict`, this optimizer's or its unfused namesake's. After an error all is as it was."""
         saved = [state_dict["state"].get(key, {}) for group in state_dict["param_groups"] for key in group["params"]]
         tables = [table for group in self.param_groups for table in group["params"]]
         for group in state_dict["param_groups"]:
             self._refuse_settings(group)
-        for table, values in zip(tables, saved, strict=False):
-            for name in self.states if values else ():
-                expected, got = self._shape_of_states(table), values[name].shape if name in values else None
-                if got != expected:
-                    raise ValueError(
-                        f"{type(self).__name__}: expected a state {name!r} of shape {list(expected)}, "
-                        f"got {'none' if got is None else list(got)}"
-                    )
+        loaded = [self._loaded(*pair) for pair in zip(tables, saved, strict=False)]
         for group in state_dict["param_groups"]:
-            missing = sorted(set(self.defaults) - set(group))
+            # (torch adds "differentiable" to the defaults when it loads.)
+            missing = sorted(set(self.defaults) - set(group) - {"differentiable"})
             if missing:
                 raise ValueError(f"{type(self).__name__}: expected a state_dict of groups with {', '.join(missing)}")
+            self._refuse_values(group)
         super().load_state_dict(state_dict)
-        for table, values in zip(tables, saved, strict=True):
-            for name in self.states if values else ():  # torch has cast them to the table's dtype
-                self.state[table]["step"] = torch.tensor(float(values["step"]))
-                dtype = _dtype_of_states(table)
-                self.state[table][name] = values[name].detach().to(table.device, dtype, copy=True).contiguous()
+        for table, state in zip(tables, loaded, strict=True):
+            if state:  # torch's has been cast to the table's dtype
+                self.state[table].update(state)
 
 
 class SGD(_InBackward):
@@ -643,7 +709,7 @@ class Adagrad(_InBackward):
         super().__init__(params, defaults, process_group)
 
     def _settings(self, group: dict[str, Any], step: int) -> list[float]:
-        return [float(group["lr"]) / (1 + (step - 1) * group["lr_decay"]), float(group["eps"])]
+        return [float(group["lr"]) / (1 + (step - 1) * float(group["lr_decay"])), float(group["eps"])]
 
 
 class RowWiseAdagrad(Adagrad):
@@ -672,6 +738,6 @@ class SparseAdam(_InBackward):
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps}, process_group)
 
     def _settings(self, group: dict[str, Any], step: int) -> list[float]:
-        beta1, beta2 = group["betas"]
+        beta1, beta2 = map(float, group["betas"])
         rate = float(group["lr"]) * math.sqrt(1 - beta2**step) / (1 - beta1**step)
         return [rate, float(group["eps"]), beta1, beta2]

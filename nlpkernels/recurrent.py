@@ -21,7 +21,7 @@ from torch.nn.modules.rnn import RNNBase, RNNCellBase
 from torch.nn.utils.rnn import PackedSequence
 
 from nlpkernels import _ops, functional
-from nlpkernels._giving_way import in_graph, is_torchs, leaves, refuse
+from nlpkernels._giving_way import in_graph, is_complex, is_torchs, leaves, refuse, refuse_nested
 
 __all__ = ["GRU", "LSTM", "RNN", "GRUCell", "LSTMCell", "RNNCell"]
 
@@ -60,6 +60,14 @@ class _Layers(RNNBase):
     _torchs: ClassVar[type[nn.Module]]
     """The layer of torch.nn that this one is in the place of."""
 
+    _has_own_checks: ClassVar[bool] = False
+    """Whether a subclass has its own check_forward_args, which is then called where torch.nn's layers call theirs."""
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        torchs = (RNNBase.check_forward_args, nn.LSTM.check_forward_args)
+        cls._has_own_checks = cls.check_forward_args not in torchs
+
     recurrent_dropout: float = 0.0
     """Of the class, for layers that were made without one: by torch.nn, or before there was such an argument."""
 
@@ -94,7 +102,8 @@ class _Layers(RNNBase):
         is_whole = len(weights) == len(self._flat_weights_names)
         draws = self.training and (self.dropout or self.recurrent_dropout)
         is_padded = lengths is not None or mask is not None
-        if isinstance(input, Tensor) and is_whole and not (is_padded or return_state_sequence or draws):
+        is_plain = not (is_padded or return_state_sequence or draws or self._has_own_checks)
+        if isinstance(input, Tensor) and is_whole and is_plain:
             directions = 2 if self.bidirectional else 1
             given: Any = hx if has_c or hx is None else (hx,)
             results = _ops.recurrent_layers(
@@ -110,12 +119,13 @@ class _Layers(RNNBase):
             "recurrent_dropout": self.training and self.recurrent_dropout > 0,
         }
         has_onnx = isinstance(input, Tensor) and not (self.proj_size or any(beyond.values()))
-        if is_torchs(data, lengths, mask, *leaves(hx), *weights, has_onnx=has_onnx):
+        if is_torchs(data, lengths, mask, *leaves(hx), *weights, has_onnx=has_onnx) or is_complex(data):
             node = in_graph(self, input, hx, lengths=lengths, return_state_sequence=return_state_sequence, mask=mask)
             if node is not None:
                 return node
             refuse(type(self).__name__, **beyond)
             return self._torchs.forward(self, input, hx)
+        refuse_nested(type(self).__name__, data)
         states = _states_of(type(self).__name__, hx, 2 if has_c else 1)
         packed = input if isinstance(input, PackedSequence) else None
         x = input if isinstance(input, Tensor) else input.data
@@ -146,6 +156,9 @@ class _Layers(RNNBase):
         else:
             batch = int(packed.batch_sizes[0])
         states = self._checked_states(x, batch, states)
+        if self._has_own_checks and not (has_c and packed is not None):  # of which torch.nn's LSTM has none checked
+            given = states if has_c else states[0]
+            self.check_forward_args(x, given, None if packed is None else packed.batch_sizes)
 
         padding = None if lengths is None else _Padding.of(lengths, x, self.batch_first)
         batch_sizes = order = inverse = None
@@ -579,12 +592,15 @@ class _Cell(RNNCellBase):
     def _step(self, cell: str, input: Tensor, hx: Tensor | tuple[Tensor, Tensor] | None) -> Any:
         """What a call returns: new states, h or (h, c)."""
         weights = _parameters_of(self, ("weight_ih", "weight_hh", "bias_ih", "bias_hh"))
+        if len(weights) == 3:  # as in torch.nn, a bias that is None beside one that is not counts as zeros
+            weights.insert(2 if self.bias_ih is None else 3, torch.zeros_like(weights[2]))
         given: Any = hx if cell == "lstm" or hx is None else (hx,)
         if (stepped := _ops.recurrent_step(input, given, weights, cell)) is not None:
             return tuple(stepped) if cell == "lstm" else stepped[0]
-        if is_torchs(input, *leaves(hx), *weights):
+        if is_torchs(input, *leaves(hx), *weights) or is_complex(input):
             node = in_graph(self, input, hx)
             return self._torchs.forward(self, input, hx) if node is None else node
+        refuse_nested(type(self).__name__, input)
         states = _states_of(type(self).__name__, hx, 2 if cell == "lstm" else 1)
         dim, shape = input.dim(), (*input.shape[:-1], self.hidden_size)
         if states is None:
@@ -599,7 +615,7 @@ class _Cell(RNNCellBase):
             input, states = input.unsqueeze(0), tuple(state.unsqueeze(0) for state in states)
         h0, c0 = states[0], states[1] if cell == "lstm" else None
         if _ops.is_left_to_torch(input) or self.hidden_size == 0:
-            functional.check_shapes(cell, weights, self.input_size, self.bias)
+            functional.check_shapes(cell, weights, self.input_size, len(weights) == 4)
             stepped = getattr(torch, f"{cell}_cell")(input, h0 if c0 is None else states, *weights)
             final = (stepped,) if c0 is None else stepped
         else:

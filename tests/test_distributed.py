@@ -235,6 +235,11 @@ def worker_with_tables() -> None:
     optimizer.param_groups[0]["lr"] = 0.1 + rank
     refusing("has others, or other settings", model.tables(), optimizer.step)
     optimizer.param_groups[0]["lr"] = 0.1
+    if rank == 1:  # what only the kernel would find, after the others had their update
+        model.second.weight.data = torch._neg_view(model.second.weight.data)
+    refusing(("" if rank == 1 else "in rank 1: .* ") + "no negated or conjugated view", model.tables(), optimizer.step)
+    if rank == 1:
+        model.second.weight.data = model.second.weight.data.resolve_neg()
     before = model.tables()[0].detach().clone()
     optimizer.zero_grad()  # drops what was kept
     optimizer.step()

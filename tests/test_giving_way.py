@@ -213,6 +213,90 @@ def test_what_torch_has_not_is_refused(name: str, option: str) -> None:
         bag(tagged(torch.zeros(2, 3, dtype=torch.long)), per_sample_weights=torch.ones(2, 3))
 
 
+@pytest.mark.filterwarnings("ignore:Complex modules")
+@pytest.mark.parametrize(("kind", "form"), FORMS)
+def test_complex_numbers(kind: str, form: str) -> None:
+    """Of recurrent layers: torch's own, gradients too, and its error where it has none, which is for relu."""
+    args = pytree.tree_map_only(Tensor, lambda t: t.cfloat() if t.is_floating_point() else t, arguments(kind, form))
+    runs: list[Any] = []
+    for layer in pair(kind):
+        layer.to(torch.complex64)
+        try:
+            outputs = tensors(layer(*args))
+        except NotImplementedError as error:
+            runs.append([str(error)])
+        else:
+            loss = sum(output.abs().sum() for output in outputs)
+            runs.append([*outputs, *torch.autograd.grad(loss, list(layer.parameters()))])
+    for got, expected in zip(*runs, strict=True):
+        assert torch.equal(got, expected) if isinstance(expected, Tensor) else got == expected
+
+
+def test_complex_numbers_in_functions() -> None:
+    layer, x = nlpkernels.GRU(4, 5, dtype=torch.complex64), torch.randn(6, 3, 4, dtype=torch.complex64)
+    h, options = x.new_zeros(1, 3, 5), (True, 1, 0.0, False, False, False)
+    got, expected = (library.gru(x, h, list(layer.parameters()), *options) for library in (functional, torch))
+    torch.testing.assert_close(got, expected, rtol=0, atol=0)
+    with pytest.raises(NotImplementedError, match="GRU: torch has no lengths"):
+        layer(x, lengths=[6, 2, 1])
+    with pytest.raises(RuntimeError, match="floating dtype"):
+        torch.ops.nlpkernels.recurrent(x, None, h, None, list(layer.parameters()), "gru", False, None)
+
+
+@pytest.mark.parametrize("name", ["RNN", "LSTM", "GRU", "RNNCell", "LSTMCell", "GRUCell"])
+def test_integers_are_refused(name: str) -> None:
+    layer = getattr(nlpkernels, name)(4, 5)
+    for x in (torch.ones(6, 3, 4, dtype=torch.long), torch.ones(3, 4, dtype=torch.int32)):
+        with pytest.raises((RuntimeError, ValueError)):
+            layer(x)
+
+
+@pytest.mark.parametrize("layout", [torch.jagged, torch.strided], ids=str)
+@pytest.mark.parametrize("name", ["RNN", "LSTM", "GRU", "RNNCell", "LSTMCell", "GRUCell"])
+def test_nested_input_is_refused(name: str, layout: torch.layout) -> None:
+    """torch.nn's layers do not take it either; what the message says instead is right."""
+    sequences = [torch.randn(3, 4), torch.randn(5, 4)]
+    nested = torch.nested.nested_tensor(sequences, layout=layout)
+    is_cell = "Cell" in name
+    layer = getattr(nlpkernels, name)(4, 5, **({} if is_cell else {"batch_first": True}))
+    with pytest.raises(ValueError, match=f"{name}: expected no nested tensor"):
+        layer(nested)
+    if not is_cell and layout == torch.jagged:
+        padded = torch.nested.to_padded_tensor(nested, 0.0)
+        output, _ = layer(padded, lengths=nested.offsets().diff())
+        for sequence, own in zip(sequences, output, strict=True):
+            torch.testing.assert_close(own[: len(sequence)], layer(sequence)[0])
+
+
+@pytest.mark.parametrize("form", ["batch", "unbatched", "packed"])
+@pytest.mark.parametrize("name", ["RNN", "LSTM", "GRU"])
+def test_check_forward_args_of_a_subclass(name: str, form: str) -> None:
+    """It is called where torch.nn's layers call it, with the same arguments, and what it raises is raised."""
+    x, runs = torch.randn(6, 4) if form == "unbatched" else torch.randn(6, 3, 4), []
+    given = pack_padded_sequence(x, [6, 2, 1]) if form == "packed" else x
+    for library in (nn, nlpkernels):
+        seen: list[Any] = []
+
+        class Checked(getattr(library, name)):  # type: ignore[misc]
+            def check_forward_args(self, *args: Any) -> None:
+                seen.append(args)  # noqa: B023 -- of this round
+                super().check_forward_args(*args)
+
+        Checked(4, 5)(given)
+        runs.append(seen)
+    assert len(runs[1]) == len(runs[0])
+    torch.testing.assert_close(runs[1], runs[0], rtol=0, atol=0)
+    if form != "packed":
+        assert len(runs[1]) == 1
+
+    class Refuses(getattr(nlpkernels, name)):  # type: ignore[misc]
+        def check_forward_args(self, *args: Any) -> None:
+            raise RuntimeError("not today")
+
+    with pytest.raises(RuntimeError, match="not today"):
+        Refuses(4, 5)(x)
+
+
 def test_a_mere_name_is_no_dispatch() -> None:
     """A subclass of Parameter has torch's functions as they are: our kernels serve it."""
 

@@ -738,6 +738,112 @@ def test_all_tables_are_updated_or_none(change: Any, separate: bool) -> None:
     assert not optimizers[0].state.get(bags[0].weight)
 
 
+def fewer_rows(table: Tensor, state: Any) -> None:
+    table.data = table.data[:3].clone()
+
+
+def more_rows(table: Tensor, state: Any) -> None:
+    table.data = table.data.repeat(2, 1)
+
+
+def shrunk_table(table: Tensor, state: Any) -> None:
+    table.untyped_storage().resize_(16)
+
+
+def negated_table(table: Tensor, state: Any) -> None:
+    table.data = torch._neg_view(table.data)
+
+
+def strided_table(table: Tensor, state: Any) -> None:
+    table.data = table.data.t().contiguous().t()
+
+
+def shrunk_state(table: Tensor, state: Any) -> None:
+    state["exp_avg"].untyped_storage().resize_(16)
+
+
+def negated_state(table: Tensor, state: Any) -> None:
+    state["exp_avg_sq"] = torch._neg_view(state["exp_avg_sq"])
+
+
+def overlapping_states(table: Tensor, state: Any) -> None:
+    state["exp_avg"] = state["exp_avg_sq"]
+
+
+def state_in_the_table(table: Tensor, state: Any) -> None:
+    state["exp_avg"] = table.detach()
+
+
+FAULTS = {
+    fewer_rows: "it had 50 rows",
+    more_rows: "it had 50 rows",
+    shrunk_table: "weight with memory for all",
+    negated_table: "weight to be no negated",
+    strided_table: "contiguous weight",
+    shrunk_state: "first with memory for all",
+    negated_state: "second to be no negated",
+    overlapping_states: "first and second in memory of their own",
+    state_in_the_table: "weight and first in memory of their own",
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_fault_of_the_second_table_leaves_the_first(fault: Any) -> None:
+    """What only the kernel would find is looked for before the first table changes, too."""
+    bags = [nlpkernels.EmbeddingBag(V, E) for _ in range(2)]
+    optimizer = optim.SparseAdam([bag.weight for bag in bags], lr=0.1)
+    ids = torch.randint(V, (6, 7))
+    (bags[0](ids) + bags[1](ids)).sum().backward()
+    loss = bags[1](ids).sum() + bags[0](ids).sum()
+    before = copy.deepcopy([bags[0].weight.detach(), optimizer.state[bags[0].weight]])
+    fault(bags[1].weight, optimizer.state[bags[1].weight])
+    with pytest.raises((RuntimeError, ValueError), match=FAULTS[fault]):
+        loss.backward()
+    torch.testing.assert_close([bags[0].weight.detach(), optimizer.state[bags[0].weight]], before, rtol=0, atol=0)
+
+
+def test_a_table_of_inference_mode_leaves_the_others() -> None:
+    bags = [nlpkernels.EmbeddingBag(V, E)]
+    with torch.inference_mode():
+        bags.append(nlpkernels.EmbeddingBag(V, E))
+    optimizer = optim.SGD([bag.weight for bag in bags], lr=0.1)
+    before = [bag.weight.detach().clone() for bag in bags]
+    ids = torch.randint(V, (6, 7))
+    with refusing("no tensor of torch.inference_mode"):
+        (bags[1](ids) + bags[0](ids)).sum().backward()
+    assert all(torch.equal(bag.weight, was) for bag, was in zip(bags, before, strict=True))
+    del optimizer
+
+
+def states_of_inference_mode(optimizer: Any, state: dict[str, Any]) -> None:
+    with torch.inference_mode():
+        state.update({name: value.clone() for name, value in state.items()})
+
+
+def loaded_in_inference_mode(optimizer: Any, state: dict[str, Any]) -> None:
+    with torch.inference_mode():
+        optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+
+
+def step_as_a_number(optimizer: Any, state: dict[str, Any]) -> None:
+    state["step"] = 1  # as torch.optim.SparseAdam has it
+
+
+@pytest.mark.parametrize("change", [states_of_inference_mode, loaded_in_inference_mode, step_as_a_number])
+def test_states_that_cannot_be_changed_are_copied(change: Any) -> None:
+    bags = [nlpkernels.EmbeddingBag(V, E)]
+    bags.append(copy.deepcopy(bags[0]))
+    optimizers = [optim.SparseAdam(bag.parameters(), lr=0.1) for bag in bags]
+    for step in range(3):
+        ids = torch.randint(V, (6, 7))
+        for bag in bags:
+            bag(ids).square().sum().backward()
+        if step == 0:
+            change(optimizers[1], optimizers[1].state[bags[1].weight])
+    assert torch.equal(bags[0].weight, bags[1].weight)
+    assert optimizers[1].state[bags[1].weight]["step"] == 3
+
+
 @pytest.mark.parametrize("shape", [(1, 1), (1, 3), (3, 1), (V, E)], ids=str)
 def test_refuses_a_gradient_from_elsewhere(shape: tuple[int, int]) -> None:
     """Also beside the placeholder, of a table of any shape, and also with a graph of its own."""
@@ -894,6 +1000,9 @@ def test_bad_arguments() -> None:
         optim.SGD(bag.parameters(), process_group=True)
     with pytest.raises(ValueError, match="betas"):
         optim.SparseAdam(bag.parameters(), betas=(0.9, 1.0))
+    for betas in ([0.9], (0.9, 0.99, 0.999)):
+        with pytest.raises(ValueError, match="as betas two"):
+            optim.SparseAdam(bag.parameters(), betas=betas)
     with pytest.raises(ValueError, match=r"\[rows, columns\]"):
         optim.SGD([nn.Parameter(torch.zeros(3))])
     first = optim.SGD(bag.parameters())
@@ -1055,6 +1164,60 @@ def test_op_refuses_what_does_not_fit() -> None:
             UPDATE(**{**good, **change})
     assert not weight.any()
     assert not state.any()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda saved: saved["state"][0].pop("step"), "'step', the number of steps, got None"),
+        (lambda saved: saved["state"][0].update(step="two"), "'step', the number of steps, got two"),
+        (lambda saved: saved["state"][0].update(step=torch.ones(2)), "'step', the number of steps"),
+        (lambda saved: saved["state"][0].update(step=math.nan), "'step', the number of steps, got nan"),
+        (lambda saved: saved["state"][0].pop("exp_avg_sq"), "'exp_avg_sq' of shape .* got none"),
+        (lambda saved: saved["state"][0].update(exp_avg=0.5), "'exp_avg' of shape .* got 0.5"),
+        (lambda saved: saved["param_groups"][0].pop("eps"), "groups with eps"),
+        (lambda saved: saved["param_groups"][0].update(lr=None), "expected numbers"),
+        (lambda saved: saved["param_groups"][0].update(betas=[0.9]), "expected numbers, as betas two"),
+        (lambda saved: saved["param_groups"][0].update(eps=math.nan), "expected numbers"),
+        (lambda saved: saved["param_groups"][0].update(params=[0, 1]), "size of optimizer's group"),
+    ],
+    ids=lambda value: None if isinstance(value, str) else "",
+)
+def test_a_state_dict_that_does_not_fit_changes_nothing(change: Any, message: str) -> None:
+    _, _, bag, optimizer = make("SparseAdam", "cpu")
+    ids = torch.randint(V, (6, 7))
+    bag(ids).sum().backward()
+    before = copy.deepcopy(optimizer.state_dict())
+    saved = copy.deepcopy(before)
+    change(saved)
+    with pytest.raises(ValueError, match=message):
+        optimizer.load_state_dict(saved)
+    torch.testing.assert_close(optimizer.state_dict(), before, atol=0, rtol=0)
+    bag(ids).sum().backward()
+    assert optimizer.state[bag.weight]["step"] == 2
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("SGD", {"lr": torch.tensor(0.1)}),
+        ("Adagrad", {"lr": torch.tensor(0.1), "lr_decay": 1, "initial_accumulator_value": 1}),
+        ("SparseAdam", {"lr": torch.tensor(0.1), "betas": [0.8, 0.95], "eps": 1}),
+    ],
+    ids=["SGD", "Adagrad", "SparseAdam"],
+)
+def test_options_of_other_types(name: str, options: dict[str, Any]) -> None:
+    """Lists, as settings from a file are, tensors and integers: as torch.optim's of the same name takes them."""
+    theirs, ours = nn.EmbeddingBag(V, E, sparse=True), nlpkernels.EmbeddingBag(V, E)
+    ours.load_state_dict(theirs.state_dict())
+    unfused = getattr(torch.optim, name)(theirs.parameters(), **options)
+    fused = getattr(optim, name)(ours.named_parameters(), **options)
+    for _ in range(2):  # the second time into what has been loaded
+        fused.load_state_dict(copy.deepcopy(fused.state_dict()))
+        ids, cotangent = torch.randint(V, (6, 7)), torch.randn(6, E)
+        train(theirs, unfused, ids, cotangent=cotangent)
+        train(ours, fused, ids, cotangent=cotangent)
+    torch.testing.assert_close(ours.weight, theirs.weight)
 
 
 def test_hooks_run_around_a_step() -> None:

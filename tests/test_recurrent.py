@@ -413,6 +413,24 @@ def test_cells_match_torch(kind: str, dtype: torch.dtype, batch: tuple[int, ...]
 
 
 @pytest.mark.parametrize("kind", CELLS)
+@pytest.mark.parametrize("missing", [["bias_ih"], ["bias_hh"], ["bias_ih", "bias_hh"]], ids=" and ".join)
+def test_cells_without_a_bias(kind: str, missing: list[str], device: str) -> None:
+    """One that is None counts as zeros, as in torch.nn."""
+    name, own = CELLS[kind]
+    theirs = getattr(nn, name)(6, 5, **own, device=device, dtype=torch.float64)
+    ours = getattr(nlpkernels, name)(6, 5, **own, device=device, dtype=torch.float64)
+    ours.load_state_dict(theirs.state_dict())
+    for batch in ((), (3,)):
+        x, runs = torch.randn(*batch, 6, device=device, dtype=torch.float64), []
+        for cell in (theirs, ours):
+            for bias in missing:
+                setattr(cell, bias, None)
+            output = tensors(cell(x))
+            runs.append(output + list(torch.autograd.grad(sum(o.sin().sum() for o in output), list(cell.parameters()))))
+        torch.testing.assert_close(runs[1], runs[0])
+
+
+@pytest.mark.parametrize("kind", CELLS)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
 def test_bits_of_a_step(kind: str, dtype: torch.dtype) -> None:
     """Those of each sequence alone, however many rows make up a tile, or a block of tiles."""
