@@ -4,9 +4,9 @@
 // torch.compile go by nlpkernels/_ops.py, which has the same formulas.
 #pragma once
 
-#include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/PythonTorchFunctionTLS.h>
 #include <ATen/SparseTensorImpl.h>
+#include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/ops/_sparse_coo_tensor_with_dims_and_tensors.h>
 #include <ATen/ops/_unsafe_view.h>
 #include <ATen/ops/cat.h>
@@ -467,7 +467,8 @@ inline std::optional<Tensor> lookup(pybind11::handle input, pybind11::handle tab
   }
   const Tensor &indices = THPVariable_Unpack(input.ptr()), &weight = THPVariable_Unpack(table.ptr());
   const auto index = indices.scalar_type(), value = weight.scalar_type();
-  if ((index != at::kLong && index != at::kInt) || indices.layout() != at::kStrided || indices.is_nested() || weight.is_nested() || weight.dim() != 2 ||
+  if ((index != at::kLong && index != at::kInt) || indices.layout() != at::kStrided || indices.is_nested() ||
+      weight.is_nested() || weight.dim() != 2 ||
       (value != at::kFloat && value != at::kDouble && value != at::kBFloat16 && value != at::kHalf)) {
     return std::nullopt;
   }

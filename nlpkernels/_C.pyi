@@ -29,6 +29,9 @@ def recurrent_layers(
     directions: int,
     batch_first: bool,
 ) -> list[Tensor] | None: ...
+def lookup(
+    input: Tensor, table: Tensor, padding_idx: int | None, scale_grad_by_freq: bool, sparse: bool
+) -> Tensor | None: ...
 def embedding_bag(
     weight: Tensor,
     indices: Tensor,
