@@ -86,6 +86,7 @@ COMPILER: str = _C.compiler
 BUILT_WITH_TORCH: str = _C.torch_version
 
 _ops = torch.ops.nlpkernels
+_behaviour = torch.library.Library("nlpkernels", "FRAGMENT")
 
 for _name in (
     "recurrent",
@@ -388,9 +389,7 @@ def _differentiable(
     has_one_output = outputs_of.length == 1
 
     def call_kernel(*args: Any) -> Any:
-        # Past the dispatcher's autograd, which is in Python and has nothing to do here. Inference mode skips it by
-        # itself, and torch.func needs it.
-        if torch.is_inference_mode_enabled() or torch._C._are_functorch_transforms_active():
+        if torch.is_inference_mode_enabled():  # which is below autograd by itself
             return op(*args)
         with torch._C._AutoDispatchBelowAutograd():
             return op(*args)
@@ -418,7 +417,7 @@ def _differentiable(
         @staticmethod
         def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
             setup_context(ctx, inputs_of.unflatten(inputs), output if has_one_output else outputs_of.unflatten(output))
-            if _is_forward_mode():
+            if torch._C._are_functorch_transforms_active() or _has_tangent(inputs):
                 ctx.save_for_forward(*(value for value in inputs if isinstance(value, Tensor)))
                 ctx.inputs = [None if isinstance(value, Tensor) else (value,) for value in inputs]
 
@@ -457,35 +456,35 @@ def _differentiable(
                 return torch.stack(examples), 0
             return tuple(map(torch.stack, zip(*examples, strict=True))), (0,) * len(examples[0])
 
-    def vmap_op(info: Any, in_dims: tuple[Any, ...], *args: Any) -> Any:
-        result, out_dims = Function.vmap(info, inputs_of.flatten(in_dims), *inputs_of.flatten(args))
-        return (result, out_dims) if has_one_output else (outputs_of.unflatten(result), outputs_of.unflatten(out_dims))
-
     # apply() binds its arguments to forward's signature: known once, it need not be found out at every call.
     Function.forward.__signature__ = inspect.signature(Function.forward)  # type: ignore[attr-defined]
-    torch.library.register_autograd(op, backward, setup_context=setup_context)
-    torch.library.register_vmap(op, vmap_op)
 
-    def call(*args: Any) -> Any:
-        if torch.compiler.is_compiling():
-            return op(*args)
+    def apply(*args: Any) -> Any:
         if _is_forward_in_forward_mode():
             return getattr(reference, name)(*args)
-        flat = inputs_of.flatten(args)
-        if _is_transformed() or (
-            torch.is_grad_enabled() and any(isinstance(value, Tensor) and value.requires_grad for value in flat)
-        ):
-            if any(isinstance(value, Tensor) and is_legacy_batchedtensor(value) for value in flat):
-                return op(*args)  # in a batch of gradients, where a Function's results have no derivatives
-            result = Function.apply(*flat)
-            return result if has_one_output else outputs_of.unflatten(result)
-        return call_kernel(*args)
+        result = Function.apply(*inputs_of.flatten(args))
+        return result if has_one_output else outputs_of.unflatten(result)
 
-    return call
+    def differentiate(*args: Any) -> Any:
+        flat = inputs_of.flatten(args)
+        wants_grad = torch.is_grad_enabled() and any(isinstance(value, Tensor) and value.requires_grad for value in flat)
+        return apply(*args) if wants_grad or _has_tangent(flat) else call_kernel(*args)
+
+    _behaviour.impl(op, differentiate, "Autograd")
+    _behaviour.impl(op, apply, "FuncTorchDynamicLayerFrontMode")  # where all transforms of torch.func begin
+    return op
 
 
 def _is_forward_mode() -> bool:
     return torch.autograd.forward_ad._current_level >= 0
+
+
+def _has_tangent(values: Sequence[Any]) -> bool:
+    """Whether forward mode carries a tangent along with one of these.
+
+    They know it themselves: compiled code, and backward through a graph that was made before, say it nowhere else.
+    """
+    return any(isinstance(v, Tensor) and torch._VF._unpack_dual(v, level=0)[1] is not None for v in values)
 
 
 def _is_forward_in_forward_mode() -> bool:
