@@ -417,9 +417,8 @@ def _differentiable(
         @staticmethod
         def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
             setup_context(ctx, inputs_of.unflatten(inputs), output if has_one_output else outputs_of.unflatten(output))
-            if torch._C._are_functorch_transforms_active() or _has_tangent(inputs):
-                ctx.save_for_forward(*(value for value in inputs if isinstance(value, Tensor)))
-                ctx.inputs = [None if isinstance(value, Tensor) else (value,) for value in inputs]
+            ctx.save_for_forward(*(value for value in inputs if isinstance(value, Tensor)))
+            ctx.inputs = [None if isinstance(value, Tensor) else (value,) for value in inputs]
 
         @staticmethod
         def backward(ctx: Any, *gradients: Any) -> Any:
@@ -470,8 +469,10 @@ def _differentiable(
         wants_grad = torch.is_grad_enabled() and any(isinstance(value, Tensor) and value.requires_grad for value in flat)
         return apply(*args) if wants_grad or _has_tangent(flat) else call_kernel(*args)
 
-    _behaviour.impl(op, differentiate, "Autograd")
-    _behaviour.impl(op, apply, "FuncTorchDynamicLayerFrontMode")  # where all transforms of torch.func begin
+    # Compiled code that breaks off is Python again, with Dynamo looking at its functions, and then at these too.
+    _behaviour.impl(op, torch._disable_dynamo(differentiate), "Autograd")
+    # Where all transforms of torch.func begin:
+    _behaviour.impl(op, torch._disable_dynamo(apply), "FuncTorchDynamicLayerFrontMode")
     return op
 
 

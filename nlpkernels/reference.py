@@ -14,12 +14,13 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch._C._functorch import get_unwrapped, is_functorch_wrapped_tensor, is_legacy_batchedtensor
+from torch.utils._python_dispatch import _disable_current_modes
 
 
 class Cell(NamedTuple):
@@ -106,13 +107,28 @@ def _arithmetic_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if dtype in (torch.bfloat16, torch.float16) else dtype
 
 
-def refuse_shrunk(op: str, name: str, tensor: Tensor) -> None:
-    """Raise if a storage has been made smaller than its tensor, which torch's own functions do not notice."""
+def _readable(tensor: Tensor) -> Tensor | None:
+    """What is under torch.func's wrappers, if it has values to look at; of what is traced, kernels look when they run.
+
+    A fake has none, and in a graph there is no place for an error.
+    """
+    if torch.compiler.is_compiling():
+        return None
     while is_functorch_wrapped_tensor(tensor):
         tensor = get_unwrapped(tensor)
-    if type(tensor) not in (Tensor, torch.nn.Parameter) or tensor.numel() == 0 or tensor.device.type == "meta":
-        return
-    if is_legacy_batchedtensor(tensor):
+    is_plain = type(tensor) in (Tensor, torch.nn.Parameter) and not is_legacy_batchedtensor(tensor)
+    return tensor if is_plain and tensor.device.type != "meta" else None
+
+
+def _unseen_by_modes() -> AbstractContextManager[object]:
+    """For checks of values, which are no part of what a mode traces or counts."""
+    return _disable_current_modes() if torch._C._len_torch_dispatch_stack() > 0 else nullcontext()
+
+
+def refuse_shrunk(op: str, name: str, given: Tensor) -> None:
+    """Raise if a storage has been made smaller than its tensor, which torch's own functions do not notice."""
+    tensor = _readable(given)
+    if tensor is None or tensor.numel() == 0:
         return
     last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
     needed = (tensor.storage_offset() + last + 1) * tensor.element_size()
@@ -352,17 +368,21 @@ class _Uses(NamedTuple):
 
 def refuse_wrong_indices(op: str, indices: Tensor, rows: int) -> None:
     """Raise an IndexError if one of the indices of an op or function is not a row of a table of so many."""
-    flat = indices.reshape(-1)
-    wrong = (flat < 0) | (flat >= rows)
-    if wrong.any():  # on CUDA this waits for the device, and saves it from an assertion that would end the process
+    readable = _readable(indices)
+    if readable is None:
+        return
+    with _unseen_by_modes():
+        flat = readable.reshape(-1)
+        wrong = (flat < 0) | (flat >= rows)
+        if not wrong.any():  # on CUDA this waits for the device, and saves it from an assertion that would end it
+            return
         first = int(wrong.nonzero()[0])
-        # A lookup's may have had any shape.
-        what, place = ("flattened indices", f"[{first}]") if op == "embedding" else ("indices", f"[{first}]")
-        if op != "embedding" and indices.dim() == 2:
-            place = f"[{first // indices.shape[1]}][{first % indices.shape[1]}]"
-        raise IndexError(
-            f"{op}: {what}{place} is {int(flat[first])}, expected a row from 0 to {rows - 1} of a table of {rows}"
-        )
+        value = int(flat[first])
+    # A lookup's may have had any shape.
+    what, place = ("flattened indices", f"[{first}]") if op == "embedding" else ("indices", f"[{first}]")
+    if op != "embedding" and readable.dim() == 2:
+        place = f"[{first // readable.shape[1]}][{first % readable.shape[1]}]"
+    raise IndexError(f"{op}: {what}{place} is {value}, expected a row from 0 to {rows - 1} of a table of {rows}")
 
 
 def _check_bags(
