@@ -461,7 +461,7 @@ struct ChangesArguments<void(Args...), changed...> {
   static void count_versions(c10::DispatchKeySet keys, Args... args) {
     // Beforehand, as it refuses tensors of inference mode outside of it.
     const auto all = std::tie(args...);
-    (bump(std::get<changed>(all)), ...);
+    (bump(changed, std::get<changed>(all)), ...);
     const at::AutoDispatchBelowADInplaceOrView below;
     handle().redispatch(keys & c10::after_ADInplaceOrView_keyset, args...);
   }
@@ -500,9 +500,13 @@ struct ChangesArguments<void(Args...), changed...> {
     return tensor ? OptionalTensor(resolved(*tensor)) : std::nullopt;
   }
 
-  static void bump(const Tensor& tensor) { torch::autograd::impl::bump_version(tensor); }
-  static void bump(const OptionalTensor& tensor) {
-    if (tensor && tensor->defined()) bump(*tensor);
+  static void bump(size_t place, const Tensor& tensor) {
+    TORCH_CHECK_TYPE(tensor.defined(), handle().schema().name(), ": expected ",
+                     handle().schema().arguments()[place].name(), " to be a tensor, got None");
+    torch::autograd::impl::bump_version(tensor);
+  }
+  static void bump(size_t place, const OptionalTensor& tensor) {
+    if (tensor && tensor->defined()) bump(place, *tensor);
   }
 };
 

@@ -7,6 +7,7 @@ torch_version: str
 cuda_archs: str
 
 def has_amx() -> bool: ...
+def has_tangent(tensors: list[Tensor]) -> bool: ...
 def recurrent(
     x: Tensor,
     batch_sizes: Tensor | None,

@@ -3,10 +3,10 @@
 csrc holds schemas (`library.cpp` says what each argument is) and kernels. Here stands what is better said in Python:
 
 - A device without kernels of its own runs `reference.py`; on CUDA, torch's own layers go first where they can do it.
-- Derivatives come in two forms made from the same functions. Compiled code calls the op, whose formula is registered
-  with the dispatcher. Eager code calls an `autograd.Function`, because only that knows forward mode and torch.func;
-  where no derivative is wanted it calls the op as well. The ops of a layer's forward pass do not come here in eager
-  mode, unless they are transformed: csrc/autograd.h calls them in a fifth of the time.
+- Derivatives are those of an `autograd.Function`, because only that knows forward mode and torch.func as well. It is
+  called by the dispatcher, so that an op has all its derivatives whoever calls it: eager code, compiled code, the
+  backward pass of either. The ops of a layer's forward pass do not come here in eager mode, unless they are
+  transformed: csrc/autograd.h calls them in a fifth of the time.
 - First derivatives are ops. Their own derivatives, and forward mode, come from differentiating `reference.py`.
 """
 
@@ -88,6 +88,21 @@ BUILT_WITH_TORCH: str = _C.torch_version
 _ops = torch.ops.nlpkernels
 _behaviour = torch.library.Library("nlpkernels", "FRAGMENT")
 
+
+def _of_tensors(name: str, kernel: Callable[..., Any]) -> Callable[..., Any]:
+    """A kernel of an op, given tensors wherever it expects them: the dispatcher takes None for any of them."""
+    schema = getattr(_ops, name).default._schema
+    needed = [(i, a.name) for i, a in enumerate(schema.arguments) if str(a.type) == "Tensor"]
+
+    def checked(*args: Any) -> Any:
+        for i, argument in needed:
+            if args[i] is None:
+                raise TypeError(f"{name}: expected {argument} to be a tensor, got None")
+        return kernel(*args)
+
+    return checked
+
+
 for _name in (
     "recurrent",
     "recurrent_backward",
@@ -98,7 +113,7 @@ for _name in (
     "embedding_bag_per_sample_backward",
     "embedding_bag_update",
 ):
-    torch.library.impl(f"nlpkernels::{_name}", "CompositeExplicitAutograd")(getattr(reference, _name))
+    _behaviour.impl(_name, _of_tensors(_name, getattr(reference, _name)), "CompositeExplicitAutograd")
 
 # --- Fake kernels: shapes and dtypes without data --------------------------------------------------------------------
 
@@ -127,11 +142,11 @@ def _fake(name: str) -> Callable[[Callable[..., Any]], None]:
             raise RuntimeError(f"{name}: expected {argument} on {other.device} like {like}, got {tensor.device}")
 
     def register(kernel: Callable[..., Any]) -> None:
-        def checked(*args: Any, **kwargs: Any) -> Any:
-            check(dict(zip(arguments, args, strict=False)) | kwargs)
-            return kernel(*args, **kwargs)
+        def checked(*args: Any) -> Any:
+            check(dict(zip(arguments, args, strict=True)))
+            return kernel(*args)
 
-        torch.library.register_fake(f"nlpkernels::{name}", checked)
+        torch.library.register_fake(f"nlpkernels::{name}", _of_tensors(name, checked))
 
     return register
 
@@ -377,7 +392,7 @@ def _differentiable(
     backward: Callable[..., Any],
     constant_outputs: Callable[[tuple[Any, ...]], tuple[int, ...]] = lambda inputs: (),
 ) -> Callable[..., Any]:
-    """Registers the derivatives of an op and returns it as a function that has them in eager mode too.
+    """Registers the derivatives of an op, and returns it.
 
     `save(ctx, inputs, output)` and `backward(ctx, *gradients)` are written for the op's own signature; gradients of
     outputs that were not used are None. `constant_outputs(inputs)` are the outputs without a derivative. Forward mode
@@ -466,8 +481,11 @@ def _differentiable(
 
     def differentiate(*args: Any) -> Any:
         flat = inputs_of.flatten(args)
-        wants_grad = torch.is_grad_enabled() and any(isinstance(value, Tensor) and value.requires_grad for value in flat)
-        return apply(*args) if wants_grad or _has_tangent(flat) else call_kernel(*args)
+        tensors = [value for value in flat if isinstance(value, Tensor)]
+        wants_grad = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+        # Tangents are asked of the tensors: compiled code, and backward through a graph that was made before forward
+        # mode began, say nowhere else that they have some.
+        return apply(*args) if wants_grad or _C.has_tangent(tensors) else call_kernel(*args)
 
     # Compiled code that breaks off is Python again, with Dynamo looking at its functions, and then at these too.
     _behaviour.impl(op, torch._disable_dynamo(differentiate), "Autograd")
@@ -478,14 +496,6 @@ def _differentiable(
 
 def _is_forward_mode() -> bool:
     return torch.autograd.forward_ad._current_level >= 0
-
-
-def _has_tangent(values: Sequence[Any]) -> bool:
-    """Whether forward mode carries a tangent along with one of these.
-
-    They know it themselves: compiled code, and backward through a graph that was made before, say it nowhere else.
-    """
-    return any(isinstance(v, Tensor) and torch._VF._unpack_dual(v, level=0)[1] is not None for v in values)
 
 
 def _is_forward_in_forward_mode() -> bool:
