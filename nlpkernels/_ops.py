@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._C._functorch import is_legacy_batchedtensor
+from torch._compile import _disable_dynamo
 from torch._functorch.pyfunctorch import retrieve_all_functorch_interpreters
 from torch._subclasses import FakeTensor
 from torch.utils.flop_counter import register_flop_formula
@@ -488,10 +488,10 @@ def _differentiable(
         return apply(*args) if wants_grad or _C.has_tangent(tensors) else call_kernel(*args)
 
     # Compiled code that breaks off is Python again, with Dynamo looking at its functions, and then at these too.
-    _behaviour.impl(op, torch._disable_dynamo(differentiate), "Autograd")
+    _behaviour.impl(op, _disable_dynamo(differentiate), "Autograd")
     # Where all transforms of torch.func begin:
-    _behaviour.impl(op, torch._disable_dynamo(apply), "FuncTorchDynamicLayerFrontMode")
-    return op
+    _behaviour.impl(op, _disable_dynamo(apply), "FuncTorchDynamicLayerFrontMode")
+    return op  # type: ignore[no-any-return]
 
 
 def _is_forward_mode() -> bool:
