@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import inspect
 import os
+import sys
 import weakref
 from collections.abc import Callable, Sequence
 from importlib.machinery import EXTENSION_SUFFIXES
@@ -386,6 +387,16 @@ class _Flat:
         return (*flat[: self.list_at], list(flat[self.list_at : end]), *flat[end:])
 
 
+def _unseen_by_dynamo(kernel: Callable[..., Any]) -> Callable[..., Any]:
+    """A kernel that is not compiled where compiled code breaks off, as all Python is that it calls from there on."""
+    unseen = _disable_dynamo(kernel)  # whose first call takes the second in which all of Dynamo is imported
+
+    def call(*args: Any) -> Any:
+        return unseen(*args) if "torch._dynamo" in sys.modules else kernel(*args)
+
+    return call
+
+
 def _differentiable(
     name: str,
     save: Callable[..., None],
@@ -417,13 +428,6 @@ def _differentiable(
         result = call_flat(getattr(reference, name), flat)
         return (result,) if has_one_output else result
 
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        outputs = (output,) if has_one_output else output
-        ctx.set_materialize_grads(False)
-        ctx.constant_outputs = constant_outputs(inputs)
-        ctx.mark_non_differentiable(*(outputs[i] for i in ctx.constant_outputs))
-        save(ctx, inputs, output)
-
     class Function(torch.autograd.Function):
         @staticmethod
         def forward(*flat: Any) -> Any:
@@ -431,7 +435,12 @@ def _differentiable(
 
         @staticmethod
         def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-            setup_context(ctx, inputs_of.unflatten(inputs), output if has_one_output else outputs_of.unflatten(output))
+            args = inputs_of.unflatten(inputs)
+            outputs = (output,) if has_one_output else output
+            ctx.set_materialize_grads(False)
+            ctx.constant_outputs = constant_outputs(args)
+            ctx.mark_non_differentiable(*(outputs[i] for i in ctx.constant_outputs))
+            save(ctx, args, output if has_one_output else outputs_of.unflatten(output))
             ctx.save_for_forward(*(value for value in inputs if isinstance(value, Tensor)))
             ctx.inputs = [None if isinstance(value, Tensor) else (value,) for value in inputs]
 
@@ -487,10 +496,9 @@ def _differentiable(
         # mode began, say nowhere else that they have some.
         return apply(*args) if wants_grad or _C.has_tangent(tensors) else call_kernel(*args)
 
-    # Compiled code that breaks off is Python again, with Dynamo looking at its functions, and then at these too.
-    _behaviour.impl(op, _disable_dynamo(differentiate), "Autograd")
+    _behaviour.impl(op, _unseen_by_dynamo(differentiate), "Autograd")
     # Where all transforms of torch.func begin:
-    _behaviour.impl(op, _disable_dynamo(apply), "FuncTorchDynamicLayerFrontMode")
+    _behaviour.impl(op, _unseen_by_dynamo(apply), "FuncTorchDynamicLayerFrontMode")
     return op  # type: ignore[no-any-return]
 
 

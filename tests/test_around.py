@@ -409,7 +409,7 @@ TRANSFORMS: dict[str, Callable[..., Function]] = {  # of a function, and of what
 
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
 @pytest.mark.parametrize("transform", TRANSFORMS)
-@pytest.mark.parametrize("kind", TRANSFORMED)
+@pytest.mark.parametrize("kind", ["embedding", "max", "LSTMCell", "GRU"])
 def test_transforms_in_compiled_code(kind: str, transform: str, backend: str) -> None:
     theirs, ours, x = to_transform(kind)
     of = TRANSFORMS[transform]
