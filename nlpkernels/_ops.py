@@ -483,7 +483,7 @@ def _differentiable(
     Function.forward.__signature__ = inspect.signature(Function.forward)  # type: ignore[attr-defined]
 
     def apply(*args: Any) -> Any:
-        if _is_forward_in_forward_mode():
+        if _functions_fail():
             return getattr(reference, name)(*args)
         result = Function.apply(*inputs_of.flatten(args))
         return result if has_one_output else outputs_of.unflatten(result)
@@ -506,15 +506,16 @@ def _is_forward_mode() -> bool:
     return torch.autograd.forward_ad._current_level >= 0
 
 
-def _is_forward_in_forward_mode() -> bool:
-    """Whether torch.func differentiates forward mode by forward mode, for which torch takes an autograd.Function wrong.
+def _functions_fail() -> bool:
+    """Whether a transform of torch.func is at work that does not take an autograd.Function, or takes it wrong.
 
-    Its second derivative is nought then, whatever its jvp says.
+    Of forward mode by forward mode the second derivative is nought then, whatever the Function's jvp says.
     """
     if not torch._C._are_functorch_transforms_active():
         return False
+    kinds = torch._C._functorch.TransformType
     levels = [level.key() for level in retrieve_all_functorch_interpreters()]
-    return levels.count(torch._C._functorch.TransformType.Jvp) > 1
+    return levels.count(kinds.Jvp) > 1 or kinds.Functionalize in levels
 
 
 def _is_transformed() -> bool:

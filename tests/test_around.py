@@ -476,12 +476,13 @@ def test_export_of_transforms(kind: str, transform: str) -> None:
 
 @pytest.mark.parametrize("kind", TRANSFORMED)
 def test_traced_forward_mode(kind: str) -> None:
-    """By make_fx, with any kind of tensor, and for torch.func.linearize."""
+    """By make_fx, with any kind of tensor, for torch.func.functionalize and torch.func.linearize."""
     theirs, ours, x = to_transform(kind)
     expected = tangent(theirs)(x)
     for mode in ("real", "fake", "symbolic"):
         graph = make_fx(tangent(ours), tracing_mode=mode, _allow_non_fake_inputs=True)(x)
         torch.testing.assert_close(graph(x), expected)
+    torch.testing.assert_close(make_fx(torch.func.functionalize(tangent(ours)))(x)(x), expected)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # of torch, about its own graph
         torch.testing.assert_close(torch.func.linearize(ours, x)[1](x.cos()), expected)
