@@ -52,13 +52,24 @@ inline OptionalTensor optional(const Tensor& tensor) {
 
 inline bool requires_grad(const OptionalTensor& tensor) { return tensor && tensor->requires_grad(); }
 
-// Past the dispatcher's autograd, which is in Python, in a backward that nobody will differentiate.
+// Whether forward mode carries a tangent along with one of these.
+inline bool has_tangent(at::TensorList tensors) {
+  for (const Tensor& tensor : tensors) {
+    if (tensor.defined() && tensor._fw_grad(/*level=*/0).defined()) return true;
+  }
+  return false;
+}
+
+// Past the dispatcher's autograd, which is in Python, in a backward that nobody will differentiate: not by a graph of
+// it, not by torch.func, and not by forward mode, which differentiates a graph that was made before it began.
 class BackwardGuard {
  public:
-  BackwardGuard() {
+  BackwardGuard(at::TensorList grads, at::TensorList saved) {
     const bool is_transformed =
         c10::impl::tls_is_dispatch_key_included(at::DispatchKey::FuncTorchDynamicLayerFrontMode);
-    if (!at::GradMode::is_enabled() && !is_transformed) below_autograd_.emplace();
+    if (!at::GradMode::is_enabled() && !is_transformed && !has_tangent(grads) && !has_tangent(saved)) {
+      below_autograd_.emplace();
+    }
   }
 
  private:
@@ -102,7 +113,7 @@ class RecurrentFunction : public torch::autograd::Function<RecurrentFunction> {
     const size_t first_weight = c0 ? 3 : 2;
     bool need_dweights = false;
     for (const auto i : c10::irange(weights.size())) need_dweights |= ctx->needs_input_grad(first_weight + i);
-    const BackwardGuard guard;
+    const BackwardGuard guard(grads, saved);
     // y and workspace are functions of the other arguments: what differentiates this anew goes by those.
     using Signature = std::tuple<Tensor, Tensor, Tensor, std::vector<Tensor>>(
         const OptionalTensor&, const OptionalTensor&, const OptionalTensor&, const Tensor&, const OptionalTensor&,
@@ -422,7 +433,7 @@ class EmbeddingBagFunction : public torch::autograd::Function<EmbeddingBagFuncti
     const bool lookup = settings.mode == "lookup";
     const Tensor indices = lookup ? saved[2].reshape({-1, 1}) : saved[2];
     const Tensor grad = lookup ? grads[0].reshape_symint({indices.sym_size(0), grads[0].sym_size(-1)}) : grads[0];
-    const BackwardGuard guard;
+    const BackwardGuard guard(grads, saved);
     if (ctx->needs_input_grad(0) && !updated) {
       result[0] = embedding_bag_gradient(grad, ctx->saved_data["rows"].toSymInt(), indices, offsets, per_sample_weights,
                                          aux, settings);
@@ -521,7 +532,7 @@ struct ChangesArguments<void(Args...), changed...> {
   static void count_versions(c10::DispatchKeySet keys, Args... args) {
     // Beforehand, as it refuses tensors of inference mode outside of it.
     const auto all = std::tie(args...);
-    (bump(std::get<changed>(all)), ...);
+    (bump(changed, std::get<changed>(all)), ...);
     const at::AutoDispatchBelowADInplaceOrView below;
     handle().redispatch(keys & c10::after_ADInplaceOrView_keyset, args...);
   }
@@ -573,9 +584,13 @@ struct ChangesArguments<void(Args...), changed...> {
     return tensor ? OptionalTensor(resolved(*tensor)) : std::nullopt;
   }
 
-  static void bump(const Tensor& tensor) { torch::autograd::impl::bump_version(tensor); }
-  static void bump(const OptionalTensor& tensor) {
-    if (tensor && tensor->defined()) bump(*tensor);
+  static void bump(size_t place, const Tensor& tensor) {
+    TORCH_CHECK_TYPE(tensor.defined(), handle().schema().name(), ": expected ",
+                     handle().schema().arguments()[place].name(), " to be a tensor, got None");
+    torch::autograd::impl::bump_version(tensor);
+  }
+  static void bump(size_t place, const OptionalTensor& tensor) {
+    if (tensor && tensor->defined()) bump(place, *tensor);
   }
 };
 

@@ -182,6 +182,9 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.attr("cuda_archs") = std::string(NLPKERNELS_CUDA_ARCHS);
   m.def("has_avx512bf16", &has_avx512bf16, "Whether the processor multiplies vectors of bfloat16.");
   m.def("has_amx", &has_amx, "Whether this process may use AMX, for which it asks the system.");
+  m.def(
+      "has_tangent", [](const nlpkernels::variable_list& tensors) { return nlpkernels::has_tangent(tensors); },
+      "Whether forward mode carries a tangent along with one of these.");
   m.def("recurrent", &nlpkernels::recurrent, pybind11::call_guard<pybind11::gil_scoped_release>(),
         "y, h_n and c_n of the op of this name, with derivatives for eager calls.");
   m.def("recurrent_step", nlpkernels::of_plain_tensors(&nlpkernels::recurrent_step),

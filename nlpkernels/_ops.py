@@ -3,10 +3,10 @@
 csrc holds schemas (`library.cpp` says what each argument is) and kernels. Here stands what is better said in Python:
 
 - A device without kernels of its own runs `reference.py`; on CUDA, torch's own layers go first where they can do it.
-- Derivatives come in two forms made from the same functions. Compiled code calls the op, whose formula is registered
-  with the dispatcher. Eager code calls an `autograd.Function`, because only that knows forward mode and torch.func;
-  where no derivative is wanted it calls the op as well. The ops of a layer's forward pass do not come here in eager
-  mode, unless they are transformed: csrc/autograd.h calls them in a fifth of the time.
+- Derivatives are those of an `autograd.Function`, because only that knows forward mode and torch.func as well. It is
+  called by the dispatcher, so that an op has all its derivatives whoever calls it: eager code, compiled code, the
+  backward pass of either. The ops of a layer's forward pass do not come here in eager mode, unless they are
+  transformed: csrc/autograd.h calls them in a fifth of the time.
 - First derivatives are ops. Their own derivatives, and forward mode, come from differentiating `reference.py`.
 """
 
@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import inspect
 import os
+import sys
 import weakref
 from collections.abc import Callable, Sequence
 from importlib.machinery import EXTENSION_SUFFIXES
@@ -23,7 +24,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._C._functorch import is_legacy_batchedtensor
+from torch._compile import _disable_dynamo
 from torch._functorch.pyfunctorch import retrieve_all_functorch_interpreters
 from torch._subclasses import FakeTensor
 from torch.utils.flop_counter import register_flop_formula
@@ -86,6 +87,22 @@ COMPILER: str = _C.compiler
 BUILT_WITH_TORCH: str = _C.torch_version
 
 _ops = torch.ops.nlpkernels
+_behaviour = torch.library.Library("nlpkernels", "FRAGMENT")
+
+
+def _of_tensors(name: str, kernel: Callable[..., Any]) -> Callable[..., Any]:
+    """A kernel of an op, given tensors wherever it expects them: the dispatcher takes None for any of them."""
+    schema = getattr(_ops, name).default._schema
+    needed = [(i, a.name) for i, a in enumerate(schema.arguments) if str(a.type) == "Tensor"]
+
+    def checked(*args: Any) -> Any:
+        for i, argument in needed:
+            if args[i] is None:
+                raise TypeError(f"{name}: expected {argument} to be a tensor, got None")
+        return kernel(*args)
+
+    return checked
+
 
 for _name in (
     "recurrent",
@@ -97,7 +114,7 @@ for _name in (
     "embedding_bag_per_sample_backward",
     "embedding_bag_update",
 ):
-    torch.library.impl(f"nlpkernels::{_name}", "CompositeExplicitAutograd")(getattr(reference, _name))
+    _behaviour.impl(_name, _of_tensors(_name, getattr(reference, _name)), "CompositeExplicitAutograd")
 
 # --- Fake kernels: shapes and dtypes without data --------------------------------------------------------------------
 
@@ -126,11 +143,11 @@ def _fake(name: str) -> Callable[[Callable[..., Any]], None]:
             raise RuntimeError(f"{name}: expected {argument} on {other.device} like {like}, got {tensor.device}")
 
     def register(kernel: Callable[..., Any]) -> None:
-        def checked(*args: Any, **kwargs: Any) -> Any:
-            check(dict(zip(arguments, args, strict=False)) | kwargs)
-            return kernel(*args, **kwargs)
+        def checked(*args: Any) -> Any:
+            check(dict(zip(arguments, args, strict=True)))
+            return kernel(*args)
 
-        torch.library.register_fake(f"nlpkernels::{name}", checked)
+        torch.library.register_fake(f"nlpkernels::{name}", _of_tensors(name, checked))
 
     return register
 
@@ -370,13 +387,23 @@ class _Flat:
         return (*flat[: self.list_at], list(flat[self.list_at : end]), *flat[end:])
 
 
+def _unseen_by_dynamo(kernel: Callable[..., Any]) -> Callable[..., Any]:
+    """A kernel that is not compiled where compiled code breaks off, as all Python is that it calls from there on."""
+    unseen = _disable_dynamo(kernel)  # whose first call takes the second in which all of Dynamo is imported
+
+    def call(*args: Any) -> Any:
+        return unseen(*args) if "torch._dynamo" in sys.modules else kernel(*args)
+
+    return call
+
+
 def _differentiable(
     name: str,
     save: Callable[..., None],
     backward: Callable[..., Any],
     constant_outputs: Callable[[tuple[Any, ...]], tuple[int, ...]] = lambda inputs: (),
 ) -> Callable[..., Any]:
-    """Registers the derivatives of an op and returns it as a function that has them in eager mode too.
+    """Registers the derivatives of an op, and returns it.
 
     `save(ctx, inputs, output)` and `backward(ctx, *gradients)` are written for the op's own signature; gradients of
     outputs that were not used are None. `constant_outputs(inputs)` are the outputs without a derivative. Forward mode
@@ -388,9 +415,7 @@ def _differentiable(
     has_one_output = outputs_of.length == 1
 
     def call_kernel(*args: Any) -> Any:
-        # Past the dispatcher's autograd, which is in Python and has nothing to do here. Inference mode skips it by
-        # itself, and torch.func needs it.
-        if torch.is_inference_mode_enabled() or torch._C._are_functorch_transforms_active():
+        if torch.is_inference_mode_enabled():  # which is below autograd by itself
             return op(*args)
         with torch._C._AutoDispatchBelowAutograd():
             return op(*args)
@@ -403,13 +428,6 @@ def _differentiable(
         result = call_flat(getattr(reference, name), flat)
         return (result,) if has_one_output else result
 
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        outputs = (output,) if has_one_output else output
-        ctx.set_materialize_grads(False)
-        ctx.constant_outputs = constant_outputs(inputs)
-        ctx.mark_non_differentiable(*(outputs[i] for i in ctx.constant_outputs))
-        save(ctx, inputs, output)
-
     class Function(torch.autograd.Function):
         @staticmethod
         def forward(*flat: Any) -> Any:
@@ -417,10 +435,14 @@ def _differentiable(
 
         @staticmethod
         def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-            setup_context(ctx, inputs_of.unflatten(inputs), output if has_one_output else outputs_of.unflatten(output))
-            if _is_forward_mode():
-                ctx.save_for_forward(*(value for value in inputs if isinstance(value, Tensor)))
-                ctx.inputs = [None if isinstance(value, Tensor) else (value,) for value in inputs]
+            args = inputs_of.unflatten(inputs)
+            outputs = (output,) if has_one_output else output
+            ctx.set_materialize_grads(False)
+            ctx.constant_outputs = constant_outputs(args)
+            ctx.mark_non_differentiable(*(outputs[i] for i in ctx.constant_outputs))
+            save(ctx, args, output if has_one_output else outputs_of.unflatten(output))
+            ctx.save_for_forward(*(value for value in inputs if isinstance(value, Tensor)))
+            ctx.inputs = [None if isinstance(value, Tensor) else (value,) for value in inputs]
 
         @staticmethod
         def backward(ctx: Any, *gradients: Any) -> Any:
@@ -457,46 +479,43 @@ def _differentiable(
                 return torch.stack(examples), 0
             return tuple(map(torch.stack, zip(*examples, strict=True))), (0,) * len(examples[0])
 
-    def vmap_op(info: Any, in_dims: tuple[Any, ...], *args: Any) -> Any:
-        result, out_dims = Function.vmap(info, inputs_of.flatten(in_dims), *inputs_of.flatten(args))
-        return (result, out_dims) if has_one_output else (outputs_of.unflatten(result), outputs_of.unflatten(out_dims))
-
     # apply() binds its arguments to forward's signature: known once, it need not be found out at every call.
     Function.forward.__signature__ = inspect.signature(Function.forward)  # type: ignore[attr-defined]
-    torch.library.register_autograd(op, backward, setup_context=setup_context)
-    torch.library.register_vmap(op, vmap_op)
 
-    def call(*args: Any) -> Any:
-        if torch.compiler.is_compiling():
-            return op(*args)
-        if _is_forward_in_forward_mode():
+    def apply(*args: Any) -> Any:
+        if _functions_fail():
             return getattr(reference, name)(*args)
-        flat = inputs_of.flatten(args)
-        if _is_transformed() or (
-            torch.is_grad_enabled() and any(isinstance(value, Tensor) and value.requires_grad for value in flat)
-        ):
-            if any(isinstance(value, Tensor) and is_legacy_batchedtensor(value) for value in flat):
-                return op(*args)  # in a batch of gradients, where a Function's results have no derivatives
-            result = Function.apply(*flat)
-            return result if has_one_output else outputs_of.unflatten(result)
-        return call_kernel(*args)
+        result = Function.apply(*inputs_of.flatten(args))
+        return result if has_one_output else outputs_of.unflatten(result)
 
-    return call
+    def differentiate(*args: Any) -> Any:
+        flat = inputs_of.flatten(args)
+        tensors = [value for value in flat if isinstance(value, Tensor)]
+        wants_grad = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+        # Tangents are asked of the tensors: compiled code, and backward through a graph that was made before forward
+        # mode began, say nowhere else that they have some.
+        return apply(*args) if wants_grad or _C.has_tangent(tensors) else call_kernel(*args)
+
+    _behaviour.impl(op, _unseen_by_dynamo(differentiate), "Autograd")
+    # Where all transforms of torch.func begin:
+    _behaviour.impl(op, _unseen_by_dynamo(apply), "FuncTorchDynamicLayerFrontMode")
+    return op  # type: ignore[no-any-return]
 
 
 def _is_forward_mode() -> bool:
     return torch.autograd.forward_ad._current_level >= 0
 
 
-def _is_forward_in_forward_mode() -> bool:
-    """Whether torch.func differentiates forward mode by forward mode, for which torch takes an autograd.Function wrong.
+def _functions_fail() -> bool:
+    """Whether a transform of torch.func is at work that does not take an autograd.Function, or takes it wrong.
 
-    Its second derivative is nought then, whatever its jvp says.
+    Of forward mode by forward mode the second derivative is nought then, whatever the Function's jvp says.
     """
     if not torch._C._are_functorch_transforms_active():
         return False
+    kinds = torch._C._functorch.TransformType
     levels = [level.key() for level in retrieve_all_functorch_interpreters()]
-    return levels.count(torch._C._functorch.TransformType.Jvp) > 1
+    return levels.count(kinds.Jvp) > 1 or kinds.Functionalize in levels
 
 
 def _is_transformed() -> bool:

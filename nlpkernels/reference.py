@@ -14,12 +14,13 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch._C._functorch import get_unwrapped, is_functorch_wrapped_tensor, is_legacy_batchedtensor
+from torch.utils._python_dispatch import _disable_current_modes
 
 
 class Cell(NamedTuple):
@@ -106,13 +107,28 @@ def _arithmetic_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if dtype in (torch.bfloat16, torch.float16) else dtype
 
 
-def refuse_shrunk(op: str, name: str, tensor: Tensor) -> None:
-    """Raise if a storage has been made smaller than its tensor, which torch's own functions do not notice."""
+def _readable(tensor: Tensor) -> Tensor | None:
+    """What is under torch.func's wrappers, if it has values to look at; of what is traced, kernels look when they run.
+
+    A fake has none, and in a graph there is no place for an error.
+    """
+    if torch.compiler.is_compiling():
+        return None
     while is_functorch_wrapped_tensor(tensor):
         tensor = get_unwrapped(tensor)
-    if type(tensor) not in (Tensor, torch.nn.Parameter) or tensor.numel() == 0 or tensor.device.type == "meta":
-        return
-    if is_legacy_batchedtensor(tensor):
+    is_plain = type(tensor) in (Tensor, torch.nn.Parameter) and not is_legacy_batchedtensor(tensor)
+    return tensor if is_plain and tensor.device.type != "meta" else None
+
+
+def _unseen_by_modes() -> AbstractContextManager[object]:
+    """For checks of values, which are no part of what a mode traces or counts."""
+    return _disable_current_modes() if torch._C._len_torch_dispatch_stack() > 0 else nullcontext()
+
+
+def refuse_shrunk(op: str, name: str, given: Tensor) -> None:
+    """Raise if a storage has been made smaller than its tensor, which torch's own functions do not notice."""
+    tensor = _readable(given)
+    if tensor is None or tensor.numel() == 0:
         return
     last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
     needed = (tensor.storage_offset() + last + 1) * tensor.element_size()
@@ -342,27 +358,51 @@ def _recurrent_gradients(
 
 
 class _Uses(NamedTuple):
-    """The uses of rows that count: row, bag and position in the flattened indices of each; and the number of bags."""
+    """The uses of rows: row and bag of each, the number of bags, and which uses count.
+
+    Those that do not are in one more bag, behind the others, of which nothing is returned. They are not left out, for
+    how many there are is data, and what torch.compile traces has sizes that it knows.
+    """
 
     row: Tensor
     bag: Tensor
-    position: Tensor
     bags: int
+    counts: Tensor
+
+    def rows_of(self, table: Tensor) -> Tensor:
+        """Row of a table for each use, in the dtype of arithmetic; zeros, whatever there is, for one out of count."""
+        # Unlike table[row] this refuses negative rows, which no check may have seen: see `_readable`.
+        rows = table.index_select(0, self.row).to(_arithmetic_dtype(table.dtype))
+        return rows.masked_fill(~self.counts.unsqueeze(-1), 0)
+
+    def of_bag(self, values: Tensor) -> Tensor:
+        """Row of what each bag has, for each use; zeros for one out of count."""
+        return torch.cat([values, values.new_zeros(1, *values.shape[1:])]).index_select(0, self.bag)
+
+    def sum(self, values: Tensor) -> Tensor:
+        """The sum of the uses' values in each bag."""
+        sums = values.new_zeros(self.bags + 1, *values.shape[1:]).index_add(0, self.bag, values)
+        # Not as a view: torch cannot make one of symbolic sizes a tangent.
+        return sums.index_select(0, torch.arange(self.bags, device=sums.device))
 
 
 def refuse_wrong_indices(op: str, indices: Tensor, rows: int) -> None:
     """Raise an IndexError if one of the indices of an op or function is not a row of a table of so many."""
-    flat = indices.reshape(-1)
-    wrong = (flat < 0) | (flat >= rows)
-    if wrong.any():  # on CUDA this waits for the device, and saves it from an assertion that would end the process
+    readable = _readable(indices)
+    if readable is None:
+        return
+    with _unseen_by_modes():
+        flat = readable.reshape(-1)
+        wrong = (flat < 0) | (flat >= rows)
+        if not wrong.any():  # on CUDA this waits for the device, and saves it from an assertion that would end it
+            return
         first = int(wrong.nonzero()[0])
-        # A lookup's may have had any shape.
-        what, place = ("flattened indices", f"[{first}]") if op == "embedding" else ("indices", f"[{first}]")
-        if op != "embedding" and indices.dim() == 2:
-            place = f"[{first // indices.shape[1]}][{first % indices.shape[1]}]"
-        raise IndexError(
-            f"{op}: {what}{place} is {int(flat[first])}, expected a row from 0 to {rows - 1} of a table of {rows}"
-        )
+        value = int(flat[first])
+    # A lookup's may have had any shape.
+    what, place = ("flattened indices", f"[{first}]") if op == "embedding" else ("indices", f"[{first}]")
+    if op != "embedding" and readable.dim() == 2:
+        place = f"[{first // readable.shape[1]}][{first % readable.shape[1]}]"
+    raise IndexError(f"{op}: {what}{place} is {value}, expected a row from 0 to {rows - 1} of a table of {rows}")
 
 
 def _check_bags(
@@ -419,27 +459,34 @@ def _uses(
     indices: Tensor, offsets: Tensor | None, rows: int, padding_idx: int, include_last_offset: bool, mode: str = "sum"
 ) -> _Uses:
     refuse_wrong_indices("embedding" if mode == "lookup" else "embedding_bag", indices, rows)
-    flat = indices.reshape(-1).long()
-    position = torch.arange(flat.shape[0], device=flat.device)
+    row = indices.reshape(-1).long()
+    position = torch.arange(row.shape[0], device=row.device)
+    counts = torch.ones_like(row, dtype=torch.bool)
     if offsets is None:
         bags = indices.shape[0]
         bag = position // max(indices.shape[1], 1)
     else:
-        starts = offsets.long()
-        bags = starts.shape[0] - int(include_last_offset)
-        ends = starts if include_last_offset else torch.cat([starts, starts.new_tensor([flat.shape[0]])])
-        if bags < 0 or (bags and (int(ends[0]) != 0 or bool((ends.diff() < 0).any()) or int(ends[-1]) > len(flat))):
-            raise ValueError(
-                f"embedding_bag: expected offsets that start at 0, never decrease and end within {len(flat)} "
-                f"indices, got {offsets.tolist()}"
-            )
-        bag = torch.bucketize(position, starts[:bags], right=True) - 1
-        inside = int(ends[-1]) if bags else 0
-        flat, bag, position = flat[:inside], bag[:inside], position[:inside]
+        bags = offsets.shape[0] - int(include_last_offset)
+        _refuse_wrong_offsets(offsets, bags, row.shape[0])
+        bag = torch.bucketize(position, offsets.long(), right=True) - 1
+        counts = bag < bags if bags > 0 else ~counts
     if padding_idx >= 0:
-        counts = (flat != padding_idx).nonzero().squeeze(1)
-        flat, bag, position = flat[counts], bag[counts], position[counts]
-    return _Uses(flat, bag, position, bags)
+        counts = counts & (row != padding_idx)
+    return _Uses(row, torch.where(counts, bag, bags), bags, counts)
+
+
+def _refuse_wrong_offsets(offsets: Tensor, bags: int, length: int) -> None:
+    """Raise unless these divide so many indices into bags; what is behind the last one may be more than `bags`."""
+    readable = _readable(offsets)
+    if bags >= 0 and readable is None:
+        return
+    with _unseen_by_modes():
+        starts = [] if readable is None else readable.tolist()
+    if bags < 0 or (bags and (starts != sorted(starts) or starts[0] != 0 or starts[-1] > length)):
+        raise ValueError(
+            f"embedding_bag: expected offsets that start at 0, never decrease and end within {length} "
+            f"indices, got {starts}"
+        )
 
 
 def embedding_bag(
@@ -456,25 +503,26 @@ def embedding_bag(
     """Pooled rows [B, E], and what backward needs: rows per bag for "mean", winning positions [B, E] for "max"."""
     _check_bags(weight, indices, offsets, per_sample_weights, mode)
     uses = _uses(indices, offsets, weight.shape[0], -1 if mode == "lookup" else padding_idx, include_last_offset, mode)
-    values = weight[uses.row].to(_arithmetic_dtype(weight.dtype))  # [uses, E]
+    values = uses.rows_of(weight)  # [uses, E]
     if per_sample_weights is not None:
-        values = values * per_sample_weights.reshape(-1)[uses.position].to(values.dtype).unsqueeze(-1)
-    shape = (uses.bags, weight.shape[1])
+        values = values * per_sample_weights.reshape(-1, 1).to(values.dtype)
     if mode == "max":
+        shape = (uses.bags + 1, weight.shape[1])
         if values.numel() == 0:
-            return weight.new_zeros(shape), uses.row.new_full(shape, -1)
+            return weight.new_zeros(uses.bags, shape[1]), uses.row.new_full((uses.bags, shape[1]), -1)
         place = uses.bag.unsqueeze(-1).expand_as(values)
         best = values.new_full(shape, -torch.inf).scatter_reduce(0, place, values.detach(), "amax")
         # The first use that reaches the maximum wins, as in torch.
         nowhere = indices.numel()
-        candidates = torch.where(values.detach() == best[uses.bag], uses.position.unsqueeze(-1), nowhere)
-        winner = uses.row.new_full(shape, nowhere).scatter_reduce(0, place, candidates, "amin")
-        row = indices.reshape(-1).long()[winner.clamp(max=nowhere - 1)]
+        position = torch.arange(nowhere, device=values.device).unsqueeze(-1)
+        candidates = torch.where(values.detach() == best[uses.bag], position, nowhere)
+        winner = uses.row.new_full(shape, nowhere).scatter_reduce(0, place, candidates, "amin")[:-1]
+        row = uses.row[winner.clamp(max=nowhere - 1)]
         return torch.where(winner < nowhere, weight.gather(0, row), 0), torch.where(winner < nowhere, winner, -1)
-    out = values.new_zeros(shape).index_add(0, uses.bag, values)
+    out = uses.sum(values)
     aux = uses.row.new_empty(0)
     if mode == "mean":
-        aux = torch.bincount(uses.bag, minlength=uses.bags)
+        aux = uses.sum(torch.ones_like(uses.row))
         out = out / aux.clamp(min=1).unsqueeze(-1)
     return out.to(weight.dtype), aux
 
@@ -498,15 +546,17 @@ def embedding_bag_backward(
     _check_bags(grad, indices, offsets, per_sample_weights, mode)
     uses = _uses(indices, offsets, num_embeddings, padding_idx, include_last_offset, mode)
     _check_bags_backward(grad, num_embeddings, uses.bags, aux, mode)
-    terms = grad.to(_arithmetic_dtype(grad.dtype))[uses.bag]  # [uses, E]
+    terms = uses.of_bag(grad.to(_arithmetic_dtype(grad.dtype)))  # [uses, E]
     if mode == "mean":
-        terms = terms / aux[uses.bag].unsqueeze(-1)
+        terms = terms / uses.of_bag(aux).clamp(min=1).unsqueeze(-1)
     if mode == "max":
-        terms = terms * (aux[uses.bag] == uses.position.unsqueeze(-1))
+        terms = terms * (uses.of_bag(aux) == torch.arange(len(terms), device=aux.device).unsqueeze(-1))
     if per_sample_weights is not None:
-        terms = terms * per_sample_weights.reshape(-1)[uses.position].to(terms.dtype).unsqueeze(-1)
+        terms = terms * per_sample_weights.reshape(-1, 1).to(terms.dtype)
     if scale_grad_by_freq:
-        terms = terms / torch.bincount(uses.row, minlength=num_embeddings)[uses.row].unsqueeze(-1)
+        uses_of = uses.row.new_zeros(num_embeddings).index_add(0, uses.row, uses.counts.long())
+        terms = terms / uses_of[uses.row].clamp(min=1).unsqueeze(-1)
+    terms = terms.masked_fill(~uses.counts.unsqueeze(-1), 0)
     return terms.new_zeros(num_embeddings, grad.shape[1]).index_add(0, uses.row, terms).to(grad.dtype)
 
 
@@ -527,7 +577,8 @@ def embedding_bag_sparse_backward(
         grad, num_embeddings, indices, offsets, per_sample_weights, aux, mode, padding_idx, include_last_offset,
         scale_grad_by_freq,
     )  # fmt: skip
-    rows = _uses(indices, offsets, num_embeddings, padding_idx, include_last_offset).row.unique()
+    uses = _uses(indices, offsets, num_embeddings, padding_idx, include_last_offset)
+    rows = uses.row[uses.counts].unique()
     return rows, dense[rows]
 
 
@@ -616,6 +667,5 @@ def embedding_bag_per_sample_backward(
         raise RuntimeError(
             f"embedding_bag: expected grad of shape {[uses.bags, weight.shape[1]]}, got {list(grad.shape)}"
         )
-    wide = _arithmetic_dtype(weight.dtype)
-    terms = (grad.to(wide)[uses.bag] * weight.to(wide)[uses.row]).sum(-1)
-    return terms.new_zeros(indices.numel()).index_add(0, uses.position, terms).reshape(indices.shape).to(weight.dtype)
+    terms = uses.of_bag(grad.to(_arithmetic_dtype(grad.dtype))) * uses.rows_of(weight)
+    return terms.sum(-1).reshape(indices.shape).to(weight.dtype)

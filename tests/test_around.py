@@ -5,18 +5,22 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
+import torch.autograd.forward_ad as fwAD
 from test_recurrent import pair, tensors
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.utils import parametrizations, parametrize, prune
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 from torch.utils.checkpoint import checkpoint
 
 import nlpkernels
+from nlpkernels.functional import embedding, embedding_bag
 
 pytestmark = pytest.mark.usefixtures("doubles")  # these tests are not about arithmetic
 
@@ -338,6 +342,174 @@ def test_function_transforms_of_cells(name: str, device: str) -> None:
     many = torch.randn(5, 2, 4, device=device)
     per_sample = torch.func.vmap(torch.func.grad(loss(ours)))(many)
     torch.testing.assert_close(per_sample, torch.stack([torch.func.grad(loss(theirs))(one) for one in many]))
+
+
+# --- Transforms together with torch.compile, torch.export and graphs that are there before ---------------------------
+
+Function = Callable[[Tensor], Tensor]
+TRACED = ["embedding", "max", "LSTMCell", "GRU"]  # which takes its time
+TRANSFORMED = [*TRACED, "mean", "RNNCell", "GRUCell", "LSTM"]
+
+
+def to_transform(kind: str) -> tuple[Function, Function, Tensor]:
+    """What torch.nn computes and what we do, as functions of one tensor, and such a tensor."""
+    torch._dynamo.reset()
+    if hasattr(nn, kind):
+        sizes = (3, 4) if kind.endswith("Cell") else (3, 4, 2)
+        theirs, ours = getattr(nn, kind)(*sizes), getattr(nlpkernels, kind)(*sizes)
+        ours.load_state_dict(theirs.state_dict())
+        theirs.requires_grad_(False), ours.requires_grad_(False)
+        x = torch.randn(2, 3) if kind.endswith("Cell") else torch.randn(5, 2, 3)
+        return lambda x: tensors(theirs(x))[-1], lambda x: tensors(ours(x))[-1], x
+    ids, table = torch.tensor([[1, 2, 2], [3, 0, 4]]), torch.randn(5, 3)
+    if kind == "embedding":
+        return (*(lambda w, f=f: f(ids, w, padding_idx=2) for f in (nn.functional.embedding, embedding)), table)
+    # torch's bags have no forward mode. No row is padding in the oracle, but the second bag's first.
+    pool = {"mean": lambda rows: rows.mean(0), "max": lambda rows: rows.amax(0)}[kind]
+    return (
+        lambda w: torch.stack([pool(w[ids[0]]), pool(w[ids[1, 1:]])]),
+        lambda w: embedding_bag(ids, w, mode=kind, padding_idx=3),
+        table,
+    )
+
+
+def tangent(function: Function) -> Function:
+    return lambda x: torch.func.jvp(function, (x,), (x.cos(),))[1]
+
+
+def dual(function: Function, x: Tensor, along: Tensor | None = None) -> Tensor:
+    with fwAD.dual_level():
+        result = fwAD.unpack_dual(function(fwAD.make_dual(x, x.cos() if along is None else along))).tangent
+    assert result is not None
+    return result
+
+
+def loss(function: Function) -> Function:
+    return lambda x: function(x).sin().sum()
+
+
+def by_hand(function: Function) -> Function:
+    """torch.vmap, which torch.nn's recurrent layers do not take."""
+    return lambda xs: torch.stack([function(x) for x in xs])
+
+
+def two(x: Tensor) -> Tensor:
+    return torch.stack([x, x.cos()])
+
+
+TRANSFORMS: dict[str, Callable[..., Function]] = {  # of a function, and of what maps one over examples
+    "jvp": lambda f, each: tangent(f),
+    "jacfwd": lambda f, each: torch.func.jacfwd(f),
+    "grad": lambda f, each: torch.func.grad(loss(f)),
+    "hessian": lambda f, each: torch.func.hessian(loss(f)),
+    "vmap": lambda f, each: lambda x: each(f)(two(x)),
+    "grad_of_each": lambda f, each: lambda x: each(torch.func.grad(loss(f)))(two(x)),
+    "grad_of_vmap": lambda f, each: torch.func.grad(lambda x: each(f)(two(x)).sin().sum()),
+}
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+@pytest.mark.parametrize("transform", TRANSFORMS)
+@pytest.mark.parametrize("kind", TRACED)
+def test_transforms_in_compiled_code(kind: str, transform: str, backend: str) -> None:
+    theirs, ours, x = to_transform(kind)
+    of = TRANSFORMS[transform]
+    compiled = torch.compile(of(ours, torch.vmap), backend=backend, fullgraph=transform != "hessian")
+    torch.testing.assert_close(compiled(x), of(theirs, by_hand)(x))
+
+
+def test_examples_in_compiled_code() -> None:
+    """Indices in a batch, as for the gradients of single examples."""
+    ids, table = torch.tensor([[1, 2, 2], [3, 0, 4]]), torch.randn(5, 3)
+
+    def each(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        return torch.vmap(torch.func.grad(lambda w, i: function(i, w, padding_idx=2).sin().sum()), (None, 0))
+
+    expected = each(nn.functional.embedding)(table, ids)
+    for backend in ("eager", "aot_eager"):
+        torch._dynamo.reset()
+        got = torch.compile(each(embedding), backend=backend, fullgraph=True)(table, ids)
+        torch.testing.assert_close(got, expected)
+
+
+@pytest.mark.parametrize("kind", TRANSFORMED)
+def test_forward_mode_goes_through_compiled_code(kind: str) -> None:
+    theirs, ours, x = to_transform(kind)
+    expected = dual(theirs, x)
+    torch.testing.assert_close(dual(torch.compile(ours, backend="aot_eager"), x), expected)
+    torch.testing.assert_close(tangent(torch.compile(ours, backend="aot_eager"))(x), expected)
+
+
+@pytest.mark.parametrize("create_graph", [False, True])
+@pytest.mark.parametrize("kind", TRANSFORMED)
+def test_forward_mode_over_backward_of_a_graph(kind: str, create_graph: bool) -> None:
+    """The graph was made before there was anything to carry along: backward is linear in what it is given."""
+    theirs, ours, x = to_transform(kind)
+    results = []
+    for function in (theirs, ours):
+        given = x.clone().requires_grad_()
+        y = function(given)
+        pull = partial(torch.autograd.grad, y, given, retain_graph=True, create_graph=create_graph)
+        c, along = torch.ones_like(y), y.detach().cos()
+        results.append([
+            pull(along)[0],
+            dual(lambda c, pull=pull: pull(c)[0], c, along),
+            torch.func.jvp(lambda c, pull=pull: pull(c)[0], (c,), (along,))[1],
+            torch.func.grad(lambda c, y=y, x=given: torch.autograd.grad(y, x, c, create_graph=True)[0].sin().sum())(c),
+        ])  # fmt: skip
+    assert results[1][0].abs().max() > 0
+    torch.testing.assert_close(results[1], results[0])
+
+
+@pytest.mark.parametrize("transform", ["jvp", "vmap"])
+@pytest.mark.parametrize("kind", ["embedding", "GRUCell"])
+def test_export_of_transforms(kind: str, transform: str) -> None:
+    theirs, ours, x = to_transform(kind)
+
+    class Transformed(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return TRANSFORMS[transform](ours, torch.vmap)(x)
+
+    program = torch.export.export(Transformed(), (x,), strict=False)
+    torch.testing.assert_close(program.module()(x), TRANSFORMS[transform](theirs, by_hand)(x))
+    torch.testing.assert_close(tangent(ours)(x), tangent(theirs)(x))  # forward mode is what it was
+
+
+@pytest.mark.parametrize("kind", TRACED)
+def test_traced_forward_mode(kind: str) -> None:
+    """By make_fx, with any kind of tensor, for torch.func.functionalize and torch.func.linearize."""
+    theirs, ours, x = to_transform(kind)
+    expected = tangent(theirs)(x)
+    for mode in ("real", "fake", "symbolic"):
+        graph = make_fx(tangent(ours), tracing_mode=mode, _allow_non_fake_inputs=True)(x)
+        torch.testing.assert_close(graph(x), expected)
+    torch.testing.assert_close(make_fx(torch.func.functionalize(tangent(ours)))(x)(x), expected)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # of torch, about its own graph
+        torch.testing.assert_close(torch.func.linearize(ours, x)[1](x.cos()), expected)
+
+
+@pytest.mark.parametrize("mode", ["real", "fake"])
+def test_traced_indices_are_checked_when_they_run(mode: str) -> None:
+    table = torch.randn(5, 3)
+    traced = make_fx(lambda w, i: tangent(lambda w: embedding(i, w))(w), tracing_mode=mode)(table, torch.tensor([1, 2]))
+    torch.testing.assert_close(traced(table, torch.tensor([4, 0])), table[[4, 0]].cos())
+    for wrong in (-1, 5):
+        with pytest.raises(IndexError):
+            traced(table, torch.tensor([1, wrong]))
+        with pytest.raises(IndexError, match=rf"indices\[1\] is {wrong}, expected a row from 0 to 4"):
+            make_fx(tangent(lambda w, wrong=wrong: embedding(torch.tensor([1, wrong]), w)))(table)
+
+
+@pytest.mark.parametrize("mode", ["mean", "max"])
+def test_traced_weighted_bags(mode: str) -> None:
+    torch._dynamo.reset()
+    layer, ids, factors = nlpkernels.EmbeddingBag(7, 5, mode=mode), torch.randint(7, (3, 4)), torch.rand(3, 4)
+    expected = layer(ids, per_sample_weights=factors)
+    compiled = torch.compile(layer, fullgraph=True, backend="eager")
+    torch.testing.assert_close(compiled(ids, per_sample_weights=factors), expected)
+    program = torch.export.export(layer, (ids,), {"per_sample_weights": factors}, strict=True)
+    torch.testing.assert_close(program.module()(ids, per_sample_weights=factors), expected)
 
 
 @pytest.mark.usefixtures("without_cudnn")

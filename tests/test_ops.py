@@ -7,13 +7,15 @@ import subprocess
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
+import torch.autograd.forward_ad as fwAD
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_map_only, tree_unflatten
 
 import nlpkernels
 from nlpkernels import _ops, reference
@@ -187,6 +189,46 @@ def test_forgotten_workspace_is_made_again() -> None:
             y = OPS.recurrent(x, batch_sizes, h0, c0, weights, cell, keep, h_mask)[0]
             grads.append(torch.autograd.grad(y.sin().sum(), [x, *weights[:2]]))
         assert all(map(torch.equal, *grads))
+
+
+def of_some(name: str, args: tuple[Any, ...], places: list[int]) -> Callable[..., list[Tensor]]:
+    """The differentiable outputs of a function with an op's arguments, given it and the flat arguments at `places`."""
+    values, spec = tree_flatten(args)
+
+    def outputs(function: Callable[..., Any], *tensors: Tensor) -> list[Tensor]:
+        given = dict(zip(places, tensors, strict=True))
+        results = tree_leaves(function(*tree_unflatten([given.get(i, v) for i, v in enumerate(values)], spec)))
+        if name == "recurrent" and args[3] is None:
+            del results[3]  # a workspace without cell states, which only backward reads, has no derivative
+        return [result for result in results if result.is_floating_point() and result.numel() > 0]
+
+    return outputs
+
+
+@pytest.mark.parametrize("name", [name for name in WITH_KERNELS if name != "embedding_bag_sparse_backward"])
+@pytest.mark.usefixtures("doubles")
+def test_forward_mode_of_ops(name: str) -> None:
+    """Called by themselves, with duals or under torch.func.jvp, they carry tangents along as reference.py does."""
+    op = getattr(OPS, name)
+    for sample in samples_of(name, "cpu")[::4]:
+        args = tree_map_only(Tensor, Tensor.detach, sample)
+        # What backward saved is a function of the other arguments, and h_mask is constant.
+        constant = {"recurrent": args[-1:], "recurrent_backward": (*args[9:11], args[-1])}.get(name, ())
+        values = tree_leaves(args)
+        places = [
+            i
+            for i, value in enumerate(values)
+            if isinstance(value, Tensor) and value.is_floating_point() and not any(value is c for c in constant)
+        ]
+        outputs = of_some(name, args, places)
+        start = tuple(values[i] for i in places)
+        along = tuple(map(torch.randn_like, start))
+        _, expected = torch.func.jvp(partial(outputs, getattr(reference, name)), start, along)
+        _, got = torch.func.jvp(partial(outputs, op), start, along)
+        torch.testing.assert_close(got, expected)
+        with fwAD.dual_level():
+            duals = outputs(op, *map(fwAD.make_dual, start, along))
+            torch.testing.assert_close([fwAD.unpack_dual(d).tangent for d in duals], expected)
 
 
 # --- Hostile calls ---------------------------------------------------------------------------------------------------
@@ -476,6 +518,19 @@ def test_sizes_of_layers_do_not_wrap() -> None:
     weights = [torch.empty(5, 3), torch.empty(5, 5)]
     with pytest.raises(RuntimeError, match="sum of batch_sizes"):
         OPS.recurrent(x, sizes, h0, None, weights, "rnn_tanh", False, None)
+
+
+@pytest.mark.parametrize("name", [*ALL_OPS, UPDATE])
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_none_is_no_tensor(name: str, device: str) -> None:
+    args = [a.to("meta") if isinstance(a, Tensor) and device == "meta" else a for a in plain_samples(name)[0]]
+    for i, argument in enumerate(getattr(OPS, name).default._schema.arguments):
+        if str(argument.type) == "Tensor":
+            named = "weight" if argument.name == "grad" else argument.name  # whose dtype kernels name so
+            with pytest.raises(
+                (TypeError, ValueError, RuntimeError), match=rf"embedding_bag|recurrent.*: .*({argument.name}|{named})"
+            ):
+                getattr(OPS, name)(*args[:i], None, *args[i + 1 :])
 
 
 def test_storages_that_shrank() -> None:
