@@ -539,6 +539,22 @@ def test_lookups_copy_rows(columns: int, rows: int, device: str) -> None:
                 assert torch.equal(embedding(ids.to(index)), table.to(dtype)[ids])
 
 
+@pytest.mark.parametrize("count", [0, 1, 65])
+@pytest.mark.parametrize("rows", [1, 9, 4097])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_small_lookups(rows: int, count: int, dtype: torch.dtype, device: str) -> None:
+    for padding_idx, by_freq in ((None, False), (0, False), (-1, True)):
+        theirs, ours = pair(
+            "Embedding", rows, 64, padding_idx=padding_idx, scale_grad_by_freq=by_freq, device=device, dtype=dtype
+        )
+        ids = torch.randint(rows, (count,), device=device)
+        compare(theirs, ours, ids)
+        if count:
+            ids[count // 2] = rows
+            with pytest.raises(IndexError, match=rf"flattened indices\[{count // 2}\] is {rows}"):
+                ours(ids)
+
+
 @pytest.mark.parametrize("name", ["Embedding", "EmbeddingBag"])
 def test_accumulated_gradients_stay_coalesced(name: str) -> None:
     """Without a copy, as long as they are what the layer gave."""
