@@ -191,13 +191,13 @@ def draw_table(rng: random.Random) -> Case:
 
 
 def fit_table(rng: random.Random, case: Case) -> None:
-    if (rare := rng.random()) < 0.002:  # a gradient as large as kCached or kLarge
-        values = rng.choice((12, 32)) * 2**20 // getattr(torch, case["dtype"]).itemsize
+    if (rare := rng.random()) < 0.008:  # a gradient as large as kKeptBytes or kCached
+        values = rng.choice((1, 1, 1, 1, 1, 12)) * 2**20 // getattr(torch, case["dtype"]).itemsize
         case["columns"] = rng.choice((16, 64, 100))
         case["rows"] = values // case["columns"] + rng.choice((-1, 0, 1))
         case["bags"], case["length"] = min(case["bags"], 9), min(case["length"], 9)
         return
-    if rare < 0.004:  # keys of the sort that take 31 bits, 32 or 33
+    if rare < 0.01:  # keys of the sort that take 31 bits, 32 or 33
         bits = rng.choice((18, 19, 20))
         case["rows"], case["uses"] = (2**b + rng.choice((-1, 0, 1)) for b in (bits, rng.choice((31, 32)) - bits))
         case["columns"], case["weighted"], case["form"], case["mode"] = 1, True, "offsets", "sum"
