@@ -35,6 +35,8 @@ OF_CPU_KERNELS = (
     "test_gradients_are_summed_in_order",
     "test_bags_of_wide_rows",
     "test_large_gradients",
+    "test_kept_from_step_to_step",
+    "test_memory_goes_with_the_table",
 )
 
 os.environ.setdefault("NLPKERNELS_CUDA_CHECK", "now")  # tests of errors expect them at once

@@ -36,7 +36,7 @@ def expected(table: nn.Module, ids: Tensor, steps: int = 1) -> Tensor:
 @pytest.mark.parametrize("values", [KEPT - 64, KEPT, KEPT + 64, 12 * KEPT + 64])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 @pytest.mark.parametrize("threads", [1, 2, 5])
-def test_steps(values: int, dtype: torch.dtype, threads: int, restored_threads: None) -> None:
+def test_kept_from_step_to_step(values: int, dtype: torch.dtype, threads: int, restored_threads: None) -> None:
     """Also after others have written all over a gradient, in ways of which torch knows and does not know."""
     torch.set_num_threads(threads)
     table = table_of(values).to(dtype)
