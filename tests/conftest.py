@@ -47,12 +47,15 @@ torch.backends.cudnn.allow_tf32 = False
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--emulated-cuda", action="store_true", help="compile csrc/cuda for the CPU, in place of csrc/cpu")
+    parser.addoption("--emulated-tiles", action="store_true", help="bfloat16 by csrc/cpu/tiles.h, tiles in software")
     parser.addoption("--thorough", action="store_true", help="second derivatives of every one of torch's own cases")
 
 
 def pytest_configure(config: pytest.Config) -> None:
     if config.getoption("emulated_cuda"):
         load_emulated_cuda()
+    if config.getoption("emulated_tiles"):
+        load_emulated_tiles()
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -64,36 +67,52 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
                 )
 
 
-def load_emulated_cuda() -> None:
-    """The kernels of csrc/cuda take CPU tensors from now on: see emulated_cuda.h."""
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def load_emulated(name: str, sources: list[Path], headers: str = "", flags: tuple[str, ...] = ()) -> None:
+    """The ops of some sources are theirs from now on, compiled after tests/{name}.h, with empty headers beside it."""
     from torch.utils import cpp_extension
 
     tolerances.rounding_devices.add("cpu")
-    root = Path(__file__).resolve().parent.parent
     last = shlex.split(os.environ.get("NLPKERNELS_CXXFLAGS", ""))  # as in setup.py
-    build = root / "build" / f"emulated-cuda-torch-{torch.__version__}{'-flags' if last else ''}"
-    for header in CUDA_HEADERS.split():  # emulated_cuda.h has what would stand there
+    build = ROOT / "build" / f"{name.replace('_', '-')}-torch-{torch.__version__}{'-flags' if last else ''}"
+    (build / "include").mkdir(parents=True, exist_ok=True)
+    for header in headers.split():
         (build / "include" / header).parent.mkdir(parents=True, exist_ok=True)
         if not (build / "include" / header).exists():  # or all would be compiled anew each time
             (build / "include" / header).touch()
-    sources = []
-    for source in sorted((root / "csrc" / "cuda").glob("*.cu")):
-        sources.append(build / f"{source.stem}.cpp")
-        lines = f'#include "{root}/tests/emulated_cuda.h"\n#include "{source}"\n'
-        if not sources[-1].exists() or sources[-1].read_text() != lines:
-            sources[-1].write_text(lines)
+    wrapped = []
+    for source in sorted(sources):
+        wrapped.append(build / f"{source.stem}.cpp")
+        lines = f'#include "{ROOT}/tests/{name}.h"\n#include "{source}"\n'
+        if not wrapped[-1].exists() or wrapped[-1].read_text() != lines:
+            wrapped[-1].write_text(lines)
     preloaded = os.environ.pop("LD_PRELOAD", None)  # a sanitiser's, with which no compiler need run
     cpp_extension.load(
-        "emulated_cuda",
-        [str(source) for source in sources],
+        name,
+        [str(source) for source in wrapped],
         extra_include_paths=[str(build / "include")],
-        extra_cflags=["-std=c++20", "-O1", "-g0", *WARNINGS, *last],
+        extra_cflags=["-std=c++20", "-O1", "-g0", *WARNINGS, *flags, *last],
         extra_ldflags=last,
         build_directory=str(build),
         is_python_module=False,
     )
     if preloaded is not None:
         os.environ["LD_PRELOAD"] = preloaded
+
+
+def load_emulated_cuda() -> None:
+    """The kernels of csrc/cuda take CPU tensors from now on: see emulated_cuda.h."""
+    load_emulated("emulated_cuda", list((ROOT / "csrc" / "cuda").glob("*.cu")), CUDA_HEADERS)
+
+
+def load_emulated_tiles() -> None:
+    """Recurrent layers of bfloat16 are those of processors with AMX from now on: see emulated_tiles.h."""
+    instructions = [f"-mavx512{name}" for name in ("f", "bw", "vl", "dq", "bf16")] + ["-mfma", "-mf16c", "-fopenmp"]
+    names = ["-D__AMX_BF16__", "-DCPU_CAPABILITY=AVX512", "-DCPU_CAPABILITY_AVX512", "-fvisibility=hidden"]
+    quiet = ["-Wno-maybe-uninitialized", "-Wno-uninitialized"]  # of GCC's own AVX-512 header
+    load_emulated("emulated_tiles", [ROOT / "csrc/cpu/recurrent.cpp"], flags=("-O2", *instructions, *names, *quiet))
 
 
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=needs_cuda)])

@@ -719,6 +719,19 @@ def test_autocast(kind: str, dtype: torch.dtype, device: str) -> None:
             assert relative_error(tensor.grad, want) < 0.1
 
 
+@pytest.mark.skipif(_ops.INSTRUCTION_SET != "avx512bf16", reason="for a processor that multiplies vectors, not tiles")
+def test_tiles_in_software(request: pytest.FixtureRequest) -> None:
+    """Where there is no AMX, its kernels with the instructions in software: all tests of bfloat16 here and beside."""
+    if request.config.getoption("emulated_tiles") or request.config.getoption("emulated_cuda"):
+        pytest.skip("other kernels are at work already")
+    here = os.path.dirname(__file__)
+    files = [f"{here}/test_{name}.py" for name in ("recurrent", "recurrent_dropout", "special_values")]
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "--no-header", "--emulated-tiles", "-k", "bfloat16"]
+    run = subprocess.run(command + files, capture_output=True, text=True)
+    assert run.returncode == 0, run.stdout[-3000:]
+    assert " passed" in run.stdout
+
+
 OTHERS = [name for name in _ops.INSTRUCTION_SETS if name != _ops.INSTRUCTION_SET]
 
 
