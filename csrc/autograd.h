@@ -22,10 +22,10 @@
 #include <torch/csrc/autograd/python_variable.h>
 #include <torch/csrc/utils/pybind.h>
 
+#include <memory>
 #include <optional>
 #include <string>
 #include <tuple>
-#include <unordered_set>
 #include <vector>
 
 #include "checks.h"
@@ -288,6 +288,78 @@ inline std::tuple<Tensor, Tensor> call_embedding_bag(const Tensor& weight, const
   return {rows.view_symint(shape), aux};
 }
 
+// Of gradients from which on memory is kept, as in csrc/cpu/kept_memory.h.
+constexpr size_t kKeptBytes = size_t(1) << 20;
+
+// What stands by a table in which gradients are accumulated, and goes with it.
+//
+// Memory of large gradients is kept from step to step as long as there is the table (csrc/cpu/kept_memory.h). And a
+// sparse gradient is marked as coalesced again: accumulation takes its indices and values, but not that they are sorted
+// and each once, so that an optimizer would sort them anew.
+//
+// autograd calls it, and frees it, as a hook of the table, of which there can be one: where users have their own, both
+// are left. Accumulation holds a lock meanwhile.
+class TableCompanion : public torch::autograd::PostAccumulateGradHook {
+ public:
+  // In a forward pass. Companions come and change under Python's lock.
+  static void meet(const Tensor& table, bool sparse) {
+    const auto& hook = torch::autograd::impl::post_acc_grad_hooks(table);
+    if (!table.is_cpu() || table.unsafeGetTensorImpl()->has_symbolic_sizes_strides()) return;
+    const bool is_large = !sparse && table.layout() == at::kStrided && table.nbytes() >= kKeptBytes;
+    if (hook == nullptr && !sparse && !is_large) return;
+    const pybind11::gil_scoped_acquire gil;
+    if (hook == nullptr) torch::autograd::impl::set_post_acc_grad_hooks(table, std::make_unique<TableCompanion>());
+    auto* companion = dynamic_cast<TableCompanion*>(torch::autograd::impl::post_acc_grad_hooks(table).get());
+    if (companion != nullptr) companion->keep(is_large ? static_cast<int64_t>(table.nbytes()) : 0);
+  }
+
+  // In a backward pass: what comes next to be accumulated.
+  static void expect(const Tensor& gradient) {
+    expected() = {gradient._indices().storage().getWeakStorageImpl(), gradient._nnz()};
+  }
+
+  ~TableCompanion() override { keep(0); }
+
+  void operator()(const Tensor& table) override {
+    const Tensor& grad = table.grad();
+    if (!grad.defined() || grad.layout() != at::kSparse || grad.is_coalesced()) return;
+    const auto storage = expected().storage.lock();  // none once it is gone, as its memory may be others' then
+    const Tensor indices = grad._indices();
+    if (storage.get() != indices.storage().unsafeGetStorageImpl() || grad._nnz() != expected().count ||
+        !indices.is_contiguous() || indices.storage_offset() != 0) {
+      return;
+    }
+    static_cast<at::SparseTensorImpl*>(grad.unsafeGetTensorImpl())->set_coalesced(true);
+  }
+  // Compiled, backward does without.
+  void compiled_args(torch::dynamo::autograd::CompiledNodeArgs&) const override {}
+  void apply_with_saved(Tensor&, torch::dynamo::autograd::SwapSavedVariables&) override {}
+
+ private:
+  void keep(int64_t bytes) {
+    if (bytes == bytes_) return;
+    static const auto keep_memory = op<void(int64_t, bool)>("_keep_memory");
+    // Below a mode that looks at ops there is nothing to see.
+    const c10::impl::ExcludeDispatchKeyGuard no_modes(
+        c10::DispatchKeySet({c10::DispatchKey::Python, c10::DispatchKey::PythonTLSSnapshot}));
+    if (bytes_ > 0) keep_memory.call(bytes_, false);
+    if (bytes > 0) keep_memory.call(bytes, true);
+    bytes_ = bytes;
+  }
+
+  // Of the last sparse gradient that this thread has made: where its indices are, and how many.
+  struct Expected {
+    c10::weak_intrusive_ptr<c10::StorageImpl> storage{c10::intrusive_ptr<c10::StorageImpl>()};
+    int64_t count = 0;
+  };
+  static Expected& expected() {
+    static thread_local Expected last;
+    return last;
+  }
+
+  int64_t bytes_ = 0;  // of a gradient whose memory is kept
+};
+
 inline Tensor embedding_bag_gradient(const Tensor& grad, const c10::SymInt& rows, const Tensor& indices,
                                      const OptionalTensor& offsets, const OptionalTensor& per_sample_weights,
                                      const Tensor& aux, const PoolingSettings& settings) {
@@ -305,9 +377,11 @@ inline Tensor embedding_bag_gradient(const Tensor& grad, const c10::SymInt& rows
   const auto [touched, values] =
       sparse.call(grad, rows, indices, offsets, per_sample_weights, aux, settings.mode, settings.padding_idx,
                   settings.include_last_offset, settings.scale_grad_by_freq);
-  return at::_sparse_coo_tensor_with_dims_and_tensors_symint(1, 1, {rows, grad.sym_size(1)}, touched.unsqueeze(0),
-                                                             values, values.options().layout(at::kSparse),
-                                                             /*is_coalesced=*/true);
+  const Tensor gradient = at::_sparse_coo_tensor_with_dims_and_tensors_symint(
+      1, 1, {rows, grad.sym_size(1)}, touched.unsqueeze(0), values, values.options().layout(at::kSparse),
+      /*is_coalesced=*/true);
+  if (grad.is_cpu()) TableCompanion::expect(gradient);
+  return gradient;
 }
 
 // Whether the backward pass at work adds to table.grad: not to a frozen table's, nor for `inputs` without it.
@@ -340,62 +414,6 @@ inline void collect(const Tensor& table, int64_t rows, const Tensor& grad, const
   of_optim.get_stored()(table, rows, grad, indices, offsets, per_sample_weights, aux, settings.mode,
                         settings.padding_idx, settings.include_last_offset, settings.scale_grad_by_freq);
 }
-
-// Has memory of a large table's gradients kept from step to step, as long as there is the table. Below a mode that
-// looks at ops there is nothing to see.
-inline void keep_gradients_of(const Tensor& table) {
-  constexpr size_t kLarge = size_t(1) << 20;  // kKeptBytes of csrc/cpu/kept_memory.h
-  if (!table.is_cpu() || table.unsafeGetTensorImpl()->has_symbolic_sizes_strides() || table.nbytes() < kLarge) return;
-  static const auto count_table = [](int64_t bytes, bool is_new) {
-    static const auto keep_memory = op<void(int64_t, bool)>("_keep_memory");
-    const c10::impl::ExcludeDispatchKeyGuard no_modes(
-        c10::DispatchKeySet({c10::DispatchKey::Python, c10::DispatchKey::PythonTLSSnapshot}));
-    keep_memory.call(bytes, is_new);
-  };
-  static auto& known = *new std::unordered_set<PyObject*>();  // under Python's lock
-  const pybind11::gil_scoped_acquire gil;
-  const auto object = pybind11::reinterpret_steal<pybind11::object>(THPVariable_Wrap(table));
-  if (!known.insert(object.ptr()).second) return;
-  const auto bytes = static_cast<int64_t>(table.nbytes());
-  const auto forget = [bytes, gone = object.ptr()](pybind11::handle reference) {
-    known.erase(gone);
-    count_table(bytes, false);
-    reference.dec_ref();
-  };
-  pybind11::weakref(object, pybind11::cpp_function(forget)).release();
-  count_table(bytes, true);
-}
-
-// autograd's accumulation takes a sparse gradient's indices and values, but not that they are sorted and each once: an
-// optimizer would sort them again. After it, this says so again.
-class StaysCoalesced : public torch::autograd::FunctionPostHook {
- public:
-  // The node that accumulates a table's gradient, with this: to be held until a graph has it. One that is there already
-  // is left as it is: a thread may be at work on it.
-  static c10::intrusive_ptr<torch::autograd::Node> in_node_of(const Tensor& table) {
-    const bool is_new = torch::autograd::impl::try_get_grad_accumulator(table) == nullptr;
-    auto node = torch::autograd::impl::grad_accumulator(table);
-    if (is_new) node->add_post_hook(std::make_unique<StaysCoalesced>(*node));
-    return node;
-  }
-
-  explicit StaysCoalesced(torch::autograd::Node& node) : node_(dynamic_cast<torch::autograd::AccumulateGrad&>(node)) {}
-
-  variable_list operator()(const variable_list& outputs, const variable_list& inputs) override {
-    const Tensor &given = inputs[0], &grad = node_.variable.grad();
-    if (is_sparse(given) && given.is_coalesced() && is_sparse(grad) && grad._nnz() == given._nnz() &&
-        grad._indices().const_data_ptr() == given._indices().const_data_ptr()) {
-      static_cast<at::SparseTensorImpl*>(grad.unsafeGetTensorImpl())->set_coalesced(true);
-    }
-    return outputs;
-  }
-  void compiled_args(torch::dynamo::autograd::CompiledNodeArgs&) const override {}  // there it is not called
-
- private:
-  static bool is_sparse(const Tensor& tensor) { return tensor.defined() && tensor.layout() == at::kSparse; }
-
-  torch::autograd::AccumulateGrad& node_;  // which this belongs to
-};
 
 class EmbeddingBagFunction : public torch::autograd::Function<EmbeddingBagFunction> {
  public:
@@ -460,9 +478,7 @@ inline Tensor embedding_bag(const Tensor& weight, const Tensor& indices, const O
   const bool wants_derivative =
       at::GradMode::is_enabled() && (weight.requires_grad() || requires_grad(per_sample_weights));
   if (wants_derivative) {
-    const bool accumulates = weight.requires_grad() && weight.is_leaf() && !updated;
-    const auto node = accumulates && sparse ? StaysCoalesced::in_node_of(weight) : nullptr;
-    if (accumulates && !sparse) keep_gradients_of(weight);
+    if (weight.requires_grad() && weight.is_leaf() && !updated) TableCompanion::meet(weight, sparse);
     return EmbeddingBagFunction::apply(weight, per_sample_weights, indices, offsets, settings);
   }
   return std::get<0>(call_embedding_bag(weight, indices, offsets, per_sample_weights, settings));

@@ -17,6 +17,7 @@ import os
 import sys
 import weakref
 from collections.abc import Callable, Sequence
+from functools import partial
 from importlib.machinery import EXTENSION_SUFFIXES
 from math import prod
 from pathlib import Path
@@ -402,8 +403,11 @@ def _differentiable(
     save: Callable[..., None],
     backward: Callable[..., Any],
     constant_outputs: Callable[[tuple[Any, ...]], tuple[int, ...]] = lambda inputs: (),
+    in_torch: Callable[..., Any] | None = None,
 ) -> Callable[..., Any]:
     """Registers the derivatives of an op, and returns it.
+
+    `in_torch` is the op with all its derivatives in plain torch, its namesake in `reference.py` unless that differs.
 
     `save(ctx, inputs, output)` and `backward(ctx, *gradients)` are written for the op's own signature; gradients of
     outputs that were not used are None. `constant_outputs(inputs)` are the outputs without a derivative. Forward mode
@@ -484,7 +488,7 @@ def _differentiable(
 
     def apply(*args: Any) -> Any:
         if _functions_fail():
-            return getattr(reference, name)(*args)
+            return (in_torch or getattr(reference, name))(*args)
         result = Function.apply(*inputs_of.flatten(args))
         return result if has_one_output else outputs_of.unflatten(result)
 
@@ -528,6 +532,8 @@ def _differentiable_by_reference(name: str) -> Callable[..., Any]:
     op = getattr(_ops, name).default
     inputs_of = _Flat([argument.type for argument in op._schema.arguments])
     outputs_of = _Flat([result.type for result in op._schema.returns])
+    names = [argument.name for argument in op._schema.arguments]
+    by_freq_at = names.index("scale_grad_by_freq") if "scale_grad_by_freq" in names else None
 
     def call_reference(*flat: Any) -> Any:
         result = getattr(reference, name)(*inputs_of.unflatten(flat))
@@ -545,7 +551,13 @@ def _differentiable_by_reference(name: str) -> Callable[..., Any]:
             need and _is_differentiable(v)
             for need, v in zip(inputs_of.flatten(ctx.needs_input_grad), inputs, strict=True)
         ]
-        results = inputs_of.unflatten(_pull_back(call_reference, inputs, needs, outputs_of.flatten(gradients)))
+        cotangents = outputs_of.flatten(gradients)
+        pulled = _pull_back(call_reference, inputs, needs, cotangents)
+        if needs[0] and by_freq_at is not None and inputs[by_freq_at]:
+            # As in torch: scaling by frequency is part of the gradient, not of the forward pass that this one goes to.
+            unscaled = [*inputs[:by_freq_at], False, *inputs[by_freq_at + 1 :]]
+            pulled[0] = _pull_back(call_reference, unscaled, [True] + [False] * (len(inputs) - 1), cotangents)[0]
+        results = inputs_of.unflatten(pulled)
         return results if len(results) > 1 else results[0]
 
     return _differentiable(name, save, backward)
@@ -648,7 +660,13 @@ _embedding_bag_sparse_backward = _differentiable(
 _recurrent = _differentiable(
     "recurrent", _save_recurrent, _backward_recurrent, lambda inputs: (2, 3) if inputs[3] is None else ()
 )
-_embedding_bag = _differentiable("embedding_bag", _save_embedding_bag, _backward_embedding_bag, lambda inputs: (1,))
+_embedding_bag = _differentiable(
+    "embedding_bag",
+    _save_embedding_bag,
+    _backward_embedding_bag,
+    lambda inputs: (1,),
+    partial(reference.embedding_bag, trains=True),
+)
 
 # --- Tables that are updated in backward -----------------------------------------------------------------------------
 

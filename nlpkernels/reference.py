@@ -499,11 +499,20 @@ def embedding_bag(
     include_last_offset: bool,
     scale_grad_by_freq: bool,
     sparse: bool,
+    trains: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """Pooled rows [B, E], and what backward needs: rows per bag for "mean", winning positions [B, E] for "max"."""
+    """Pooled rows [B, E], and what backward needs: rows per bag for "mean", winning positions [B, E] for "max".
+
+    With `trains` its derivative is what the settings of backward say, and not that of the values.
+    """
     _check_bags(weight, indices, offsets, per_sample_weights, mode)
     uses = _uses(indices, offsets, weight.shape[0], -1 if mode == "lookup" else padding_idx, include_last_offset, mode)
-    values = uses.rows_of(weight)  # [uses, E]
+    if trains and mode != "max":
+        values = torch.embedding(weight, uses.row, padding_idx, scale_grad_by_freq, sparse).to(
+            _arithmetic_dtype(weight.dtype)
+        )
+    else:
+        values = uses.rows_of(weight)  # [uses, E]
     if per_sample_weights is not None:
         values = values * per_sample_weights.reshape(-1, 1).to(values.dtype)
     if mode == "max":

@@ -555,6 +555,33 @@ def test_small_lookups(rows: int, count: int, dtype: torch.dtype, device: str) -
                 ours(ids)
 
 
+@pytest.mark.parametrize("options", [{"padding_idx": 3}, {"scale_grad_by_freq": True}, {"sparse": True}], ids=str)
+def test_what_is_trained_under_every_transform(options: dict[str, Any]) -> None:
+    """Where an op is taken apart, too; and second derivatives, in which torch scales by frequency once."""
+    results = []
+    for library in (nn, nlpkernels):
+        table = library.Embedding(6, 3, **options)
+        ids, weight = torch.tensor([1, 3, 3]), torch.arange(1.0, 19).reshape(6, 3)
+
+        def cubes(w: Tensor, table: nn.Module = table, ids: Tensor = ids) -> Tensor:
+            return torch.func.functional_call(table, {"weight": w}, (ids,)).pow(3).sum()
+
+        def twice(w: Tensor, f: Any = cubes, v: Tensor = weight) -> Tensor:
+            return torch.func.jvp(lambda u: torch.func.jvp(f, (u,), (v,))[1], (w,), (v,))[1]
+
+        of = [torch.func.functionalize(torch.func.grad(cubes))(weight), torch.func.grad(cubes)(weight)]
+        if not options.get("sparse"):
+            of += [torch.func.grad(twice)(weight), torch.func.jacrev(torch.func.jacrev(cubes))(weight)]
+            of += [torch.func.jacfwd(torch.func.jacrev(cubes))(weight)]
+            leaf = weight.clone().requires_grad_()
+            (gradient,) = torch.autograd.grad(cubes(leaf), leaf, create_graph=True)
+            of += torch.autograd.grad(gradient.sum(), leaf)
+        results.append([tensor.to_dense() if tensor.is_sparse else tensor for tensor in of])
+        assert of[0].is_sparse == bool(options.get("sparse"))
+    for ours, theirs in zip(*results[::-1], strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
 @pytest.mark.parametrize("name", ["Embedding", "EmbeddingBag"])
 def test_accumulated_gradients_stay_coalesced(name: str) -> None:
     """Without a copy, as long as they are what the layer gave."""

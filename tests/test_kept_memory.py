@@ -156,3 +156,47 @@ def test_op() -> None:
     for _ in range(3):
         assert torch.equal(gradient_of(table, ids), expected(table, ids))
         keep(table.weight.nbytes, False)  # as if it had gone
+
+
+def test_a_table_that_changes_its_size() -> None:
+    """Memory of another size is given back, and of the new one kept."""
+    table = table_of(2 * KEPT)
+    ids = torch.arange(6).reshape(2, 3)
+    for dtype in (torch.float32, torch.bfloat16, torch.float64):
+        table.to(dtype)
+        for _ in range(3):
+            assert torch.equal(gradient_of(table, ids), expected(table, ids))
+    table.weight.data = torch.ones(10, 4)
+    assert torch.equal(gradient_of(table, ids), expected(table, ids))
+
+
+def test_gradients_are_ordinary_tensors() -> None:
+    table = table_of(2 * KEPT)
+    ids = torch.arange(6).reshape(2, 3)
+    gradient = gradient_of(table, ids)
+    before = gradient.clone()
+    shape = gradient.shape
+    gradient.resize_(2 * shape[0], shape[1])
+    assert torch.equal(gradient[: shape[0]], before)
+    gradient.untyped_storage().resize_(0)
+    assert torch.equal(gradient_of(table, ids), before)
+    torch.__future__.set_swap_module_params_on_conversion(True)
+    try:
+        table.bfloat16()
+    finally:
+        torch.__future__.set_swap_module_params_on_conversion(False)
+    assert torch.equal(gradient_of(table, ids), before.bfloat16())
+
+
+def test_hooks_of_users_go_first() -> None:
+    """A table has room for one kind of hook after accumulation: memory is not kept then, and all is right."""
+    table = table_of(2 * KEPT)
+    ids = torch.arange(6).reshape(2, 3)
+    seen = []
+    gradient_of(table, ids)
+    handle = table.weight.register_post_accumulate_grad_hook(lambda weight: seen.append(weight.grad.sum().item()))
+    for _ in range(2):
+        assert torch.equal(gradient_of(table, ids), expected(table, ids))
+    handle.remove()
+    assert torch.equal(gradient_of(table, ids), expected(table, ids))
+    assert seen == [6 * 64.0] * 2

@@ -844,6 +844,20 @@ def test_states_that_cannot_be_changed_are_copied(change: Any) -> None:
     assert optimizers[1].state[bags[1].weight]["step"] == 3
 
 
+@pytest.mark.parametrize("sparse", [False, True])
+def test_takes_over_from_gradients(sparse: bool) -> None:
+    """A table with a graph that was made before it had an optimizer."""
+    table = nlpkernels.Embedding(10, 4, sparse=sparse)
+    ids = torch.tensor([[1, 2]])
+    alive = table(ids).sum()
+    before = table.weight.detach().clone()
+    optimizer = nlpkernels.optim.SGD(table.parameters(), lr=0.5)
+    table(ids).sum().backward()
+    optimizer.step()
+    assert torch.equal(table.weight[1:3], before[1:3] - 0.5)
+    assert alive.requires_grad
+
+
 @pytest.mark.parametrize("shape", [(1, 1), (1, 3), (3, 1), (V, E)], ids=str)
 def test_refuses_a_gradient_from_elsewhere(shape: tuple[int, int]) -> None:
     """Also beside the placeholder, of a table of any shape, and also with a graph of its own."""

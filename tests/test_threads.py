@@ -32,6 +32,31 @@ def run_python(code: str, **environment: str) -> str:
     return ended.stdout
 
 
+def test_threads_that_train_one_sparse_table() -> None:
+    """Each of them may be the first to see it."""
+    run_python(
+        """
+        import sys, threading
+        torch.set_num_threads(1)
+        sys.setswitchinterval(1e-5)
+        ids, grad = torch.arange(8), torch.ones(8, 8)
+        for _ in range(1500):
+            table = nlpkernels.Embedding(64, 8, sparse=True)
+            start = threading.Barrier(4)
+
+            def train():
+                start.wait()
+                for _ in range(5):
+                    table(ids).backward(grad)
+
+            threads = [threading.Thread(target=train) for _ in range(4)]
+            for thread in threads: thread.start()
+            for thread in threads: thread.join()
+            assert (table.weight.grad.to_dense()[:8] == 20).all()
+        """
+    )
+
+
 def work(seed: int) -> Callable[[], list[Tensor]]:
     """Forward and backward passes that are cut by sequences, by hidden units, by bags and by rows."""
     generator = torch.Generator().manual_seed(seed)

@@ -110,7 +110,12 @@ inline at::Tensor gradient_zeros(at::IntArrayRef shape, const at::TensorOptions&
   const bool is_new = block == nullptr;
   if (is_new) block = static_cast<char*>(std::aligned_alloc(kAlign, (bytes + kAlign - 1) / kAlign * kAlign));
   TORCH_CHECK(block != nullptr, "embedding_bag_backward: no memory for a gradient of ", bytes, " bytes");
-  at::Tensor zeros = at::from_blob(block, shape, [bytes](void* data) { KeptMemory::give(data, bytes); }, options);
+  at::Tensor zeros = at::for_blob(block, shape)
+                         .deleter([bytes](void* data) { KeptMemory::give(data, bytes); })
+                         .allocator(c10::GetCPUAllocator())
+                         .resizeable_storage()
+                         .options(options)
+                         .make_tensor();
   // New pages by one thread, huge ones where they may be.
   if (is_new) advise_huge_pages(block, bytes);
   const int64_t pages = (bytes + kPage - 1) / kPage;
