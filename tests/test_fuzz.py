@@ -341,8 +341,9 @@ class Recurrent:
     def __init__(self, c: SimpleNamespace, batch: int, x_shape: tuple[int, ...], state_lead: tuple[int, ...]) -> None:
         self.c, self.data = c, Data(c)
         data = self.data
-        # Products of huge numbers are too large for the dtype, where the exact ones are not, unless gates bound states.
-        is_bounded = c.cell != "rnn_relu" and c.proj == 0 and c.dtype != "float16"
+        # Products of huge numbers are too large for the dtype, where the exact ones are not, unless gates bound states;
+        # and of halves, which are few, two now and then cancel, with what is beside them lost.
+        is_bounded = c.cell != "rnn_relu" and c.proj == 0 and c.dtype not in ("float16", "bfloat16")
         if c.special == "huge" and not (is_bounded or c.dtype == "float64"):
             c.special = ""
         facts = reference.CELLS[c.cell]
@@ -357,6 +358,8 @@ class Recurrent:
             shapes = [(facts.gates * c.hidden, inputs), (facts.gates * c.hidden, self.features)]
             shapes += [(facts.gates * c.hidden,)] * 2 * c.bias + [(self.features, c.hidden)] * (c.proj > 0)
             weights += [data.normal(*s, scale=c.scale / math.sqrt(s[-1] if len(s) > 1 else 1)) for s in shapes]
+        if c.cell == "rnn_relu":  # states that grow from step to step multiply what they are rounded by
+            weights = [w.clamp(-1 / math.sqrt(w.shape[-1]), 1 / math.sqrt(w.shape[-1])) for w in weights]
         one = data.rng.randrange(len(weights))
         weights[one] = data.special(weights[one], "w")
         needs = getattr(c, "needs", "xhcw")

@@ -126,7 +126,7 @@ struct Packing {
   static NLPKERNELS_INLINE V spread(const Element* p) { return V(*p); }
   static NLPKERNELS_INLINE V load(const Element* p) { return V::loadu(p); }
   static NLPKERNELS_INLINE V join(const Operand* row, int64_t /*ld*/, int64_t /*count*/) { return V::loadu(row); }
-  // Or what neighbours along k, from a row of T that is read as it lies: the first n values, and zeros.
+  // Or neighbours along k, from a row of T that is read as it lies: the first n values, and zeros.
   static constexpr int64_t row_step = V::size();
   template <typename T>
   static NLPKERNELS_INLINE V load_row(const T* p, int64_t n = row_step) {
