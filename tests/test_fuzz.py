@@ -359,7 +359,7 @@ class Recurrent:
             shapes += [(facts.gates * c.hidden,)] * 2 * c.bias + [(self.features, c.hidden)] * (c.proj > 0)
             weights += [data.normal(*s, scale=c.scale / math.sqrt(s[-1] if len(s) > 1 else 1)) for s in shapes]
         if c.cell == "rnn_relu":  # states that grow from step to step multiply what they are rounded by
-            weights = [w.clamp(-1 / math.sqrt(w.shape[-1]), 1 / math.sqrt(w.shape[-1])) for w in weights]
+            weights = [w / max(1.0, largest(w) * math.sqrt(w.shape[-1]) / 0.9) if w.dim() == 2 else w for w in weights]
         one = data.rng.randrange(len(weights))
         weights[one] = data.special(weights[one], "w")
         needs = getattr(c, "needs", "xhcw")
