@@ -525,11 +525,12 @@ def test_saved_tensors_pass_the_hooks(device: str) -> None:
         output.backward()
 
 
-@pytest.mark.parametrize("columns", [1, 15, 16, 17, 31, 33, 255, 256, 257, 511, 512, 513])
-@pytest.mark.parametrize("rows", [1, 2, 50, 12 << 20])
-def test_lookups_copy_rows(columns: int, rows: int, device: str) -> None:
-    """Of fewer and more bytes than are copied by the vector, in tables that are and are not in a cache."""
-    rows = max(1, rows // (4 * columns) + 1) if rows > 50 else rows
+@pytest.mark.parametrize("columns", [1, 15, 16, 17, 31, 32, 33, 255, 256, 257, 511, 512, 513])
+@pytest.mark.parametrize("rows", [1, 2, 50, "in cache", "beyond"])
+def test_lookups_copy_rows(columns: int, rows: int | str, device: str) -> None:
+    """Of fewer and more bytes than are copied by the vector, in tables that are and are not taken to be in a cache."""
+    if isinstance(rows, str):
+        rows = (12 << 20) // (4 * columns) + (rows == "beyond")
     table = torch.randn(rows, columns, device=device)
     for count in (0, 1, 60):
         ids = torch.randint(rows, (count,), device=device)

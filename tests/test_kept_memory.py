@@ -33,7 +33,7 @@ def expected(table: nn.Module, ids: Tensor, steps: int = 1) -> Tensor:
     return steps * uses.unsqueeze(1).expand(table.weight.shape).to(table.weight.dtype)
 
 
-@pytest.mark.parametrize("values", [KEPT - 64, KEPT, KEPT + 64, 12 * KEPT + 64])
+@pytest.mark.parametrize("values", [KEPT - 64, KEPT, KEPT + 64, 2 * KEPT - 64, 2 * KEPT, 2 * KEPT + 64, 12 * KEPT + 64])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 @pytest.mark.parametrize("threads", [1, 2, 5])
 def test_kept_from_step_to_step(values: int, dtype: torch.dtype, threads: int, restored_threads: None) -> None:

@@ -139,6 +139,20 @@ def test_matches_torch_on_larger_sizes(kind: str, size: tuple[int, ...], dtype: 
     compare(theirs, ours, torch.randn(steps, batch, inputs, device=device), None, dtype)
 
 
+@pytest.mark.parametrize("batch", [1, 2, 12, 13, 65])
+@pytest.mark.parametrize("k", [1, 2, 31, 32, 33, 255, 256, 257])
+@pytest.mark.parametrize("kind", ["lstm", "lstm_projected", "gru"])
+def test_bfloat16_around_pairs_and_chains(kind: str, k: int, batch: int, device: str) -> None:
+    """Of k inputs, of k units, and of k rows that weights' gradients are sums of; several steps of few sequences, for
+    errors to be typical."""
+    few = 8 if batch < 12 else 1
+    for steps in {few, few + 2, max(few, -(-k // batch))}:
+        for inputs, hidden in ((k, 40), (40, k)) if k > 2 else ((k, 40), (40, k + 30)):
+            theirs, ours = pair(kind, inputs, hidden, device=device)
+            x = torch.randn(steps, batch, inputs, device=device)
+            compare(theirs, ours, x, states_for(theirs, (batch,), torch.float32, device), torch.bfloat16)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("sizes", [(1, 2), (2, 15), (17, 32), (31, 33), (64, 16), (33, 48)], ids=str)
 @pytest.mark.parametrize("kind", LAYERS)

@@ -23,14 +23,6 @@ namespace nlpkernels {
 inline namespace CPU_CAPABILITY {
 namespace {
 
-using ForwardSignature = std::tuple<Tensor, Tensor, Tensor, Tensor>(const Tensor&, const OptionalTensor&, const Tensor&,
-                                                                    const OptionalTensor&, at::TensorList,
-                                                                    c10::string_view, bool, const OptionalTensor&);
-using BackwardSignature = std::tuple<Tensor, Tensor, Tensor, std::vector<Tensor>>(
-    const OptionalTensor&, const OptionalTensor&, const OptionalTensor&, const Tensor&, const OptionalTensor&,
-    const Tensor&, const OptionalTensor&, at::TensorList, c10::string_view, const Tensor&, const Tensor&, bool, bool,
-    const OptionalTensor&);
-
 #ifdef __AVX512BF16__
 #define NLPKERNELS_DISPATCH(type, name, ...) \
   AT_DISPATCH_SWITCH(type, name, AT_DISPATCH_CASE(at::kBFloat16, __VA_ARGS__))
@@ -53,7 +45,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> recurrent(const Tensor& x, const Opti
                                                      const Tensor& h0, const OptionalTensor& c0, at::TensorList weights,
                                                      c10::string_view cell, bool keep, const OptionalTensor& h_mask) {
   if (!kServesBfloat16Alone && x.scalar_type() == at::kBFloat16) {
-    static const auto op = of_bfloat16<ForwardSignature>("nlpkernels::_recurrent_bfloat16");
+    static const auto op = of_bfloat16<decltype(recurrent)>("nlpkernels::_recurrent_bfloat16");
     const at::AutoDispatchBelowADInplaceOrView below_autograd;
     if (op) return op->call(x, batch_sizes, h0, c0, weights, cell, keep, h_mask);
   }
@@ -78,7 +70,7 @@ std::tuple<Tensor, Tensor, Tensor, std::vector<Tensor>> recurrent_backward(
     c10::string_view cell, const Tensor& y, const Tensor& workspace, bool need_dx, bool need_dweights,
     const OptionalTensor& h_mask) {
   if (!kServesBfloat16Alone && x.scalar_type() == at::kBFloat16) {
-    static const auto op = of_bfloat16<BackwardSignature>("nlpkernels::_recurrent_bfloat16_backward");
+    static const auto op = of_bfloat16<decltype(recurrent_backward)>("nlpkernels::_recurrent_bfloat16_backward");
     const at::AutoDispatchBelowADInplaceOrView below_autograd;
     if (op) {
       return op->call(dy, dh_n, dc_n, x, batch_sizes, h0, c0, weights, cell, y, workspace, need_dx, need_dweights,
