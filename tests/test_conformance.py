@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from kinks import STEP, keep_from_kinks
+from rounding import STEP, keep_from_kinks
 from tolerances import assert_few_close
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 import torch
-from kinks import STEP, keep_from_kinks, rounding
+from rounding import STEP, keep_from_kinks, rounding
 from tolerances import assert_as_exact, relative_error
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from kinks import STEP, keep_from_kinks, rounding
+from rounding import STEP, keep_from_kinks, rounding
 from test_recurrent import DTYPES, LAYERS, pair, states_for, tensors
 from tolerances import assert_as_exact
 from torch import Tensor, nn
