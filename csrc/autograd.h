@@ -269,13 +269,18 @@ struct PoolingSettings {
   bool updated;  // in backward, by an optimizer: the table gets no gradient
 };
 
+inline const auto& embedding_bag_op() {
+  using Signature = std::tuple<Tensor, Tensor>(const Tensor&, const Tensor&, const OptionalTensor&,
+                                               const OptionalTensor&, c10::string_view, int64_t, bool, bool, bool);
+  static const auto embedding_bag = op<Signature>("embedding_bag");
+  return embedding_bag;
+}
+
 inline std::tuple<Tensor, Tensor> call_embedding_bag(const Tensor& weight, const Tensor& indices,
                                                      const OptionalTensor& offsets,
                                                      const OptionalTensor& per_sample_weights,
                                                      const PoolingSettings& settings) {
-  using Signature = std::tuple<Tensor, Tensor>(const Tensor&, const Tensor&, const OptionalTensor&,
-                                               const OptionalTensor&, c10::string_view, int64_t, bool, bool, bool);
-  static const auto embedding_bag = op<Signature>("embedding_bag");
+  const auto& embedding_bag = embedding_bag_op();
   const at::AutoDispatchBelowADInplaceOrView below_autograd;
   if (settings.mode != "lookup") {
     return embedding_bag.call(weight, indices, offsets, per_sample_weights, settings.mode, settings.padding_idx,
@@ -286,6 +291,14 @@ inline std::tuple<Tensor, Tensor> call_embedding_bag(const Tensor& weight, const
   auto shape = indices.sym_sizes().vec();
   shape.push_back(weight.sym_size(1));
   return {rows.view_symint(shape), aux};
+}
+
+inline Tensor call_embedding_dot(const Tensor& h, const Tensor& weight, const Tensor& indices,
+                                 const OptionalTensor& offsets, int64_t padding_idx, bool include_last_offset,
+                                 bool sparse) {
+  using Signature = Tensor(const Tensor&, const Tensor&, const Tensor&, const OptionalTensor&, int64_t, bool, bool);
+  static const auto embedding_dot = op<Signature>("embedding_dot");
+  return embedding_dot.call(h, weight, indices, offsets, padding_idx, include_last_offset, sparse);
 }
 
 // Of gradients from which on memory is kept, as in csrc/cpu/kept_memory.h.
@@ -385,8 +398,8 @@ inline Tensor embedding_bag_gradient(const Tensor& grad, const c10::SymInt& rows
 }
 
 // Whether the backward pass at work adds to table.grad: not to a frozen table's, nor for `inputs` without it.
-inline bool accumulates(Context* ctx, const Tensor& table) {
-  if (!ctx->needs_input_grad(0) || !table.requires_grad()) return false;
+inline bool accumulates(Context* ctx, size_t argument, const Tensor& table) {
+  if (!ctx->needs_input_grad(argument) || !table.requires_grad()) return false;
   const auto* plan = torch::autograd::get_current_graph_task_exec_info();
   TORCH_CHECK(
       plan != nullptr,
@@ -415,6 +428,15 @@ inline void collect(const Tensor& table, int64_t rows, const Tensor& grad, const
                         settings.padding_idx, settings.include_last_offset, settings.scale_grad_by_freq);
 }
 
+// In a backward pass, before all else.
+inline void check_updated_once(Context* ctx, bool updated) {
+  TORCH_CHECK(!updated || !at::GradMode::is_enabled(),
+              "a gradient that is applied in backward (nlpkernels.optim) cannot be differentiated");
+  TORCH_CHECK(ctx->saved_data.count("used") == 0,
+              "a second backward pass through one graph: unless it failed, the first one has updated the table "
+              "(nlpkernels.optim), and this one's gradient would be that of the table as it was; call the layer again");
+}
+
 class EmbeddingBagFunction : public torch::autograd::Function<EmbeddingBagFunction> {
  public:
   static Tensor forward(Context* ctx, const Tensor& weight, const OptionalTensor& per_sample_weights,
@@ -435,12 +457,7 @@ class EmbeddingBagFunction : public torch::autograd::Function<EmbeddingBagFuncti
   static variable_list backward(Context* ctx, const variable_list& grads) {
     variable_list result(5);
     const bool updated = ctx->saved_data.count("table") != 0;
-    TORCH_CHECK(!updated || !at::GradMode::is_enabled(),
-                "a gradient that is applied in backward (nlpkernels.optim) cannot be differentiated");
-    TORCH_CHECK(
-        ctx->saved_data.count("used") == 0,
-        "a second backward pass through one graph: unless it failed, the first one has updated the table "
-        "(nlpkernels.optim), and this one's gradient would be that of the table as it was; call the layer again");
+    check_updated_once(ctx, updated);
     if (!grads[0].defined()) return result;
     const auto saved = ctx->get_saved_variables();
     const Tensor &weight = saved[0], &aux = saved[4];
@@ -457,11 +474,10 @@ class EmbeddingBagFunction : public torch::autograd::Function<EmbeddingBagFuncti
                                          aux, settings);
     }
     if (per_sample_weights && ctx->needs_input_grad(1)) {
-      using Signature = Tensor(const Tensor&, const Tensor&, const Tensor&, const OptionalTensor&, int64_t, bool);
-      static const auto per_sample = op<Signature>("embedding_bag_per_sample_backward");
-      result[1] = per_sample.call(grad, weight, indices, offsets, settings.padding_idx, settings.include_last_offset);
+      result[1] = call_embedding_dot(grad, weight, indices, offsets, settings.padding_idx, settings.include_last_offset,
+                                     /*sparse=*/false);
     }
-    if (updated && accumulates(ctx, ctx->saved_data["table"].toTensor())) {
+    if (updated && accumulates(ctx, 0, ctx->saved_data["table"].toTensor())) {
       const int64_t rows = ctx->saved_data["rows"].toSymInt().guard_int(__FILE__, __LINE__);
       collect(ctx->saved_data["table"].toTensor(), rows, grad, indices, offsets, per_sample_weights, aux, settings);
       ctx->saved_data["used"] = true;
@@ -482,6 +498,58 @@ inline Tensor embedding_bag(const Tensor& weight, const Tensor& indices, const O
     return EmbeddingBagFunction::apply(weight, per_sample_weights, indices, offsets, settings);
   }
   return std::get<0>(call_embedding_bag(weight, indices, offsets, per_sample_weights, settings));
+}
+
+// Scores [B, K] of h [B, E] and rows of a table. Their gradients are those of bags: of h the sum of the rows, each
+// times the gradient of its score, and of the table the like sum of h.
+class EmbeddingDotFunction : public torch::autograd::Function<EmbeddingDotFunction> {
+ public:
+  static Tensor forward(Context* ctx, const Tensor& h, const Tensor& weight, const Tensor& indices, bool sparse,
+                        bool updated) {
+    const at::AutoDispatchBelowADInplaceOrView below_autograd;
+    ctx->set_materialize_grads(false);
+    ctx->save_for_backward({h, weight, indices});
+    ctx->saved_data["sparse"] = sparse;
+    if (updated) ctx->saved_data["table"] = weight;
+    return call_embedding_dot(h, weight, indices, std::nullopt, kNoPadding, false, sparse);
+  }
+
+  static variable_list backward(Context* ctx, const variable_list& grads) {
+    variable_list result(5);
+    const bool updated = ctx->saved_data.count("table") != 0;
+    check_updated_once(ctx, updated);
+    if (!grads[0].defined()) return result;
+    const auto saved = ctx->get_saved_variables();
+    const Tensor &grad = grads[0], &h = saved[0], &weight = saved[1], &indices = saved[2];
+    const PoolingSettings settings{"sum", kNoPadding, false, false, ctx->saved_data["sparse"].toBool(), updated};
+    const Tensor aux = at::empty({0}, indices.options().dtype(at::kLong));
+    const BackwardGuard guard(grads, saved);
+    if (ctx->needs_input_grad(0)) {
+      result[0] = std::get<0>(embedding_bag_op().call(weight, indices, std::nullopt, grad, settings.mode, kNoPadding,
+                                                      false, false, settings.sparse));
+    }
+    if (ctx->needs_input_grad(1) && !updated) {
+      result[1] = embedding_bag_gradient(h, weight.sym_size(0), indices, std::nullopt, grad, aux, settings);
+    }
+    if (updated && accumulates(ctx, 1, ctx->saved_data["table"].toTensor())) {
+      const int64_t rows = weight.sym_size(0).guard_int(__FILE__, __LINE__);
+      collect(ctx->saved_data["table"].toTensor(), rows, h, indices, std::nullopt, grad, aux, settings);
+      ctx->saved_data["used"] = true;
+    }
+    return result;
+  }
+
+ private:
+  static constexpr int64_t kNoPadding = -1;
+};
+
+inline Tensor embedding_dot(const Tensor& h, const Tensor& weight, const Tensor& indices, bool sparse, bool updated) {
+  if (at::GradMode::is_enabled() && (h.requires_grad() || weight.requires_grad())) {
+    if (weight.requires_grad() && weight.is_leaf() && !updated) TableCompanion::meet(weight, sparse);
+    return EmbeddingDotFunction::apply(h, weight, indices, sparse, updated);
+  }
+  const at::AutoDispatchBelowADInplaceOrView below_autograd;
+  return call_embedding_dot(h, weight, indices, std::nullopt, -1, false, sparse);
 }
 
 // A lookup for what is plain: nothing for what is no tensor or one of a subclass, for what torch.jit or a mode is to

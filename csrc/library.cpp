@@ -113,10 +113,21 @@ TORCH_LIBRARY(nlpkernels, m) {
   // On the CPU: a table of so many bytes, whose gradients' memory is kept from step to step, has come or gone.
   m.def("_keep_memory(int bytes, bool is_new) -> ()");
 
-  // Gradient of per_sample_weights (mode "sum"), shaped like indices.
+  // Products of a vector for each bag with the rows of that bag, none of which is stored: the scores of a sampled loss,
+  // and the gradient of per_sample_weights (mode "sum"), of which h is the gradient of out.
+  //   h            [B, E]
+  //   sparse       of backward, as above
+  // Returns scores like indices, h[bag] . weight[index], and 0 for padding_idx and where an index is in no bag.
   m.def(
-      "embedding_bag_per_sample_backward(Tensor grad, Tensor weight, Tensor indices, Tensor? offsets,"
-      " int padding_idx, bool include_last_offset) -> Tensor");
+      "embedding_dot(Tensor h, Tensor weight, Tensor indices, Tensor? offsets, int padding_idx,"
+      " bool include_last_offset, bool sparse) -> Tensor");
+
+  // Rows that a sampled loss holds against targets [B], int64: `number` for each, [B, number], from the stream of
+  // random numbers that `seed`, int64 [], begins; the same for any number of threads.
+  //   cumulative   int64 [V], rising to 2^53 at most: a row is as probable as its number is larger than the one before
+  //   guide        int64 [2^n]: guide[i] is the first row whose number is larger than i 2^(53 - n)
+  // A target itself is not drawn; -1 stands for none. There has to be another row that can be.
+  m.def("draw_negatives(Tensor seed, Tensor cumulative, Tensor guide, Tensor targets, int number) -> Tensor");
 }
 
 TORCH_LIBRARY_IMPL(nlpkernels, Batched, m) {
@@ -194,6 +205,8 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("embedding_bag", &nlpkernels::embedding_bag, pybind11::call_guard<pybind11::gil_scoped_release>(),
         "The first output of the op of this name, with derivatives for eager calls; indices of a lookup may have any "
         "shape, before which goes no reshape.");
+  m.def("embedding_dot", &nlpkernels::embedding_dot, pybind11::call_guard<pybind11::gil_scoped_release>(),
+        "The op of this name for bags [B, L], with derivatives for eager calls.");
   m.def("lookup", &nlpkernels::lookup,
         "The op embedding_bag for a table that no optimizer updates in backward, in mode lookup; None where something "
         "does not fit, or is not a plain tensor.");

@@ -45,6 +45,7 @@ def embedding_bag(
     sparse: bool,
     updated: bool,
 ) -> Tensor: ...
+def embedding_dot(h: Tensor, weight: Tensor, indices: Tensor, sparse: bool, updated: bool) -> Tensor: ...
 def embedding_bag_update(
     grad: Tensor,
     weight: Tensor,

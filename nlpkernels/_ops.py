@@ -112,8 +112,9 @@ for _name in (
     "embedding_bag",
     "embedding_bag_backward",
     "embedding_bag_sparse_backward",
-    "embedding_bag_per_sample_backward",
+    "embedding_dot",
     "embedding_bag_update",
+    "draw_negatives",
 ):
     _behaviour.impl(_name, _of_tensors(_name, getattr(reference, _name)), "CompositeExplicitAutograd")
 
@@ -257,9 +258,14 @@ def _(grad: Tensor, num_embeddings: int, *others: Any) -> tuple[Tensor, Tensor]:
     return grad.new_empty(rows, dtype=torch.long), grad.new_empty(rows, grad.shape[1])
 
 
-@_fake("embedding_bag_per_sample_backward")
-def _(grad: Tensor, weight: Tensor, indices: Tensor, *others: Any) -> Tensor:
+@_fake("embedding_dot")
+def _(h: Tensor, weight: Tensor, indices: Tensor, *others: Any) -> Tensor:
     return weight.new_empty(indices.shape)
+
+
+@_fake("draw_negatives")
+def _(seed: Tensor, cumulative: Tensor, guide: Tensor, targets: Tensor, number: int) -> Tensor:
+    return targets.new_empty(targets.shape[0], number)
 
 
 @_fake("embedding_bag_update")
@@ -566,7 +572,6 @@ def _differentiable_by_reference(name: str) -> Callable[..., Any]:
 _recurrent_backward = _differentiable_by_reference("recurrent_backward")
 _recurrent_states_backward = _differentiable_by_reference("recurrent_states_backward")
 _embedding_bag_backward = _differentiable_by_reference("embedding_bag_backward")
-_embedding_bag_per_sample_backward = _differentiable_by_reference("embedding_bag_per_sample_backward")
 
 
 def _save_recurrent(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -620,6 +625,18 @@ def _save_embedding_bag(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor,
     ctx.save_for_backward(weight if needs_weight else None, indices, offsets, per_sample_weights, output[1])
 
 
+def _gradient_of_table(sparse: bool, grad: Tensor, num_embeddings: int, *others: Any) -> Tensor:
+    """What `embedding_bag_backward` gives, or the same as a sparse tensor."""
+    if not sparse:
+        return _embedding_bag_backward(grad, num_embeddings, *others)  # type: ignore[no-any-return]
+    rows, values = _embedding_bag_sparse_backward(grad, num_embeddings, *others)
+    # What torch.sparse_coo_tensor calls; that warns in torch 2.11, whatever it is told to check.
+    return torch.ops.aten._sparse_coo_tensor_with_dims_and_tensors.default(  # type: ignore[no-any-return]
+        1, 1, (num_embeddings, grad.shape[1]), rows.unsqueeze(0), values, dtype=values.dtype,
+        layout=torch.sparse_coo, device=values.device, is_coalesced=True,
+    )  # fmt: skip
+
+
 def _backward_embedding_bag(ctx: Any, grad: Tensor | None, _: Tensor | None) -> tuple[Any, ...]:
     if grad is None:
         return (None,) * 9
@@ -627,23 +644,35 @@ def _backward_embedding_bag(ctx: Any, grad: Tensor | None, _: Tensor | None) -> 
     mode, padding_idx, include_last_offset, scale_grad_by_freq, sparse = ctx.settings
     dweight = dfactors = None
     if ctx.needs_input_grad[0]:
-        arguments = (
-            grad, ctx.num_embeddings, indices, offsets, per_sample_weights, aux, mode, padding_idx,
+        dweight = _gradient_of_table(
+            sparse, grad, ctx.num_embeddings, indices, offsets, per_sample_weights, aux, mode, padding_idx,
             include_last_offset, scale_grad_by_freq,
         )  # fmt: skip
-        if sparse:
-            rows, values = _embedding_bag_sparse_backward(*arguments)
-            size = (ctx.num_embeddings, grad.shape[1])
-            # What torch.sparse_coo_tensor calls; that warns in torch 2.11, whatever it is told to check.
-            dweight = torch.ops.aten._sparse_coo_tensor_with_dims_and_tensors.default(
-                1, 1, size, rows.unsqueeze(0), values, dtype=values.dtype, layout=torch.sparse_coo,
-                device=values.device, is_coalesced=True,
-            )  # fmt: skip
-        else:
-            dweight = _embedding_bag_backward(*arguments)
     if ctx.needs_input_grad[3]:
-        dfactors = _embedding_bag_per_sample_backward(grad, weight, indices, offsets, padding_idx, include_last_offset)
+        dfactors = _embedding_dot(grad, weight, indices, offsets, padding_idx, include_last_offset, False)
     return dweight, None, None, dfactors, None, None, None, None, None
+
+
+def _save_embedding_dot(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    h, weight, indices, offsets, *ctx.settings = inputs
+    ctx.save_for_backward(h, weight, indices, offsets)
+
+
+def _backward_embedding_dot(ctx: Any, grad: Tensor | None) -> tuple[Any, ...]:
+    """Gradients of bags, in which the scores' gradients stand for per_sample_weights."""
+    if grad is None:
+        return (None,) * 7
+    h, weight, indices, offsets = ctx.saved_tensors
+    padding_idx, include_last_offset, sparse = ctx.settings
+    dh = dweight = None
+    if ctx.needs_input_grad[0]:
+        dh = _embedding_bag(weight, indices, offsets, grad, "sum", padding_idx, include_last_offset, False, sparse)[0]
+    if ctx.needs_input_grad[1]:
+        aux = indices.new_empty(0, dtype=torch.long)
+        dweight = _gradient_of_table(
+            sparse, h, weight.shape[0], indices, offsets, grad, aux, "sum", padding_idx, include_last_offset, False
+        )
+    return dh, dweight, None, None, None, None, None
 
 
 def _save_nothing(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -667,6 +696,7 @@ _embedding_bag = _differentiable(
     lambda inputs: (1,),
     partial(reference.embedding_bag, trains=True),
 )
+_embedding_dot = _differentiable("embedding_dot", _save_embedding_dot, _backward_embedding_dot)
 
 # --- Tables that are updated in backward -----------------------------------------------------------------------------
 
@@ -833,3 +863,24 @@ def embedding_bag(
     flat = indices.reshape(-1, 1) if mode == "lookup" else indices
     rows: Tensor = _embedding_bag(weight, flat, offsets, per_sample_weights, *settings, sparse)[0]
     return rows.reshape(*indices.shape, rows.shape[1]) if mode == "lookup" else rows
+
+
+def embedding_dot(h: Tensor, weight: Tensor, indices: Tensor, sparse: bool) -> Tensor:
+    """Scores of h [B, E] and rows of a table, [B, K] as indices: `reference.embedding_dot`, with derivatives.
+
+    Autocast brings h to the table's dtype: the table is not to be copied.
+    """
+    if autocast_dtype(h.device.type) is not None and h.is_floating_point():
+        h = h.to(weight.dtype)
+    if not torch.compiler.is_compiling():
+        updated = bool(UPDATED_IN_BACKWARD) and optimizer_of(weight) is not None
+        if not _is_transformed():
+            return _C.embedding_dot(h, weight, indices, sparse, updated)
+        if updated:
+            raise RuntimeError("a table that is updated in backward (nlpkernels.optim) cannot be used in torch.func")
+    return _embedding_dot(h, weight, indices, None, -1, False, sparse)  # type: ignore[no-any-return]
+
+
+def draw_negatives(seed: Tensor, cumulative: Tensor, guide: Tensor, targets: Tensor, number: int) -> Tensor:
+    """`reference.draw_negatives`: rows [B, number], none of them its target."""
+    return _ops.draw_negatives(seed, cumulative, guide, targets, number)  # type: ignore[no-any-return]

@@ -16,7 +16,7 @@ from torch.overrides import handle_torch_function, has_torch_function_variadic
 from nlpkernels import _ops, reference
 from nlpkernels._giving_way import is_complex, is_torchs, refuse, refuse_nested
 
-__all__ = ["embedding", "embedding_bag", "gru", "lstm", "rnn_relu", "rnn_tanh"]
+__all__ = ["embedding", "embedding_bag", "embedding_dot", "gru", "lstm", "rnn_relu", "rnn_tanh"]
 
 
 def _layers(
@@ -303,11 +303,11 @@ def _renormalise(max_norm: float, norm_type: float, weight: Tensor, ids: Tensor,
         torch.embedding_renorm_(weight.detach(), ids.contiguous(), max_norm, norm_type)
 
 
-def _check_ids(function: str, input: Tensor) -> None:
-    dtype = getattr(input, "dtype", None)
+def _check_ids(function: str, ids: Tensor, name: str = "input (the indices)") -> None:
+    dtype = getattr(ids, "dtype", None)
     if dtype is not torch.int64 and dtype is not torch.int32:
-        got = dtype if isinstance(input, Tensor) else type(input).__name__
-        raise TypeError(f"{function}: expected input (the indices) of dtype int32 or int64, got {got}")
+        got = dtype if isinstance(ids, Tensor) else type(ids).__name__
+        raise TypeError(f"{function}: expected {name} of dtype int32 or int64, got {got}")
 
 
 def _check_table(function: str, weight: Tensor) -> None:
@@ -500,3 +500,33 @@ def embedding_bag(
     return _ops.embedding_bag(
         weight, input, offsets, per_sample_weights, mode, padding, include_last_offset, scale_grad_by_freq, sparse
     )
+
+
+def embedding_dot(h: Tensor, weight: Tensor, indices: Tensor, *, sparse: bool = False) -> Tensor:
+    """Multiply each of h with some rows of a table, never storing the rows: the scores of a sampled loss.
+
+        scores[b, k] = h[b] . weight[indices[b, k]]
+
+    Args:
+        h: vectors, [B, E].
+        weight: the table, [V, E], in h's dtype: float32, float64, bfloat16 or float16. Autocast brings h to its dtype.
+        indices: int32 or int64, [B, K].
+        sparse: return weight's gradient as a coalesced sparse tensor.
+
+    Returns:
+        [B, K] in weight's dtype; sums are in float32 for bfloat16 and float16.
+
+    Raises:
+        IndexError: an index is not a row of weight; it is named with its position.
+        RuntimeError: h's shape, dtype or device does not fit.
+        TypeError: indices are not int32 or int64.
+        ValueError: weight or indices are not 2-D.
+    """
+    if is_torchs(h, weight, indices) or is_complex(weight):
+        rows = torch.nn.functional.embedding(indices, weight, sparse=sparse)
+        return torch.matmul(rows, h.unsqueeze(2)).squeeze(2)
+    _check_ids("embedding_dot", indices, "indices")
+    _check_table("embedding_dot", weight)
+    if indices.dim() != 2:
+        raise ValueError(f"embedding_dot: expected indices of shape [B, K], got {list(indices.shape)}")
+    return _ops.embedding_dot(h, weight, indices, sparse)

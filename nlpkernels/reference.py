@@ -661,20 +661,64 @@ def embedding_bag_update(
     weight[rows] = (weight[rows].to(g.dtype) - change).to(weight.dtype)
 
 
-def embedding_bag_per_sample_backward(
-    grad: Tensor,
+def embedding_dot(
+    h: Tensor,
     weight: Tensor,
     indices: Tensor,
     offsets: Tensor | None,
     padding_idx: int,
     include_last_offset: bool,
+    sparse: bool,
 ) -> Tensor:
-    """Gradient of per_sample_weights, shaped like indices."""
-    _check_bags(weight, indices, offsets, None, "sum", grad=grad)
+    """h[bag] . weight[index] for each index of a bag, shaped like indices; 0 for padding_idx and in no bag."""
+    _check_bags(weight, indices, offsets, None, "sum", grad=h)
     uses = _uses(indices, offsets, weight.shape[0], padding_idx, include_last_offset)
-    if tuple(grad.shape) != (uses.bags, weight.shape[1]):
-        raise RuntimeError(
-            f"embedding_bag: expected grad of shape {[uses.bags, weight.shape[1]]}, got {list(grad.shape)}"
-        )
-    terms = uses.of_bag(grad.to(_arithmetic_dtype(grad.dtype))) * uses.rows_of(weight)
+    if tuple(h.shape) != (uses.bags, weight.shape[1]):
+        raise RuntimeError(f"embedding_dot: expected h of shape {[uses.bags, weight.shape[1]]}, got {list(h.shape)}")
+    terms = uses.of_bag(h.to(_arithmetic_dtype(h.dtype))) * uses.rows_of(weight)
     return terms.sum(-1).reshape(indices.shape).to(weight.dtype)
+
+
+# --- Negative samples ------------------------------------------------------------------------------------------------
+
+PLACES = 2**53
+"""On a line of so many places (all that float64 holds) a row has as many as it is probable."""
+
+
+def line_of(weights: Tensor) -> tuple[Tensor, Tensor]:
+    """The line on which rows are drawn in proportion to weights [V]: `cumulative` and `guide` of `draw_negatives`."""
+    shares = weights.double().cumsum(0)
+    cumulative = (shares / shares[-1] * PLACES).long()
+    parts = 1 << (len(weights) - 1).bit_length()
+    starts = torch.arange(parts, device=weights.device) * (PLACES // parts)
+    return cumulative, torch.searchsorted(cumulative, starts, right=True)
+
+
+def _shifted(x: Tensor, bits: int) -> Tensor:
+    """Shift to the right, as of an unsigned number."""
+    return (x >> bits) & ((1 << (64 - bits)) - 1)
+
+
+def _signed(x: int) -> int:
+    return x - 2**64 if x >= 2**63 else x
+
+
+def draw_negatives(seed: Tensor, cumulative: Tensor, guide: Tensor, targets: Tensor, number: int) -> Tensor:
+    """Rows [B, number], none of them its target; `csrc/cpu/negatives.h` says how."""
+    place_of_number = torch.arange(len(targets) * number, device=targets.device).view(len(targets), number)
+    x = seed + (place_of_number + 1) * _signed(0x9E3779B97F4A7C15)
+    x = (x ^ _shifted(x, 30)) * _signed(0xBF58476D1CE4E5B9)
+    x = (x ^ _shifted(x, 27)) * _signed(0x94D049BB133111EB)
+    x = x ^ _shifted(x, 31)
+    if not bool(((targets >= -1) & (targets < len(cumulative))).all()):
+        raise IndexError(f"draw_negatives: expected targets from 0 to {len(cumulative) - 1}, or -1")
+    begins = torch.cat([cumulative.new_zeros(1), cumulative])
+    begin = begins[targets.clamp(min=0)]
+    width = torch.where(targets >= 0, begins[targets + 1] - begin, 0)
+    left = begins[-1] - width
+    if number > 0 and bool((left <= 0).any()):
+        raise ValueError("draw_negatives: no row but the target has a probability")
+    place = (_shifted(x, 11).double() / PLACES * left.unsqueeze(1).double()).long()
+    begin = torch.where(targets >= 0, begin, PLACES)
+    place = place + torch.where(place >= begin.unsqueeze(1), width.unsqueeze(1), 0)
+    return torch.searchsorted(cumulative, place, right=True).clamp(max=len(cumulative) - 1)

@@ -991,5 +991,5 @@ def test_ops_refuse_what_does_not_fit() -> None:
         ops.embedding_bag_backward(grad, 0, ids, None, None, none, "sum", -1, False, False)
     with pytest.raises(IndexError, match="is 12"):
         ops.embedding_bag_sparse_backward(grad, 10, ids + 12, None, None, none, "sum", -1, False, False)
-    with pytest.raises(RuntimeError, match="grad of shape"):
-        ops.embedding_bag_per_sample_backward(grad[:, :2], weight, ids, None, -1, False)
+    with pytest.raises(RuntimeError, match="h of shape"):
+        ops.embedding_dot(grad[:, :2], weight, ids, None, -1, False, False)

@@ -990,11 +990,9 @@ def check_raw_bags(c: SimpleNamespace) -> None:
     assert torch.equal(rows, t.counted.unique()), "rows of the sparse gradient"
     assert_summed(values, dense[rows], "sparse gradient", terms, t.is_exact)
     if c.mode == "sum":
-        d = ops.embedding_bag_per_sample_backward(laid, weight, ids, offsets, padding, bags)
-        expected = reference.embedding_bag_per_sample_backward(
-            grad.double(), t.weight.double(), ids, offsets, padding, bags
-        )
-        assert_summed(d, expected, "gradient of factors", max(1, c.columns) * largest(grad, t.weight), t.is_exact)
+        d = ops.embedding_dot(laid, weight, ids, offsets, padding, bags, False)
+        expected = reference.embedding_dot(grad.double(), t.weight.double(), ids, offsets, padding, bags, False)
+        assert_summed(d, expected, "products", max(1, c.columns) * largest(grad, t.weight), t.is_exact)
     # A step of an optimizer.
     states_dtype = torch.float64 if c.dtype == "float64" else torch.float32
     number = {"sgd": 0, "adam": 2}.get(c.rule, 1)

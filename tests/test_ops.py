@@ -69,14 +69,20 @@ def bag_samples(device: str) -> list[tuple[Any, ...]]:
     return samples
 
 
+def draw_samples(device: str) -> list[tuple[Any, ...]]:
+    cumulative, guide = reference.line_of(torch.tensor([3.0, 0, 5, 1e-3, 8, 2, 0], device=device))
+    targets, seed = torch.tensor([0, 4, 1, -1, 6], device=device), torch.tensor(7, device=device)
+    return [(seed, cumulative, guide, targets, number) for number in (0, 1, 5)]
+
+
 def backward_samples(device: str) -> dict[str, list[tuple[Any, ...]]]:
-    """Arguments of the ops that are first derivatives, from their forward samples."""
+    """Arguments of the ops that are first derivatives, or made of the same, from their forward samples."""
     samples: dict[str, list[tuple[Any, ...]]] = {
         "recurrent_backward": [],
         "recurrent_states_backward": [],
         "embedding_bag_backward": [],
         "embedding_bag_sparse_backward": [],
-        "embedding_bag_per_sample_backward": [],
+        "embedding_dot": [],
     }
     for i, args in enumerate(recurrent_samples(device)):
         *inputs, keep, h_mask = args
@@ -99,7 +105,7 @@ def backward_samples(device: str) -> dict[str, list[tuple[Any, ...]]]:
         samples["embedding_bag_backward"].append(args)
         samples["embedding_bag_sparse_backward"].append((grad.detach(), *args[1:4], None, *args[5:]))
         if mode == "sum":
-            samples["embedding_bag_per_sample_backward"].append((grad, table, ids, offsets, padding, last))
+            samples["embedding_dot"].append((grad, table, ids, offsets, padding, last, False))
     return samples
 
 
@@ -110,7 +116,8 @@ ALL_OPS = [
     "embedding_bag",
     "embedding_bag_backward",
     "embedding_bag_sparse_backward",
-    "embedding_bag_per_sample_backward",
+    "embedding_dot",
+    "draw_negatives",
 ]
 WITH_KERNELS = [name for name in ALL_OPS if name != "recurrent_states_backward"]  # which always runs reference.py
 
@@ -118,6 +125,8 @@ WITH_KERNELS = [name for name in ALL_OPS if name != "recurrent_states_backward"]
 def samples_of(name: str, device: str) -> list[tuple[Any, ...]]:
     if name == "recurrent":
         return recurrent_samples(device)
+    if name == "draw_negatives":
+        return draw_samples(device)
     return bag_samples(device) if name == "embedding_bag" else backward_samples(device)[name]
 
 
@@ -205,7 +214,9 @@ def of_some(name: str, args: tuple[Any, ...], places: list[int]) -> Callable[...
     return outputs
 
 
-@pytest.mark.parametrize("name", [name for name in WITH_KERNELS if name != "embedding_bag_sparse_backward"])
+@pytest.mark.parametrize(
+    "name", [name for name in WITH_KERNELS if name not in ("embedding_bag_sparse_backward", "draw_negatives")]
+)
 @pytest.mark.usefixtures("doubles")
 def test_forward_mode_of_ops(name: str) -> None:
     """Called by themselves, with duals or under torch.func.jvp, they carry tangents along as reference.py does."""
@@ -260,7 +271,7 @@ def plain_samples(name: str) -> list[tuple[Any, ...]]:
         return update_samples()
     samples = samples_of(name, "cpu")
     few = 1 if name == "recurrent_states_backward" else 4  # reference.py takes its time
-    kept = [*samples[: -1 : len(samples) // few], samples[-1]]
+    kept = [*samples[: -1 : max(1, len(samples) // few)], samples[-1]]
     return [tree_map_only(Tensor, Tensor.detach, args) for args in kept]
 
 
@@ -528,7 +539,8 @@ def test_none_is_no_tensor(name: str, device: str) -> None:
         if str(argument.type) == "Tensor":
             named = "weight" if argument.name == "grad" else argument.name  # whose dtype kernels name so
             with pytest.raises(
-                (TypeError, ValueError, RuntimeError), match=rf"embedding_bag|recurrent.*: .*({argument.name}|{named})"
+                (TypeError, ValueError, RuntimeError),
+                match=rf"(embedding|recurrent|draw).*: .*({argument.name}|{named})",
             ):
                 getattr(OPS, name)(*args[:i], None, *args[i + 1 :])
 

@@ -14,11 +14,15 @@
 // (embedding_bag_update) goes over: rows of the table are asked for as in the forward pass, but to be written, which
 // takes them from the other cores' caches, and kTogether at a time.
 //
+// Scores (embedding_dot): a thread takes whole bags, and multiplies each row by the bag's vector as it reads it. Their
+// gradients are those of bags, in which scores' gradients stand for per_sample_weights.
+//
 // What a tensor of the caller's is changed by comes last: all that can fail, memory for the threads included, is
 // before.
 #include <ATen/Dispatch.h>
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
+#include <ATen/cpu/vec/functional_base.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/zeros.h>
 #include <torch/library.h>
@@ -26,6 +30,7 @@
 #include <algorithm>
 #include <cmath>
 #include <tuple>
+#include <type_traits>
 #include <utility>
 #include <vector>
 
@@ -33,6 +38,7 @@
 #include "bags.h"
 #include "kept_memory.h"
 #include "memory.h"
+#include "negatives.h"
 #include "row_sum.h"
 #include "sorted_uses.h"
 #include "threads.h"
@@ -425,44 +431,48 @@ void embedding_bag_update(const Tensor& grad, const Tensor& weight, const Option
   });
 }
 
-Tensor embedding_bag_per_sample_backward(const Tensor& grad, const Tensor& weight, const Tensor& indices,
-                                         const OptionalTensor& offsets, int64_t padding_idx, bool include_last_offset) {
+// The product of two rows.
+template <typename T>
+NLPKERNELS_INLINE acc_t<T> dot(const T* a, const T* b, int64_t columns) {
+  Vec<T> sum(0);
+  for_each_vector<T>(
+      columns, [&](int64_t j, int64_t n) { sum = at::vec::fmadd(load_vector(a + j, n), load_vector(b + j, n), sum); });
+  if constexpr (std::is_same_v<acc_t<T>, float>) {
+    return at::vec::vec_reduce_all<float>([](const Vec<T>& x, const Vec<T>& y) { return x + y; }, sum);
+  } else {
+    acc_t<T> lanes[Vec<T>::size()], total = 0;
+    sum.store(lanes);
+    for (const auto lane : lanes) total += lane;
+    return total;
+  }
+}
+
+Tensor embedding_dot(const Tensor& h, const Tensor& weight, const Tensor& indices, const OptionalTensor& offsets,
+                     int64_t padding_idx, bool include_last_offset, bool /*sparse*/) {
   threads_of_call();
-  const char* op = "embedding_bag_per_sample_backward";
+  const char* op = "embedding_dot";
   TORCH_CHECK_VALUE(weight.dim() == 2, op, ": expected 2-D weight, got ", weight.sizes());
   check_embedding_bag(op, weight, indices, offsets, std::nullopt, Mode::sum, include_last_offset);
   const Bags bags(op, indices, offsets, include_last_offset);
-  check_shape(op, "grad", grad, {bags.count(), weight.size(1)});
-  check_like(op, "grad", grad, "weight", weight);
-  const Tensor table = weight.contiguous(), grad_rows = grad.contiguous(), ids = readable(indices);
+  check_shape(op, "h", h, {bags.count(), weight.size(1)});
+  check_like(op, "h", h, "weight", weight);
+  const Tensor table = weight.contiguous(), vectors = h.contiguous(), ids = readable(indices);
   const Tensor out = at::zeros(indices.sizes(), weight.options());
   const int64_t columns = weight.size(1);
-  AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, weight.scalar_type(), "embedding_bag_backward", [&] {
+  const int64_t rows_of_bag = bags.count() == 0 ? 0 : (bags.total() + bags.count() - 1) / bags.count();
+  AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, weight.scalar_type(), "embedding_dot", [&] {
     const Indices checked(op, ids, weight.size(0), false);
     const scalar_t* table_data = table.const_data_ptr<scalar_t>();
-    const scalar_t* grad_data = grad_rows.const_data_ptr<scalar_t>();
+    const scalar_t* vector_data = vectors.const_data_ptr<scalar_t>();
     scalar_t* out_data = out.mutable_data_ptr<scalar_t>();
-    using V = Vec<scalar_t>;
-    at::parallel_for(0, bags.count(), grain(columns), [&](int64_t first, int64_t last) {
+    at::parallel_for(0, bags.count(), grain(rows_of_bag * columns), [&](int64_t first, int64_t last) {
+      const Indices own = checked;
       for (const auto bag : c10::irange(first, last)) {
         for (const auto i : c10::irange(bags.begin(bag), bags.end(bag))) {
-          const int64_t row = checked[i];
+          own.prefetch_after(table_data, columns, i);
+          const int64_t row = own[i];
           if (row == padding_idx) continue;
-          V sum(0);
-          acc_t<scalar_t> rest = 0;
-          int64_t j = 0;
-          for (; j + V::size() <= columns; j += V::size()) {
-            sum = at::vec::fmadd(load_vector(grad_data + bag * columns + j),
-                                 load_vector(table_data + row * columns + j), sum);
-          }
-          for (; j < columns; ++j) {
-            rest += static_cast<acc_t<scalar_t>>(grad_data[bag * columns + j]) *
-                    static_cast<acc_t<scalar_t>>(table_data[row * columns + j]);
-          }
-          alignas(64) acc_t<scalar_t> lanes[V::size()];
-          sum.store(lanes);
-          for (const auto lane : lanes) rest += lane;
-          out_data[i] = static_cast<scalar_t>(rest);
+          out_data[i] = static_cast<scalar_t>(dot(vector_data + bag * columns, table_data + row * columns, columns));
         }
       }
     });
@@ -484,7 +494,8 @@ TORCH_LIBRARY_IMPL(nlpkernels, CPU, m) {
   m.impl("embedding_bag_backward", TORCH_FN(nlpkernels::embedding_bag_backward));
   m.impl("embedding_bag_sparse_backward", TORCH_FN(nlpkernels::embedding_bag_sparse_backward));
   m.impl("embedding_bag_update", TORCH_FN(nlpkernels::embedding_bag_update));
-  m.impl("embedding_bag_per_sample_backward", TORCH_FN(nlpkernels::embedding_bag_per_sample_backward));
+  m.impl("embedding_dot", TORCH_FN(nlpkernels::embedding_dot));
+  m.impl("draw_negatives", TORCH_FN(nlpkernels::draw_negatives));
 }
 
 TORCH_LIBRARY_IMPL(nlpkernels, CompositeExplicitAutograd, m) {

@@ -977,11 +977,11 @@ void embedding_bag_update(const Tensor& grad, const Tensor& weight, const Option
   arguments.input.raise_if_wrong();
 }
 
-// The product of a bag's gradient and the row of one position in it, a warp for each position.
+// The product of a bag's vector and the row of one position in it, a warp for each position.
 template <typename T, typename index_t>
 struct Products {
-  const T *grad, *table;  // [B, E], [V, E]
-  int64_t columns;        // E
+  const T *vectors, *table;  // [B, E], [V, E]
+  int64_t columns;           // E
   Indices<index_t> indices;
   Bags bags;
   T* out;  // [total], zeros
@@ -996,7 +996,7 @@ __global__ void __launch_bounds__(kThreads) multiply_rows(const Products<T, inde
   if (row < 0) return;
   scalar sum(0);
   for (int64_t column = threadIdx.x * vector; column < columns; column += kWarp * vector) {
-    const auto a = load_pack<vector>(work.grad + bag * columns + column);
+    const auto a = load_pack<vector>(work.vectors + bag * columns + column);
     const auto b = load_pack<vector>(work.table + row * columns + column);
 #pragma unroll
     for (int v = 0; v < vector; ++v) sum += static_cast<scalar>(a.values[v]) * static_cast<scalar>(b.values[v]);
@@ -1005,29 +1005,30 @@ __global__ void __launch_bounds__(kThreads) multiply_rows(const Products<T, inde
   if (threadIdx.x == 0) work.out[position] = static_cast<T>(sum);
 }
 
-Tensor embedding_bag_per_sample_backward(const Tensor& grad, const Tensor& weight, const Tensor& indices,
-                                         const OptionalTensor& offsets, int64_t padding_idx, bool include_last_offset) {
+Tensor embedding_dot(const Tensor& h, const Tensor& weight, const Tensor& indices, const OptionalTensor& offsets,
+                     int64_t padding_idx, bool include_last_offset, bool /*sparse*/) {
   const at::AutoDispatchBelowADInplaceOrView no_derivatives;
-  const char* op = "embedding_bag_per_sample_backward";
+  const char* op = "embedding_dot";
   TORCH_CHECK_VALUE(weight.dim() == 2, op, ": expected 2-D weight, got ", weight.sizes());
   check_embedding_bag(op, weight, indices, offsets, std::nullopt, Mode::sum, include_last_offset);
-  check_like(op, "grad", grad, "weight", weight);
+  check_like(op, "h", h, "weight", weight);
   const c10::cuda::CUDAGuard device(weight.device());
   const Input input(op, indices, offsets, include_last_offset, weight.size(0));
   const int64_t columns = weight.size(1);
-  check_shape(op, "grad", grad, {input.bags.count, columns});
-  const Tensor table = weight.contiguous(), grad_rows = grad.contiguous();
+  check_shape(op, "h", h, {input.bags.count, columns});
+  const Tensor table = weight.contiguous(), vectors = h.contiguous();
   const Tensor out = at::zeros(indices.sizes(), weight.options());
-  AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, weight.scalar_type(), "embedding_bag_backward", [&] {
-    AT_DISPATCH_INDEX_TYPES(indices.scalar_type(), "embedding_bag_backward", [&] {
-      const Products<scalar_t, index_t> work{grad_rows.const_data_ptr<scalar_t>(),
+  AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, weight.scalar_type(), "embedding_dot", [&] {
+    AT_DISPATCH_INDEX_TYPES(indices.scalar_type(), "embedding_dot", [&] {
+      const Products<scalar_t, index_t> work{vectors.const_data_ptr<scalar_t>(),
                                              table.const_data_ptr<scalar_t>(),
                                              columns,
                                              {input.data<index_t>(), weight.size(0), padding_idx},
                                              input.bags,
                                              out.mutable_data_ptr<scalar_t>()};
       constexpr int most = kPackOf16Bytes<scalar_t>;
-      const bool is_aligned = has_aligned_rows<most>(work.grad, columns) && has_aligned_rows<most>(work.table, columns);
+      const bool is_aligned =
+          has_aligned_rows<most>(work.vectors, columns) && has_aligned_rows<most>(work.table, columns);
       dispatch_vector<scalar_t>(is_aligned, [&](auto size) {
         constexpr int vector = decltype(size)::value;
         // One group over all columns, for the sum to be within a warp.
@@ -1048,5 +1049,5 @@ TORCH_LIBRARY_IMPL(nlpkernels, CUDA, m) {
   m.impl("embedding_bag_backward", TORCH_FN(nlpkernels::embedding_bag_backward));
   m.impl("embedding_bag_sparse_backward", TORCH_FN(nlpkernels::embedding_bag_sparse_backward));
   m.impl("embedding_bag_update", TORCH_FN(nlpkernels::embedding_bag_update));
-  m.impl("embedding_bag_per_sample_backward", TORCH_FN(nlpkernels::embedding_bag_per_sample_backward));
+  m.impl("embedding_dot", TORCH_FN(nlpkernels::embedding_dot));
 }
