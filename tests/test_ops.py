@@ -615,7 +615,7 @@ def test_report() -> None:
 def test_public_names() -> None:
     assert set(nlpkernels.__all__) == {
         "RNN", "LSTM", "GRU", "RNNCell", "LSTMCell", "GRUCell", "Embedding", "EmbeddingBag", "functional", "convert",
-        "revert", "optim",
+        "revert", "optim", "NegativeSampling",
     }  # fmt: skip
 
 
