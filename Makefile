@@ -57,7 +57,7 @@ fuzz: $(VENV)/.test $(if $(SANITIZE),.sanitized)  ## try random inputs: ARGS="--
 
 bench: $(VENV)/.bench  ## time against torch.nn and others: rows, tables and plots, in twenty minutes
 	@$(BIN)/python -m bench $(or $(ARGS),all)
-	@$(if $(ARGS),,$(BIN)/python -m bench report)
+	@$(if $(ARGS),,$(BIN)/python -m bench report --docs)
 
 lint: $(VENV)/.lint  ## check style and types
 	$(BIN)/ruff check $(PY_FILES)

@@ -5,7 +5,7 @@ problems.py    a workload made concrete: data, parameters, fp64 reference, work 
 providers.py   who is measured: nlpkernels and its peers, each run the way that suits it best
 measure.py     the protocol: check, then interleave; quantiles, memory
 machine.py     what this machine is and what it could reach at best (with floor.cpp)
-report.py      README table, plots, comparison of two runs
+report.py      tables of README and docs, plots, comparison of two runs
 gpu_report.py  all that needs a GPU, tests and sanitisers too, in one go
 """
 

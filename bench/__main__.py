@@ -4,7 +4,7 @@ python -m bench all                                        everything, on CPU
 python -m bench recurrent --cell lstm --mode train --device cuda --dtype bfloat16 --peers torch,compile
 python -m bench bag --workload 'GloVe,fast*' --threads 1,2
 python -m bench list | peers | floor                       what there is, and what this machine could reach
-python -m bench report                                     tables and plots of the latest run
+python -m bench report                                     tables and plots of all runs kept; --docs
 python -m bench compare OLD.csv NEW.csv --factor 1.1       exits with 1 on a regression
 """
 
@@ -304,10 +304,12 @@ def parser() -> argparse.ArgumentParser:
     commands.add_parser("list", help="the workloads and their sources")
     commands.add_parser("peers", help="which providers are installed")
     commands.add_parser("floor", help="what this machine could reach at best")
-    command = commands.add_parser("report", help="tables and plots from CSVs of one machine (default: the latest)")
+    command = commands.add_parser("report", help="tables and plots from CSVs (default: all of bench/results)")
     command.add_argument("csv", nargs="*", type=Path)
-    command.add_argument("--out", type=Path, default=RESULTS, help="folder for the tables and plots")
-    command.add_argument("--readme", type=Path, help="file whose part between the bench marks is replaced by the table")
+    command.add_argument("--out", type=Path, default=RESULTS, help="folder for the plots")
+    command.add_argument(
+        "--docs", action="store_true", help="put the tables into README.md and docs/performance.md, between their marks"
+    )
     command = commands.add_parser("compare", help="what got slower or faster between two runs")
     command.add_argument("old", type=Path)
     command.add_argument("new", type=Path)
@@ -327,10 +329,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
             if options.command == "compare":
                 return report.compare(options.old, options.new, options.factor, options.provider)
-            files = options.csv or sorted(RESULTS.glob("*.csv"))[-1:]
+            files = options.csv or sorted(RESULTS.glob("**/*.csv"))
             if not files:
                 raise Usage(f"no CSV in {RESULTS}: run `python -m bench all` first, or name one")
-            return report.report(files, options.out, options.readme)
+            return report.report(files, options.out, RESULTS.parents[1] if options.docs else None)
         return run(plan(options), output_path(options))
     except (Usage, FileNotFoundError) as error:
         console.print(f"bench: {error}", style="bold red", soft_wrap=True)

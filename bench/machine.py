@@ -55,10 +55,12 @@ def version(package: str) -> str:
 
 @functools.cache
 def cpu_name() -> str:
-    """The processor's own name, never the host's: results are published."""
+    """The processor's own name, never the host's: results are published. With AMD's generation, which it may hide."""
     facts = Path("/proc/cpuinfo")
-    names = re.findall(r"^model name\s*:\s*(.+)$", facts.read_text(), re.MULTILINE) if facts.exists() else []
-    return str(names[0]).strip() if names else platform.processor() or platform.machine()
+    found = dict(re.findall(r"^(.+?)\s*:\s*(.+)$", facts.read_text(), re.MULTILINE)) if facts.exists() else {}
+    name = found.get("model name", "").strip() or platform.processor() or platform.machine()
+    generation = {"25": " (Zen 3 or 4)", "26": " (Zen 5)"}.get(found.get("cpu family", ""), "")
+    return name + (generation if "AMD" in name else "")
 
 
 def commit(root: Path = ROOT) -> str:

@@ -1,4 +1,4 @@
-"""What the rows say: the README's table with the losses first, plots, and what changed between two runs."""
+"""What the rows say: tables over all kinds of machines, with the losses first, plots, and what changed between runs."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from .providers import OURS, PROVIDERS
 from .workloads import STEP_MODES
 
 CASE = ["subject", "workload", "kind", "cell", "mode", "shape", "dtype", "device", "clock", "threads"]
-PLACE = ["device", "dtype", "clock"]  # what one table, or one set of plots, is about
+KIND = ["cpu", "gpu", "isa", "device", "dtype", "clock"]  # what one table, or one set of plots, is about
 BUSY = 0.05  # beyond this share of the machine, others disturb
 MODES = {
     "inference": "inference",
@@ -186,8 +186,7 @@ def against_each(frame: pd.DataFrame) -> str:
 
 def against_best(frame: pd.DataFrame) -> str:
     """One line for each layer and mode, and one for all: how they stand against the fastest peer of each case."""
-    good = _peers(frame)
-    best = good.loc[good.groupby(CASE).ratio.idxmin()]
+    best = _fastest(_peers(frame))
     rows = [["layer", "mode", "rows", "geometric mean", "worst", "below 1"]]
     for name, (subject, cell) in ALL_ROWS.items():
         cases = best[(best.subject == subject) & best.cell.str.startswith(cell)]
@@ -208,49 +207,87 @@ def _mean(ratios: pd.Series) -> float:
     return float(np.exp(np.log(ratios).mean()))
 
 
-def summary(frame: pd.DataFrame) -> str:
-    """How each layer stands against each peer, and against the best of them."""
-    parts = []
-    for (device, dtype, clock), group in frame.groupby(PLACE, sort=False):
-        last = group.iloc[-1]
-        where = f"{device.upper()}, {dtype}" + (", CUDA graph replay" if clock == "graph" else "")
-        parts += [
-            f"**{where}**: {last.machine}, commit {last.commit}, {last.date[:10]}",
-            against_each(group),
-            "Against the fastest peer of each row, whichever that is. A row is a workload with one number of threads; "
-            "in those that are below 1 that peer is faster than nlpkernels:",
-            against_best(group),
-        ]
-    return "\n\n".join(parts) + "\n"
+def kind_name(row: pd.Series) -> str:
+    """What a row's kind of machine is called."""
+    cpu = row.cpu.replace("(R)", "").replace(" Processor", "")
+    chip = row.gpu if row.device == "cuda" else ", ".join([cpu, *row.isa.split()[-1:]])
+    return f"{chip}, {row['dtype']}" + (", CUDA graph replay" if row.clock == "graph" else "")
 
 
-def text(frame: pd.DataFrame) -> str:
-    """All tables, and what a reader must know to judge them."""
+def overview(frame: pd.DataFrame) -> str:
+    """One line for each layer and mode: against torch.nn and against the fastest peer, on each kind of machine."""
+    good = _peers(frame[frame["dtype"] == "float32"])
+    kinds = list(good.groupby(KIND, sort=False))
+    head = ["layer", "mode"]
+    for _, rows in kinds:
+        head += [f"{kind_name(rows.iloc[-1])}: torch.nn", "fastest peer"]
+    lines = []
+    for name, (subject, cell) in ALL_ROWS.items():
+        cases = good[(good.subject == subject) & good.cell.str.startswith(cell)]
+        for mode in _modes(cases):
+            line = [name, MODES.get(mode, mode)]
+            for _, rows in kinds:
+                own = rows[(rows.subject == subject) & rows.cell.str.startswith(cell) & (rows["mode"] == mode)]
+                line += [_mean_and_worst(own[own.provider == "torch"]), _mean_and_worst(_fastest(own))]
+            lines.append(line)
+    last = ["**all**", "rows below 1"]
+    for _, rows in kinds:
+        for peers in (rows[rows.provider == "torch"], _fastest(rows)):
+            last.append(f"{(peers.ratio < 1).sum()} of {len(peers)}")
+    return _table([head, *lines, last]) + "\n"
+
+
+def _mean_and_worst(peers: pd.DataFrame) -> str:
+    if not len(peers):
+        return ""
+    worst = f"{peers.ratio.min():.2f}"
+    return f"{_mean(peers.ratio):.2f} ({f'**{worst}**' if peers.ratio.min() < 1 else worst})"
+
+
+def _fastest(peers: pd.DataFrame) -> pd.DataFrame:
+    """Of each case the row of the fastest peer."""
+    return peers.loc[peers.groupby(CASE).ratio.idxmin()]
+
+
+def summary(group: pd.DataFrame) -> str:
+    """How each layer stands against each peer, and against the fastest of them, on one kind of machine."""
+    return "\n\n".join([
+        against_each(group),
+        "Against the fastest peer of each row, whichever that is. A row is a workload with one number of threads; "
+        "in those that are below 1 that peer is faster than nlpkernels:",
+        against_best(group),
+    ])  # fmt: skip
+
+
+def rows_of(group: pd.DataFrame) -> str:
+    """All rows of one kind of machine, and what a reader must know to judge them."""
+    group = group[group.subject != "scaling"] if (group.subject != "scaling").any() else group
+    won, lost, median = _tally(group)
+    parts = [
+        f"Faster than torch.nn in {won} cases, slower in {lost}; the median ratio is {median}.",
+        markdown_table(group),
+    ]
+    if (busy := group.busy_elsewhere.median()) > BUSY:
+        parts.append(f"**Not to be relied on**: other processes took {busy:.0%} of this machine meanwhile.")
+    if notes := _absences(group):
+        parts.append("Not measured: " + "; ".join(notes) + ".")
+    return "\n\n".join(parts)
+
+
+def pages(frame: pd.DataFrame, plots: dict[tuple[Any, ...], list[str]]) -> str:
+    """For each kind of machine its summary, its plots, by their addresses, and, folded up, its rows."""
     parts = []
-    shown = frame[frame.subject != "scaling"]
-    shown = shown if len(shown) else frame
-    for place, group in shown.groupby(PLACE, sort=False):
-        device, dtype, clock = place
-        how = {"graph": ", CUDA graph replay", "events": "", "wall": ""}.get(clock, "")
+    for kind, group in frame.groupby(KIND, sort=False):
         last = group.iloc[-1]
-        won, lost, spread = _tally(group)
         parts += [
-            f"**{device.upper()}, {dtype}{how}**: {last.machine}; {last.isa}; {last.versions}; "
-            f"commit {last.commit}, {last.date[:10]}.",
-            f"Faster than torch.nn in {won} cases, slower in {lost}; the median ratio is {spread}.",
-            markdown_table(group),
+            f"## {kind_name(last)}",
+            f"{last.machine}; {last.isa}; {last.versions}; commit {last.commit}, {last.date[:10]}.",
+            summary(group),
+            *(f"![{Path(plot).stem}]({plot})" for plot in plots.get(kind, [])),
+            "<details>\n<summary>All rows, the losses first</summary>",
+            rows_of(group),
+            "</details>",
         ]
-        if (busy := group.busy_elsewhere.median()) > BUSY:
-            parts.append(f"**Not to be relied on**: other processes took {busy:.0%} of this machine meanwhile.")
-        if notes := _absences(group):
-            parts.append("Not measured: " + "; ".join(notes) + ".")
-    parts.append(
-        "A ratio is a peer's time over nlpkernels' within the same round: the median over rounds, in parentheses the "
-        "20 and 80 % quantiles. Below 1, in bold, nlpkernels is slower: those come first. *Of the floor*: the time "
-        "that the measured multiply-add rate and copy bandwidth allow at best, as a share of the time taken; – where "
-        "waking threads took longer than the work, or a gradient's pages are not touched before they are read. Every "
-        "result was first checked against float64. The last two columns are for the most threads."
-    )
     return "\n\n".join(parts) + "\n"
 
 
@@ -427,40 +464,42 @@ def _draw_scaling(panel: Axes, rows: pd.DataFrame, axis: str, names: Sequence[st
     panel.spines[["top", "right"]].set_visible(False)
 
 
-def report(paths: Sequence[Path], folder: Path, readme: Path | None) -> int:
-    """Writes tables.md and the plots into `folder`, and its summary and tables into `readme` between its marks."""
-    frame = read(paths).drop_duplicates([*CASE, "provider"], keep="last")
-    if len(machines := frame.machine.unique()) > 1:
-        raise FileNotFoundError(f"these rows are of several machines, report on one at a time: {'; '.join(machines)}")
+def report(paths: Sequence[Path], folder: Path, root: Path | None) -> int:
+    """Draws plots into `folder`, and prints an overview and the tables of each kind of machine.
+
+    With `root`, the project's, they also go into README.md and docs/performance.md, between their marks.
+    """
+    frame = read(paths).drop_duplicates([*KIND, *CASE, "provider"], keep="last")
+    frame = frame.sort_values("date", ascending=False, kind="stable")  # the newest kind first
     folder.mkdir(parents=True, exist_ok=True)
-    parts = {"summary": summary(frame), "tables": text(frame)}
-    everything = "\n".join(parts.values())
-    (folder / "tables.md").write_text(everything, encoding="utf-8")
-    print(everything)
-    written = [folder / "tables.md"]
-    for key, group in frame.groupby([*PLACE, "threads"], sort=False):
-        device, dtype, clock, threads = key
-        tag = f"{device}-{dtype}" + (f"-{threads}t" if device == "cpu" else "") + ("-graph" if clock == "graph" else "")
-        scaling, pooled = group.subject == "scaling", group.cell == "mean"
+    written: list[Path] = []
+    plots: dict[tuple[Any, ...], list[str]] = {}
+    for kind, group in frame.groupby(KIND, sort=False):
+        most = group[group.threads == group.threads.max()]
+        tag = re.sub(r"[^a-z0-9]+", "-", kind_name(most.iloc[-1]).lower()).strip("-")
+        scaling, pooled = most.subject == "scaling", most.cell == "mean"
         figures = {
-            "recurrent": plot_ratios(group[~scaling & ~pooled]),
-            "embedding": plot_ratios(group[~scaling & pooled]),
-            "scaling": plot_scaling(group[scaling]),
+            "recurrent": plot_ratios(most[~scaling & ~pooled]),
+            "embedding": plot_ratios(most[~scaling & pooled]),
+            "scaling": plot_scaling(most[scaling]),
         }
-        for kind, figure in figures.items():
+        for name, figure in figures.items():
             if figure is not None:
-                written.append(folder / f"{kind}-{tag}.png")
-                figure.savefig(written[-1], dpi=130)
-    if readme is not None:
-        content = readme.read_text(encoding="utf-8")
-        for name, part in parts.items():
-            begin, end = f"<!-- bench {name}: begin -->", f"<!-- bench {name}: end -->"
-            if begin not in content or end not in content:
-                raise FileNotFoundError(f"{readme} has no lines '{begin}' and '{end}' to put the {name} between")
-            between = f"{begin}\n{part}{end}"
-            content = re.sub(f"{begin}.*{end}", lambda _, text=between: text, content, flags=re.DOTALL)
-        readme.write_text(content, encoding="utf-8")
-        written.append(readme)
+                written.append(folder / f"{name}-{tag}.png")
+                figure.savefig(written[-1], dpi=110)
+                plots.setdefault(kind, []).append(f"../bench/results/{written[-1].name}")
+    parts = {"overview": overview(frame), "tables": pages(frame, plots)}
+    print("\n".join(parts.values()))
+    for name, place in (("overview", "README.md"), ("tables", "docs/performance.md")) if root is not None else ():
+        path = root / place
+        content = path.read_text(encoding="utf-8")
+        begin, end = f"<!-- bench {name}: begin -->", f"<!-- bench {name}: end -->"
+        if begin not in content or end not in content:
+            raise FileNotFoundError(f"{path} has no lines '{begin}' and '{end}' to put the {name} between")
+        between = f"{begin}\n{parts[name]}{end}"
+        content = re.sub(f"{begin}.*{end}", lambda _, text=between: text, content, flags=re.DOTALL)
+        path.write_text(content, encoding="utf-8")
+        written.append(path)
     Console(stderr=True, highlight=False, markup=False).print("wrote " + ", ".join(map(str, written)), soft_wrap=True)
     return 0
 

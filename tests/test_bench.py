@@ -253,28 +253,45 @@ def test_csv_round_trip(tmp_path: Path, made_up: list[measure.Row]) -> None:
 
 def test_report_shows_losses_first(tmp_path: Path, made_up: list[measure.Row], capsys: pytest.CaptureFixture) -> None:
     measure.append_rows(tmp_path / "run.csv", made_up)
-    readme = tmp_path / "README.md"
-    marks = ["<!-- bench {}: begin -->", "<!-- bench {}: end -->"]
-    readme.write_text(
-        "before\n{}\nold\n{}\nbetween\n{}\nold\n{}\nafter\n".format(
-            *(mark.format(name) for name in ("summary", "tables") for mark in marks)
-        )
-    )
-    assert report.report([tmp_path / "run.csv"], tmp_path, readme) == 0
+    (tmp_path / "docs").mkdir()
+    files = {"overview": tmp_path / "README.md", "tables": tmp_path / "docs" / "performance.md"}
+    for name, path in files.items():
+        path.write_text(f"before\n<!-- bench {name}: begin -->\nold\n<!-- bench {name}: end -->\nafter\n")
+    assert report.report([tmp_path / "run.csv"], tmp_path, tmp_path) == 0
     said = capsys.readouterr().out
-    assert (tmp_path / "tables.md").read_text().strip() == said.strip()
-    tables = said[said.rindex("**CPU, float32**") :]
-    lines = [line for line in tables.splitlines() if line.startswith("| ") and "LSTM" in line]
+    for name, path in files.items():
+        content = path.read_text()
+        part = content[
+            content.index("begin -->\n") + len("begin -->\n") : content.index("<!-- bench " + name + ": end")
+        ]
+        assert part in said
+        assert content.startswith("before\n") and content.endswith("\nafter\n") and "\nold\n" not in content
+    tables = files["tables"].read_text()
+    rows = tables[tables.index("<details>") :]
+    lines = [line for line in rows.splitlines() if line.startswith("| ") and "LSTM" in line]
     assert [line.split(",")[0] for line in lines] == ["| wrong one", "| loser", "| winner"]
     assert "**0.50×** (0.45–0.55)" in lines[1]
     assert "2.00× (1.80–2.20) | 50% | 8.00× torch.compile" in lines[2]
-    assert "FBGEMM (missing: not here; 3 cases)" in tables
-    content = readme.read_text()
-    assert f"{marks[0].format('tables')}\n{tables.strip()}\n{marks[1].format('tables')}\nafter\n" in content
-    assert "| LSTM | torch.nn | 1.00 (0.50) |" in content  # of 0.5 and 2; what is wrong does not count
-    assert content.startswith("before\n") and "\nbetween\n" in content and "\nold\n" not in content
-    picture = (tmp_path / "recurrent-cpu-float32-1t.png").read_bytes()
-    assert picture.startswith(b"\x89PNG") and len(picture) > 10_000
+    assert "FBGEMM (missing: not here; 3 cases)" in rows
+    assert "| LSTM | torch.nn | 1.00 (0.50) |" in tables  # of 0.5 and 2; what is wrong does not count
+    assert "| LSTM | inference | 1.00 (**0.50**) | 1.00 (**0.50**) |" in files["overview"].read_text()
+    (picture,) = tmp_path.glob("recurrent-*-float32.png")
+    assert picture.read_bytes().startswith(b"\x89PNG") and picture.stat().st_size > 10_000
+    assert f"(../bench/results/{picture.name})" in tables
+
+
+def test_several_kinds_of_machine(tmp_path: Path, made_up: list[measure.Row], capsys: pytest.CaptureFixture) -> None:
+    """Each has a page of its own, the newest first, and two columns of the overview."""
+    for number, name in enumerate(("old chip", "new chip")):
+        kind = [dataclasses.replace(row, cpu=name, date=f"2026-0{number + 1}-01") for row in made_up]
+        measure.append_rows(tmp_path / f"{number}.csv", kind)
+    assert report.report([tmp_path / "0.csv", tmp_path / "1.csv"], tmp_path, None) == 0
+    said = capsys.readouterr().out
+    head = said.splitlines()[0]
+    assert 0 < head.index("new chip") < head.index("old chip")
+    assert said.count("\n## ") == 2
+    assert said.count("| wrong one,") == 2
+    assert len(list(tmp_path.glob("recurrent-*.png"))) == 2
 
 
 def test_summary_against_the_best_peer(tmp_path: Path, made_up: list[measure.Row]) -> None:
@@ -290,12 +307,14 @@ def test_summary_against_the_best_peer(tmp_path: Path, made_up: list[measure.Row
     ]
 
 
-def test_modes_of_older_runs_are_reported(tmp_path: Path, made_up: list[measure.Row]) -> None:
+def test_modes_of_older_runs_are_reported(
+    tmp_path: Path, made_up: list[measure.Row], capsys: pytest.CaptureFixture
+) -> None:
     for row in made_up:
         row.mode = "forgotten"
     measure.append_rows(tmp_path / "run.csv", made_up)
     assert report.report([tmp_path / "run.csv"], tmp_path, None) == 0
-    tables = (tmp_path / "tables.md").read_text()
+    tables = capsys.readouterr().out
     assert "| layer | against | forgotten |" in tables
     assert "| LSTM | forgotten | 2 | 1.00 | 0.50 torch.nn | 1 |" in tables
 

@@ -1,4 +1,4 @@
-"""The examples in docstrings and in the README run, and users' code that calls us passes mypy --strict."""
+"""The examples in docstrings, in the README and in docs run, and users' code that calls us passes mypy --strict."""
 
 from __future__ import annotations
 
@@ -54,13 +54,23 @@ def test_examples_run(name: str) -> None:
     assert done.failed == 0
 
 
-def test_examples_of_the_readme_run() -> None:
-    readme = Path(__file__).resolve().parent.parent / "README.md"
-    blocks = [block for block in re.findall(r"```python\n(.*?)```", readme.read_text(), re.DOTALL) if ">>> " in block]
+ROOT = Path(__file__).resolve().parent.parent
+PAGES = sorted(page for page in (ROOT / "README.md", *(ROOT / "docs").glob("*.md")) if ">>> " in page.read_text())
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_examples_of_pages_run(page: Path) -> None:
+    blocks = [block for block in re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL) if ">>> " in block]
     assert blocks
     for block in blocks:
-        test = doctest.DocTestParser().get_doctest(block, {}, "README", str(readme), 0)
+        test = doctest.DocTestParser().get_doctest(block, {}, page.stem, str(page), 0)
         assert doctest.DocTestRunner().run(test).failed == 0
+
+
+def test_links_of_pages_lead_somewhere() -> None:
+    for page in (ROOT / "README.md", *(ROOT / "docs").glob("*.md")):
+        for link in re.findall(r"\]\(([^)#]+)[^)]*\)", page.read_text()):
+            assert link.startswith("http") or (page.parent / link).exists(), f"{page.name}: {link}"
 
 
 def test_every_layer_has_an_example() -> None:
