@@ -22,6 +22,7 @@ namespace nlpkernels {
 inline namespace CPU_CAPABILITY {
 
 constexpr int kBits = 53;  // what a double holds
+constexpr int kSteps = 3;
 
 inline uint64_t number_of_stream(uint64_t seed, uint64_t n) {
   uint64_t x = seed + (n + 1) * 0x9e3779b97f4a7c15u;
@@ -69,14 +70,20 @@ inline Tensor draw_negatives(const Tensor& seed, const Tensor& cumulative, const
                             kBits);
           for (const auto k : c10::irange(number)) {
             const uint64_t random = number_of_stream(start_of_stream, static_cast<uint64_t>(b * number + k));
-            auto place =
+            const auto place =
                 static_cast<int64_t>(static_cast<double>(random >> (64 - kBits)) * 0x1p-53 * static_cast<double>(left));
-            if (row >= 0 && place >= excluded) place += width;
-            int64_t found = first_row[std::min(std::max<int64_t>(place >> shift, 0), parts - 1)];
-            found = std::min(std::max<int64_t>(found, 0), rows - 1);
-            while (found + 1 < rows && ends[found] <= place) ++found;
-            drawn[b * number + k] = found;
+            drawn[b * number + k] = row >= 0 && place >= excluded ? place + width : place;
           }
+        }
+        // The row of each place. How far it is from the guide's is chance, which no branch foresees: a few steps are
+        // made in any case, and stand still where the row has been found.
+        for (const auto i : c10::irange(begin * number, end * number)) {
+          const int64_t place = drawn[i];
+          int64_t found = first_row[std::min(std::max<int64_t>(place >> shift, 0), parts - 1)];
+          found = std::min(std::max<int64_t>(found, 0), rows - 1);
+          for (int step = 0; step < kSteps; ++step) found += (found + 1 < rows) & (ends[found] <= place);
+          while (found + 1 < rows && ends[found] <= place) ++found;
+          drawn[i] = found;
         }
       });
   return out;
