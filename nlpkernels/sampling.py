@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.nn.functional import softplus
+from torch.nn.functional import logsigmoid
 
 from nlpkernels import _ops, functional, reference
 
@@ -120,12 +120,14 @@ class NegativeSampling(torch.nn.Module):
         if self.shared:
             positive = functional.embedding_dot(h, self.weight, own, sparse=self.sparse)
             rows = functional.embedding(negatives, self.weight, sparse=self.sparse)
-            negative = softplus((h.to(rows.dtype) @ rows.t()).masked_fill(own == negatives, -torch.inf))
+            negative = (h.to(rows.dtype) @ rows.t()).masked_fill(own == negatives, -torch.inf)
+            losses = -logsigmoid(positive).squeeze(1) - logsigmoid(-negative).sum(1)
         else:
             indices = torch.cat([own, negatives], dim=1)
             scores = functional.embedding_dot(h, self.weight, indices, sparse=self.sparse)
-            positive, negative = scores[:, :1], softplus(scores[:, 1:])
-        losses = softplus(-positive).squeeze(1) + negative.sum(1)
+            signs = scores.new_full((1 + self.negatives,), -1)
+            signs[0] = 1
+            losses = -logsigmoid(scores * signs).sum(1)
         return losses if self.reduction == "none" else losses.mean() if self.reduction == "mean" else losses.sum()
 
     def extra_repr(self) -> str:

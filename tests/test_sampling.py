@@ -30,12 +30,13 @@ def plain_dot(h: Tensor, weight: Tensor, indices: Tensor) -> Tensor:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("columns", [1, 2, 7, 8, 9, 15, 16, 17, 31, 33, 100, 300])
 def test_dot_matches_torch(columns: int, dtype: torch.dtype, device: str) -> None:
-    table = torch.randn(30, columns, device=device, dtype=dtype)
+    # Of numbers that are not negative no sum is small but for rounding.
+    table = torch.rand(30, columns, device=device, dtype=dtype)
     for bags, number in ((1, 1), (5, 6), (3, 40), (200, 2)):
         for index in (torch.int32, torch.int64):
-            h = torch.randn(bags, columns, device=device, dtype=dtype)
+            h = torch.rand(bags, columns, device=device, dtype=dtype)
             ids = torch.randint(30, (bags, number), device=device, dtype=index)
-            cotangent = torch.randn(bags, number, device=device, dtype=dtype)
+            cotangent = torch.rand(bags, number, device=device, dtype=dtype)
             for sparse in (False, True):
                 runs = []
                 for dot, to in ((partial(embedding_dot, sparse=sparse), dtype), (plain_dot, dtype), (plain_dot, None)):
