@@ -349,7 +349,7 @@ def _as_function_of(
         for position, value in zip(positions, values, strict=True):
             flat[position] = value
         # An integer output has no derivative; zeros keep its place.
-        return tuple(o if _is_differentiable(o) else torch.zeros(()) for o in function(*flat))
+        return tuple(o if _is_differentiable(o) else torch.zeros((), device=o.device) for o in function(*flat))
 
     return of_wanted, [args[position] for position in positions]
 
@@ -700,20 +700,20 @@ _embedding_dot = _differentiable("embedding_dot", _save_embedding_dot, _backward
 
 # --- Tables that are updated in backward -----------------------------------------------------------------------------
 
-# Which optimizer of optim.py has which table, by the table's id, for as long as both live. (A dictionary whose keys are
-# weak takes a microsecond to ask.)
-UPDATED_IN_BACKWARD: dict[int, tuple[weakref.ref[Tensor], weakref.ref[Any]]] = {}
+# Which optimizer of optim.py has which table, by the table's id: the optimizer keeps the table. (A reference to the
+# table, weak as it were, would keep torch from swapping the table's contents for others.)
+UPDATED_IN_BACKWARD: dict[int, weakref.ref[Any]] = {}
 
 
 def update_in_backward(table: Tensor, optimizer: Any) -> None:
-    """From now on `optimizer_of(table)` is this one."""
+    """From now on `optimizer_of(table)` is this one, as long as it lives, and so has the table to."""
     key = id(table)
 
     def forget(reference: Any) -> None:
-        if UPDATED_IN_BACKWARD.get(key, (None,))[0] is reference:
+        if UPDATED_IN_BACKWARD.get(key) is reference:
             del UPDATED_IN_BACKWARD[key]
 
-    UPDATED_IN_BACKWARD[key] = weakref.ref(table, forget), weakref.ref(optimizer)
+    UPDATED_IN_BACKWARD[key] = weakref.ref(optimizer, forget)
 
 
 def leave_to_backward(table: Tensor, optimizer: Any) -> None:
@@ -725,7 +725,7 @@ def leave_to_backward(table: Tensor, optimizer: Any) -> None:
 def optimizer_of(table: Tensor) -> Any:
     """The optimizer that updates a table in backward, or None."""
     found = UPDATED_IN_BACKWARD.get(id(table))
-    return None if found is None or found[0]() is not table else found[1]()
+    return None if found is None else found()
 
 
 # --- What the rest of the package calls ------------------------------------------------------------------------------

@@ -49,7 +49,7 @@ RuntimeError before a table changes; `process_group=False` says that each proces
 
 **What cannot work** raises a RuntimeError, with the table as it was: a second backward pass through one graph,
 derivatives of the gradient, `torch.autograd.grad` of a table, one that also gets a gradient in another way, hooks on
-the table, indices that are changed in place before the end of backward. `step()` raises where a table was replaced, as
+the table, indices that are changed in place before the end of backward, allow_mutation_on_saved_tensors(). `step()` raises where a table was replaced, as
 by load_state_dict(assign=True) or fully_shard, so that nothing but the optimizer has it any more. Momentum, weight
 decay and "maximize" are not there, and a group or a state_dict that asks for them is refused with a ValueError.
 
@@ -61,12 +61,14 @@ compiled layer's gradient is refused by step(). It can be printed, copied, set t
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import math
 import os
 import sys
 import threading
 import weakref
+from collections import OrderedDict
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -75,6 +77,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.optim.optimizer import _global_optimizer_post_hooks as _after_steps
 from torch.optim.optimizer import _global_optimizer_pre_hooks as _before_steps
+from torch.utils._python_dispatch import _disable_current_modes
 
 from nlpkernels import _C, _ops
 
@@ -200,6 +203,11 @@ def collect(table: Tensor, rows: int, *use: Any) -> None:
             f"{type(optimizer).__name__}: compiled autograd runs this backward pass, whose end it does not tell of, "
             "when the table is to be updated"
         )
+    if getattr(torch.autograd.graph, "_allow_mutation_on_saved_tensors_enabled", False):
+        raise RuntimeError(
+            f"{type(optimizer).__name__}: a table that is updated in backward does not go with "
+            "torch.autograd.graph.allow_mutation_on_saved_tensors(), which is not told of the update"
+        )
     optimizer._refuse_other_gradient(table)
     with _lock:
         _current_pass().add(optimizer, table, [(use, rows, _versions(use))])
@@ -214,15 +222,22 @@ def _apply(uses: dict[_InBackward, _Uses], unlocked: list[_InBackward]) -> None:
         with unlocked[0]._lock:
             return _apply(uses, unlocked[1:])
     updates = [update for optimizer, tables in uses.items() for update in optimizer._prepare(tables)]
-    for update in updates:  # from here on tables change
-        update()
+    _make(updates)
+
+
+def _make(updates: list[Callable[[], None]]) -> None:
+    """Change tables. Modes that look at ops see nothing of it: one that raised would leave some tables as they were."""
+    sees = torch._C._len_torch_dispatch_stack() > 0
+    with _disable_current_modes() if sees else contextlib.nullcontext():
+        for update in updates:
+            update()
 
 
 def _forget_locks() -> None:
     """After a fork: the threads that held them are not here."""
     global _lock
     _lock = threading.RLock()
-    for _, reference in _ops.UPDATED_IN_BACKWARD.values():
+    for reference in _ops.UPDATED_IN_BACKWARD.values():
         optimizer = reference()
         if optimizer is not None:
             optimizer._lock = threading.RLock()
@@ -242,6 +257,12 @@ def _dtype_of_states(table: Tensor) -> torch.dtype:
 def _copy(tensor: Tensor, dtype: torch.dtype | None = None, device: torch.device | None = None) -> Tensor:
     """A copy that may be changed in place, also outside of inference mode."""
     return tensor.detach().to(device, dtype, copy=True)
+
+
+@torch.inference_mode(False)
+def _number_of_steps(number: Any) -> Tensor:
+    """As a state, whatever torch's default dtype and device are."""
+    return torch.tensor(float(number), dtype=torch.float32, device="cpu")
 
 
 def _references(tables: list[Tensor]) -> list[int]:
@@ -312,6 +333,7 @@ class _InBackward(torch.optim.Optimizer):
     def _start(self, process_group: Any) -> None:
         self.process_group = process_group
         self._lock = threading.RLock()  # of tables, their states, and what is below
+        self._tables: dict[int, Tensor] = {}  # all that it has taken over, by id
         self._stand_ins: dict[int, _Applied] = {}  # by id of table
         self._updated: set[int] = set()  # ids of tables with an update since the last step()
         self._kept: dict[Tensor, list[tuple[Tensor, Tensor]]] = {}  # for step(): rows and values of each pass
@@ -348,6 +370,7 @@ class _InBackward(torch.optim.Optimizer):
             if other is not None and other is not self:
                 raise ValueError(f"{type(self).__name__}: a table is trained by {type(other).__name__} already")
         for table in tables:
+            self._tables[id(table)] = table
             _ops.update_in_backward(table, self)
 
     def _refuse_settings(self, group: dict[str, Any]) -> None:
@@ -388,7 +411,7 @@ class _InBackward(torch.optim.Optimizer):
         if not kept:
             initial = float(group.get("initial_accumulator_value", 0))
             states = {name: torch.full(shape, initial, dtype=dtype, device=device) for name in self.states}
-            return {"step": torch.tensor(0.0), **states}, True
+            return {"step": _number_of_steps(0), **states}, True
         state = kept
         for name in self.states:
             found = kept[name]
@@ -400,7 +423,7 @@ class _InBackward(torch.optim.Optimizer):
                 state = {**state, name: _copy(found, dtype, device)}
         step = kept["step"]  # of torch's SparseAdam it is a number
         if not isinstance(step, Tensor) or step.is_inference() or step.requires_grad:
-            state = {**state, "step": _copy(torch.tensor(float(step)))}
+            state = {**state, "step": _number_of_steps(step)}
         return state, state is not kept
 
     def _prepare(self, tables: _Uses) -> list[Callable[[], None]]:
@@ -543,7 +566,8 @@ class _InBackward(torch.optim.Optimizer):
                 self._refuse_other_gradient(table)
             for table, count in zip(tables, references, strict=False):
                 used = id(table) in self._updated or table in self._kept
-                if not used and count <= _REFERENCES_OF_A_LIST + (table in self.state):
+                own = _REFERENCES_OF_A_LIST + (id(table) in self._tables) + (table in self.state)
+                if not used and count <= own:
                     raise RuntimeError(
                         f"{type(self).__name__}: nothing but this optimizer has the table of shape "
                         f"{list(table.shape)} any more: it was replaced, as by load_state_dict(assign=True) or "
@@ -589,8 +613,7 @@ class _InBackward(torch.optim.Optimizer):
             uses.append(None if together is None else _as_lookup(*together))
         self._agree(prepare)
         self._kept.clear()
-        for update in updates:
-            update()
+        _make(updates)
 
     def _agree(self, prepare: Callable[[], Any]) -> list[Any]:
         """What `prepare` gives in each process of the group. If it raises in one of them, all raise."""
@@ -628,7 +651,7 @@ class _InBackward(torch.optim.Optimizer):
             fits = False
         if not fits:
             raise ValueError(f"{type(self).__name__}: expected a state 'step', the number of steps, got {step}")
-        state: dict[str, Any] = {"step": _copy(torch.tensor(float(step)))}  # type: ignore[arg-type]
+        state: dict[str, Any] = {"step": _number_of_steps(step)}
         for name in self.states:
             value = saved.get(name)
             if not isinstance(value, Tensor) or value.shape != expected:
@@ -641,6 +664,11 @@ class _InBackward(torch.optim.Optimizer):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a `state_dict`, this optimizer's or its unfused namesake's. After an error all is as it was."""
+        before, after = self._optimizer_load_state_dict_pre_hooks, self._optimizer_load_state_dict_post_hooks
+        state_dict = state_dict.copy()
+        for hook in before.values():
+            changed = hook(self, state_dict)
+            state_dict = state_dict if changed is None else changed
         saved = [state_dict["state"].get(key, {}) for group in state_dict["param_groups"] for key in group["params"]]
         tables = [table for group in self.param_groups for table in group["params"]]
         for group in state_dict["param_groups"]:
@@ -652,10 +680,24 @@ class _InBackward(torch.optim.Optimizer):
             if missing:
                 raise ValueError(f"{type(self).__name__}: expected a state_dict of groups with {', '.join(missing)}")
             self._refuse_values(group)
-        super().load_state_dict(state_dict)
+        self._optimizer_load_state_dict_pre_hooks = OrderedDict()  # which have been called
+        self._optimizer_load_state_dict_post_hooks = OrderedDict()  # and are yet to be called
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            self._optimizer_load_state_dict_pre_hooks = before
+            self._optimizer_load_state_dict_post_hooks = after
         for table, state in zip(tables, loaded, strict=True):
             if state:  # torch's has been cast to the table's dtype
                 self.state[table].update(state)
+        for last in after.values():
+            last(self)
+
+    def share_memory(self) -> None:
+        """Put the states into memory that processes share, as torch's Adagrad has it."""
+        for state in self.state.values():
+            for tensor in state.values():
+                tensor.share_memory_()
 
 
 class SGD(_InBackward):

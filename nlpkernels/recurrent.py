@@ -270,7 +270,7 @@ class _Padding(NamedTuple):
         if not isinstance(lengths, Tensor):
             given = lengths
             try:  # (of no numbers torch makes floats)
-                lengths = torch.as_tensor(given, dtype=None if len(given) > 0 else torch.long)
+                lengths = torch.as_tensor(given, dtype=None if len(given) > 0 else torch.long, device="cpu")
             except (TypeError, ValueError, RuntimeError):
                 raise ValueError(
                     f"expected lengths to be {batch} integers (int32 or int64), one for each sequence, as a list or a "
@@ -285,7 +285,7 @@ class _Padding(NamedTuple):
         if not torch.compiler.is_compiling() and bool(((lengths < 0) | (lengths > steps)).any()):
             raise ValueError(f"expected lengths from 0 to {steps}, the steps of input, got {lengths.tolist()}")
         ordered, order = lengths.sort(descending=True, stable=True)
-        step = torch.arange(steps).unsqueeze(1)  # [T, 1]
+        step = torch.arange(steps, device=lengths.device).unsqueeze(1)  # [T, 1]
         is_real = step < ordered  # [T, B]
         rows = (order * steps + step) if batch_first else (step * batch + order)
         return _Padding(

@@ -210,3 +210,13 @@ def test_dropconnect(device: str) -> None:
     assert (layer.parametrizations.weight_hh_l0.original is weight) and not weight.grad.all()
     layer.eval()
     torch.testing.assert_close(layer(x), layer(x), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("given", [[5, 0, 2], torch.tensor([5, 0, 2])], ids=["list", "tensor"])
+def test_lengths_under_a_default_device(given: Any) -> None:
+    """Which is not that of a layer's input."""
+    layer, x = nlpkernels.GRU(3, 4, batch_first=True), torch.randn(3, 5, 3)
+    expected = layer(x, lengths=given)
+    with torch.device("meta"):
+        got = layer(x, lengths=given)
+    assert all(map(torch.equal, got, expected))

@@ -22,10 +22,11 @@ import torch
 from tolerances import FEW, FLOOR, relative_error
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 import nlpkernels
-from nlpkernels import optim
+from nlpkernels import _ops, optim
 
 V, E = 50, 19
 SETTINGS: dict[str, dict[str, Any]] = {
@@ -299,6 +300,114 @@ def test_only_what_backward_accumulates_is_applied(device: str) -> None:
     bag.weight.requires_grad_(True)
     bag(ids, None, factors).sum().backward(inputs=[bag.weight])
     assert not torch.equal(bag.weight, before)
+
+
+@pytest.mark.parametrize("name", ["Adagrad", "SparseAdam"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_steps_are_counted_whatever_the_default_dtype(name: str, dtype: torch.dtype) -> None:
+    """In bfloat16 a count ends at 256, in float16 at 2048."""
+    table = nn.Parameter(torch.ones(4, 2))
+    optimizer = getattr(optim, name)([table], lr=0.01)
+    torch.set_default_dtype(dtype)
+    try:
+        nlpkernels.functional.embedding(torch.tensor([1]), table).sum().backward()
+        optimizer.state[table]["step"].fill_(4098)
+        saved = copy.deepcopy(optimizer.state_dict())
+        optimizer.load_state_dict(saved)
+        optimizer.zero_grad()
+        nlpkernels.functional.embedding(torch.tensor([1]), table).sum().backward()
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert optimizer.state[table]["step"] == 4099
+    saved["state"][0]["step"] = 4099  # a number, as torch's SparseAdam has it
+    with torch.device("meta"):
+        optimizer.load_state_dict(saved)
+    assert optimizer.state[table]["step"] == 4099
+
+
+def test_hooks_of_load_state_dict() -> None:
+    """The first ones change, or unwrap, what is loaded; the last ones see it, and may change it."""
+    table = nn.Parameter(torch.ones(4, 2))
+    optimizer = optim.SparseAdam([table], lr=0.01)
+    nlpkernels.functional.embedding(torch.tensor([1]), table).sum().backward()
+    saved = copy.deepcopy(optimizer.state_dict())
+    optimizer.register_load_state_dict_pre_hook(lambda _, wrapped: wrapped["inner"])
+    last = optimizer.register_load_state_dict_post_hook(lambda self: self.state[table]["exp_avg"].zero_())
+    optimizer.load_state_dict({"inner": saved})
+    assert not bool(optimizer.state[table]["exp_avg"].any())
+    last.remove()
+    optimizer.load_state_dict({"inner": saved})
+    assert torch.equal(optimizer.state[table]["exp_avg"], saved["state"][0]["exp_avg"])
+    assert len(optimizer._optimizer_load_state_dict_pre_hooks) == 1
+
+
+class Refuses(TorchDispatchMode):
+    """A mode in which no update is to be seen."""
+
+    def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if "embedding_bag_update" in str(op):
+            raise AssertionError("a mode has seen an update")
+        return op(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_modes_cannot_split_a_pass(name: str) -> None:
+    tables = [nn.Parameter(torch.ones(4, 2)) for _ in range(2)]
+    lookup, ids = nlpkernels.functional.embedding, torch.tensor([1])
+    optimizers = [getattr(optim, name)([table], lr=0.1) for table in tables]
+    with Refuses():
+        (lookup(ids, tables[0]) * lookup(ids, tables[1])).sum().backward()
+    assert all(bool((table[1] != 1).all()) for table in tables)
+    for optimizer in optimizers:
+        optimizer.zero_grad()
+    before = [table.detach().clone() for table in tables]
+    with torch.autograd.graph.allow_mutation_on_saved_tensors(), refusing("allow_mutation_on_saved_tensors"):
+        (lookup(ids, tables[0]) * lookup(ids, tables[1])).sum().backward()
+    assert all(map(torch.equal, tables, before))
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_tables_are_swapped(name: str) -> None:
+    """torch may put a table's new contents into the old tensor: it is still the one that is trained."""
+    torch.__future__.set_swap_module_params_on_conversion(True)
+    try:
+        module = nlpkernels.Embedding(4, 2)
+        table = module.weight
+        optimizer = getattr(optim, name)([table], lr=0.1)
+        for change in (module.double, lambda: module.load_state_dict({"weight": torch.ones(4, 2).double()})):
+            module(torch.tensor([1])).sum().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            change()
+            assert module.weight is table
+    finally:
+        torch.__future__.set_swap_module_params_on_conversion(False)
+    module(torch.tensor([1])).sum().backward()
+    assert table.dtype == torch.float64
+    assert bool((table[1] < 1).all()) and bool((table[0] == 1).all())
+
+
+def test_a_table_lives_as_long_as_its_optimizer() -> None:
+    """So that no other tensor takes its place in memory, and is taken for it."""
+    table = nn.Parameter(torch.ones(4, 2))
+    optimizer = optim.SGD([table], lr=0.1)
+    optimizer.param_groups.clear()
+    there, key = weakref.ref(table), id(table)
+    del table
+    assert there() is not None
+    assert key in _ops.UPDATED_IN_BACKWARD
+    del optimizer
+    gc.collect()
+    assert there() is None
+    assert key not in _ops.UPDATED_IN_BACKWARD
+
+
+def test_states_are_shared() -> None:
+    table = nn.Parameter(torch.ones(4, 2))
+    optimizer = optim.Adagrad([table], lr=0.01)
+    nlpkernels.functional.embedding(torch.tensor([1]), table).sum().backward()
+    optimizer.share_memory()
+    assert all(tensor.is_shared() for tensor in optimizer.state[table].values())
 
 
 def refusing(message: str) -> Any:
