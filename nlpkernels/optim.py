@@ -49,8 +49,9 @@ RuntimeError before a table changes; `process_group=False` says that each proces
 
 **What cannot work** raises a RuntimeError, with the table as it was: a second backward pass through one graph,
 derivatives of the gradient, `torch.autograd.grad` of a table, one that also gets a gradient in another way, hooks on
-the table, indices that are changed in place before the end of backward, allow_mutation_on_saved_tensors(). `step()` raises where a table was replaced, as
-by load_state_dict(assign=True) or fully_shard, so that nothing but the optimizer has it any more. Momentum, weight
+the table, indices that are changed in place before the end of backward, allow_mutation_on_saved_tensors. `step()`
+raises where a table was replaced, as by load_state_dict(assign=True) or fully_shard, so that nothing but the optimizer
+has it any more. Momentum, weight
 decay and "maximize" are not there, and a group or a state_dict that asks for them is refused with a ValueError.
 
 In the place of the gradient, `table.grad`, stands an object that raises when it is used, so that clipping by global
