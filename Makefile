@@ -20,7 +20,7 @@ UNDEFINED := shift,integer-divide-by-zero,signed-integer-overflow,bounds,unreach
 SANITIZERS := -O1 -g1 -fno-omit-frame-pointer -fno-wrapv -fsanitize=address,$(UNDEFINED) -fno-sanitize-recover=all
 SANITIZED := $(CURDIR)/build/sanitized
 SANITIZED_TESTS := $(addprefix test_,$(addsuffix .py,recurrent recurrent_dropout lengths_and_states embedding \
-  sorted_uses kept_memory optim ops special_values))
+  sorted_uses kept_memory optim ops sampling special_values))
 SANITIZED_QUICKLY := test_sorted_uses.py test_ops.py -k "not instruction_set"
 SANITIZED_ENV = NLPKERNELS_CXXFLAGS='$(SANITIZERS)' PYTHONPATH='$(SANITIZED)' UBSAN_OPTIONS=print_stacktrace=1 \
   ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1:redzone=256:malloc_fill_byte=255:max_malloc_fill_size=99999999 \
@@ -115,7 +115,7 @@ cuda-check:  ## compile the CUDA kernels and check all that can be without a GPU
 	@cd tests && PYTHONPATH='$(CURDIR)/$(VENV)/nlpkernels' NLPKERNELS_CUDA=1 ../$(BIN)/pytest -q test_cuda.py
 	@echo 'The same code compiled for the CPU, in place of the kernels of csrc/cpu'
 	@cd tests && PYTHONPATH='$(CURDIR)/$(VENV)/nlpkernels' ../$(BIN)/pytest -q -r fE --emulated-cuda \
-	  test_recurrent.py test_recurrent_dropout.py test_embedding.py test_optim.py test_ops.py test_cuda.py
+	  test_recurrent.py test_recurrent_dropout.py test_embedding.py test_optim.py test_sampling.py test_ops.py test_cuda.py
 	@echo 'And with one kernel for all steps, where it can be'
 	@cd tests && PYTHONPATH='$(CURDIR)/$(VENV)/nlpkernels' NLPKERNELS_CUDA_PERSISTENT=fits \
 	  ../$(BIN)/pytest -q -r fE --emulated-cuda -k 'float16 or autocast' test_recurrent.py test_recurrent_dropout.py
