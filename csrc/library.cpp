@@ -11,7 +11,6 @@
 #include <pybind11/stl.h>
 #include <torch/csrc/utils/pybind.h>
 #include <torch/library.h>
-#include <torch/version.h>
 
 #if defined(__x86_64__) && defined(__linux__)
 #include <cpuid.h>
@@ -189,7 +188,6 @@ bool has_amx() {
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.doc() = "Registers the schemas of nlpkernels' ops; build facts.";
   m.attr("compiler") = std::string(__VERSION__);
-  m.attr("torch_version") = std::string(TORCH_VERSION);
   m.attr("cuda_archs") = std::string(NLPKERNELS_CUDA_ARCHS);
   m.def("has_avx512bf16", &has_avx512bf16, "Whether the processor multiplies vectors of bfloat16.");
   m.def("has_amx", &has_amx, "Whether this process may use AMX, for which it asks the system.");

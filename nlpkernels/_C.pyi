@@ -3,7 +3,6 @@ from collections.abc import Sequence
 from torch import Tensor
 
 compiler: str
-torch_version: str
 cuda_archs: str
 
 def has_avx512bf16() -> bool: ...

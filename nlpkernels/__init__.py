@@ -1,10 +1,14 @@
 """Recurrent and embedding layers for PyTorch from compiled kernels: names, parameters and results of torch.nn."""
 
-from nlpkernels import functional, optim
-from nlpkernels.convert import convert, revert
-from nlpkernels.embedding import Embedding, EmbeddingBag
-from nlpkernels.recurrent import GRU, LSTM, RNN, GRUCell, LSTMCell, RNNCell
-from nlpkernels.sampling import NegativeSampling
+from nlpkernels import _versions
+
+_versions.check()
+
+from nlpkernels import functional, optim  # noqa: E402
+from nlpkernels.convert import convert, revert  # noqa: E402
+from nlpkernels.embedding import Embedding, EmbeddingBag  # noqa: E402
+from nlpkernels.recurrent import GRU, LSTM, RNN, GRUCell, LSTMCell, RNNCell  # noqa: E402
+from nlpkernels.sampling import NegativeSampling  # noqa: E402
 
 __all__ = [
     "GRU",

@@ -8,7 +8,7 @@ from importlib.metadata import PackageNotFoundError, version
 
 import torch
 
-from nlpkernels import _ops
+from nlpkernels import _built, _ops
 
 
 def _own_version() -> str:
@@ -28,7 +28,7 @@ def main() -> None:
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "none visible"
     facts = {
         "nlpkernels": _own_version(),
-        "torch": f"{torch.__version__} (built with {_ops.BUILT_WITH_TORCH})",
+        "torch": f"{torch.__version__} (built with {_built.TORCH})",
         "python": sys.version.split()[0],
         "platform": platform.platform(),
         "compiler": _ops.COMPILER,

@@ -85,7 +85,6 @@ LEFT_TO_TORCH: frozenset[str] = frozenset(
 )
 """The types of device whose tensors torch's own layers serve."""
 COMPILER: str = _C.compiler
-BUILT_WITH_TORCH: str = _C.torch_version
 
 _ops = torch.ops.nlpkernels
 _behaviour = torch.library.Library("nlpkernels", "FRAGMENT")

@@ -1,0 +1,3 @@
+"""Written by setup.py beside the libraries."""
+
+TORCH: str
