@@ -9,7 +9,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 CSRC := $(shell find csrc -type f)
 CXX_FILES := $(filter %.h %.cpp %.cu %.cuh,$(CSRC)) $(wildcard bench/*.cpp tests/*.h)
-PY_FILES := setup.py $(wildcard nlpkernels tests bench examples)
+PY_FILES := setup.py $(wildcard nlpkernels tests bench examples docs/*.py)
 # What was built depends on these; when one changes, it is built again.
 SETTINGS := $(TORCH) $(FORCE_CUDA) $(TORCH_CUDA_ARCH_LIST)
 
@@ -35,7 +35,7 @@ CUDA_TORCH := torch==2.11.0
 CUDA_HOME ?= /usr/local/cuda
 export CUDA_HOME
 
-.PHONY: help demo test fuzz bench lint format build sanitize sanitize-quick coverage wheel cuda-check gpu-report clean distclean
+.PHONY: help demo test fuzz bench lint format docs build sanitize sanitize-quick coverage wheel cuda-check gpu-report clean distclean
 .PHONY: .sanitized FORCE
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
@@ -69,6 +69,9 @@ format: $(VENV)/.lint  ## apply the style
 	$(BIN)/ruff check --fix --exit-zero --quiet $(PY_FILES)
 	$(BIN)/ruff format $(PY_FILES)
 	$(BIN)/clang-format -i $(CXX_FILES)
+
+docs: $(VENV)/.docs  ## build the documentation, with an API reference, in build/site
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict --site-dir build/site
 
 build: $(VENV)/.torch  ## compile, and show what the compiler says
 	@$(BIN)/python setup.py build_ext --inplace
@@ -140,11 +143,16 @@ gpu-report:  ## build, test, sanitise and time the CUDA kernels on a GPU, with w
 	@$(PYTHON) -m bench.gpu_report $(if $(OUT),--out '$(OUT)') $(ARGS)
 
 clean:  ## delete what was built
-	@rm -rf build dist *.egg-info nlpkernels/*.so .*_cache $(VENV)/.demo $(VENV)/.test $(VENV)/.bench $(VENV)/.lint
+	@rm -rf build dist *.egg-info nlpkernels/*.so .*_cache $(VENV)/.demo $(VENV)/.test $(VENV)/.bench $(VENV)/.lint $(VENV)/.docs
 	@find nlpkernels tests bench examples -name __pycache__ -prune -exec rm -rf {} + 2>/dev/null || true
 
 distclean: clean  ## delete the environment too
 	@rm -rf $(VENV) .venv-cuda
+
+# Libraries alone: the reference is made from the source.
+$(VENV)/.docs: Makefile | $(BIN)/pip
+	@$(PIP) mkdocs-material==9.8.2 'mkdocstrings[python]==1.0.8' ruff==0.17.5
+	@touch $@
 
 # The package in place, with an extra. Only objects whose sources changed are compiled.
 $(VENV)/.demo $(VENV)/.test $(VENV)/.bench $(VENV)/.lint: $(VENV)/.%: $(VENV)/.torch pyproject.toml setup.py $(CSRC)

@@ -37,7 +37,8 @@ class NegativeSampling(torch.nn.Module):
         shared: whether all targets of a call share their negatives.
         reduction: "mean" or "sum" over the targets, or "none".
         sparse: whether the table's gradient is a sparse tensor.
-        device, dtype: of the table.
+        device: of the table.
+        dtype: of the table.
 
     Attributes:
         weight: the table, [V, E]; zeros at first, as in word2vec.

@@ -22,7 +22,6 @@
 #include <ATen/Dispatch.h>
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
-#include <ATen/cpu/vec/functional_base.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/zeros.h>
 #include <torch/library.h>
@@ -30,7 +29,6 @@
 #include <algorithm>
 #include <cmath>
 #include <tuple>
-#include <type_traits>
 #include <utility>
 #include <vector>
 
@@ -437,14 +435,7 @@ NLPKERNELS_INLINE acc_t<T> dot(const T* a, const T* b, int64_t columns) {
   Vec<T> sum(0);
   for_each_vector<T>(
       columns, [&](int64_t j, int64_t n) { sum = at::vec::fmadd(load_vector(a + j, n), load_vector(b + j, n), sum); });
-  if constexpr (std::is_same_v<acc_t<T>, float>) {
-    return at::vec::vec_reduce_all<float>([](const Vec<T>& x, const Vec<T>& y) { return x + y; }, sum);
-  } else {
-    acc_t<T> lanes[Vec<T>::size()], total = 0;
-    sum.store(lanes);
-    for (const auto lane : lanes) total += lane;
-    return total;
-  }
+  return sum_of_lanes(sum);
 }
 
 Tensor embedding_dot(const Tensor& h, const Tensor& weight, const Tensor& indices, const OptionalTensor& offsets,

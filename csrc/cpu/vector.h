@@ -182,6 +182,25 @@ NLPKERNELS_INLINE void store_operand(T* p, const Vec<T>& v, int64_t n = Vec<T>::
   store_vector(p, v, n);
 }
 
+// The sum of a vector's values.
+template <typename scalar>
+NLPKERNELS_INLINE scalar sum_of_lanes(const Vectorized<scalar>& v) {
+#if defined(CPU_CAPABILITY_AVX512)
+  if constexpr (std::is_same_v<scalar, float>) return _mm512_reduce_add_ps(v);
+  if constexpr (std::is_same_v<scalar, double>) return _mm512_reduce_add_pd(v);
+#elif defined(CPU_CAPABILITY_AVX2)
+  if constexpr (std::is_same_v<scalar, float>) {
+    __m128 sum = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
+    sum = _mm_add_ps(sum, _mm_movehl_ps(sum, sum));
+    return _mm_cvtss_f32(_mm_add_ss(sum, _mm_shuffle_ps(sum, sum, 1)));
+  }
+#endif
+  alignas(64) scalar lanes[Vectorized<scalar>::size()], sum = 0;
+  v.store(lanes);
+  for (const scalar lane : lanes) sum += lane;
+  return sum;
+}
+
 // Calls body(i, n) for the vectors of [0, count): n is a vector's size, but for the last what is left.
 template <typename T, typename Body>
 NLPKERNELS_INLINE void for_each_vector(int64_t count, const Body& body) {
