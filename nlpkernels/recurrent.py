@@ -330,9 +330,9 @@ class _OneState(_Layers):
 
 
 class RNN(_OneState):
-    r"""Elman RNN of one or more layers (Elman 1990): `torch.nn.RNN`, with the same arguments and parameters.
+    """Elman RNN of one or more layers (Elman 1990): `torch.nn.RNN`, with the same arguments and parameters.
 
-    .. math:: h_t = \tanh(W_{ih} x_t + b_{ih} + W_{hh} h_{t-1} + b_{hh}), or max(x, 0) for tanh.
+        h_t = tanh(W_ih x_t + b_ih + W_hh h_{t-1} + b_hh), or max(x, 0) in the place of tanh
 
     Args:
         input_size: I.
@@ -432,12 +432,11 @@ class RNN(_OneState):
 
 
 class GRU(_OneState):
-    r"""Gated recurrent unit of one or more layers (Cho et al. 2014): `torch.nn.GRU`, same arguments and parameters.
+    """Gated recurrent unit of one or more layers (Cho et al. 2014): `torch.nn.GRU`, same arguments and parameters.
 
-    .. math::
-        r_t = \sigma(W_{ir} x_t + b_{ir} + W_{hr} h_{t-1} + b_{hr}) \\
-        z_t = \sigma(W_{iz} x_t + b_{iz} + W_{hz} h_{t-1} + b_{hz}) \\
-        n_t = \tanh(W_{in} x_t + b_{in} + r_t (W_{hn} h_{t-1} + b_{hn})) \\
+        r_t = sigmoid(W_ir x_t + b_ir + W_hr h_{t-1} + b_hr)
+        z_t = sigmoid(W_iz x_t + b_iz + W_hz h_{t-1} + b_hz)
+        n_t = tanh(W_in x_t + b_in + r_t (W_hn h_{t-1} + b_hn))
         h_t = (1 - z_t) n_t + z_t h_{t-1}
 
     Arguments (but for nonlinearity), those of a call, shapes and errors are those of `RNN`.
@@ -485,15 +484,14 @@ class GRU(_OneState):
 
 
 class LSTM(_Layers):
-    r"""Long short-term memory of one or more layers: `torch.nn.LSTM`, with the same arguments and parameters.
+    """Long short-term memory of one or more layers: `torch.nn.LSTM`, with the same arguments and parameters.
 
-    .. math::
-        i_t = \sigma(W_{ii} x_t + b_{ii} + W_{hi} h_{t-1} + b_{hi}) \\
-        f_t = \sigma(W_{if} x_t + b_{if} + W_{hf} h_{t-1} + b_{hf}) \\
-        g_t = \tanh(W_{ig} x_t + b_{ig} + W_{hg} h_{t-1} + b_{hg}) \\
-        o_t = \sigma(W_{io} x_t + b_{io} + W_{ho} h_{t-1} + b_{ho}) \\
-        c_t = f_t c_{t-1} + i_t g_t \\
-        h_t = o_t \tanh(c_t), \quad \text{then } h_t = W_{hr} h_t \text{ if there is a projection}
+        i_t = sigmoid(W_ii x_t + b_ii + W_hi h_{t-1} + b_hi)
+        f_t = sigmoid(W_if x_t + b_if + W_hf h_{t-1} + b_hf)
+        g_t = tanh(W_ig x_t + b_ig + W_hg h_{t-1} + b_hg)
+        o_t = sigmoid(W_io x_t + b_io + W_ho h_{t-1} + b_ho)
+        c_t = f_t c_{t-1} + i_t g_t
+        h_t = o_t tanh(c_t), and W_hr h_t in its place if there is a projection
 
     (Hochreiter & Schmidhuber 1997, Gers et al. 2000; projection: Sak et al. 2014.)
 

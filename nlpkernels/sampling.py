@@ -12,7 +12,7 @@ __all__ = ["NegativeSampling"]
 
 
 class NegativeSampling(torch.nn.Module):
-    r"""The loss of word2vec: equation 4 of Mikolov et al. 2013 (arXiv 1310.4546).
+    """The loss of word2vec: equation 4 of Mikolov et al. 2013 (arXiv 1310.4546).
 
     A vector h is to have a high score with its target's row w of the table, and low ones with rows that are drawn for
     it, its negatives n:
