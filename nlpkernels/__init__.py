@@ -4,6 +4,7 @@ from nlpkernels import functional, optim
 from nlpkernels.convert import convert, revert
 from nlpkernels.embedding import Embedding, EmbeddingBag
 from nlpkernels.recurrent import GRU, LSTM, RNN, GRUCell, LSTMCell, RNNCell
+from nlpkernels.sampling import NegativeSampling
 
 __all__ = [
     "GRU",
@@ -13,6 +14,7 @@ __all__ = [
     "EmbeddingBag",
     "GRUCell",
     "LSTMCell",
+    "NegativeSampling",
     "RNNCell",
     "convert",
     "functional",
