@@ -10,6 +10,8 @@ from nlpkernels import functional
 
 __all__ = ["NegativeSampling"]
 
+_PLACES = 1 << 20
+
 
 class NegativeSampling(torch.nn.Module):
     """The loss of word2vec (Mikolov et al. 2013): a target against words drawn by their frequency.
@@ -35,20 +37,23 @@ class NegativeSampling(torch.nn.Module):
         self.negatives, self.shared, self.reduction, self.sparse = negatives, shared, reduction, sparse
         self.weight = torch.nn.Parameter(torch.zeros(num_embeddings, embedding_dim, device=device, dtype=dtype))
         shares = counts.to(torch.float64) ** power
-        self.register_buffer("cumulative", (shares.cumsum(0) / shares.sum()).to(torch.float32), persistent=False)
-        self.cumulative: Tensor
+        # A place in this table for each draw: a word has as many as its share asks for.
+        ends = (shares.cumsum(0) / shares.sum() * _PLACES).round().to(torch.int64)
+        places = torch.arange(num_embeddings, dtype=torch.int32).repeat_interleave(ends.diff(prepend=ends.new_zeros(1)))
+        self.register_buffer("places", places.to(device), persistent=False)
+        self.places: Tensor
 
     def draw(self, shape: tuple[int, ...]) -> Tensor:
-        return torch.searchsorted(self.cumulative, torch.rand(shape), right=True, out_int32=True)
+        return self.places[torch.randint(_PLACES, shape)]
 
     def forward(self, h: Tensor, targets: Tensor) -> Tensor:
         """The loss of each example, reduced."""
         targets = targets.to(torch.int32)[:, None]
         shape = (1 if self.shared else len(targets), self.negatives)
-        drawn = self.draw(shape).clamp_(max=len(self.weight) - 1).expand(len(targets), -1).contiguous()
+        drawn = self.draw(shape).expand(len(targets), -1).contiguous()
         while (same := drawn == targets).any():
             drawn[same] = self.draw((int(same.sum()),))
         rows = functional.embedding(torch.cat([targets, drawn], 1), self.weight, sparse=self.sparse)
-        scores = (rows @ h.unsqueeze(2)).squeeze(2)
+        scores = (rows * h.unsqueeze(1)).sum(2)
         loss = -logsigmoid(scores[:, 0]) - logsigmoid(-scores[:, 1:]).sum(1)
         return {"mean": torch.mean, "sum": torch.sum, "none": torch.Tensor.clone}[self.reduction](loss)
