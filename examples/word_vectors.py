@@ -20,6 +20,7 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
+import math
 import re
 import statistics
 import sys
@@ -49,7 +50,8 @@ import nlpkernels
 
 PAD = 0  # no word: its vector is in no mean, and nothing is learnt from it
 WORD = re.compile(r"[^\W\d_]+(?:'[^\W\d_]+)*")
-BATCH = {"cbow": 1024, "skip-gram": 4096}  # targets, see make_optimizer
+LARGEST_BATCH = {"cbow": 4096, "skip-gram": 8192}  # targets: more are no faster
+MOST_USES = {"cbow": 40, "skip-gram": 100}  # of a word as a target in a batch, see fitting_batch
 BLOCK = 1 << 16  # words whose windows are drawn at once: few enough for the cache
 SHOW_EVERY = 0.2  # seconds between updates of the progress bar
 FINAL_RATE = 1 / 250  # of the learning rate at the start, as in gensim
@@ -215,14 +217,22 @@ class Model(nn.Module):
         return self.output(self.input(batch.contexts), batch.targets)
 
 
-def make_optimizer(model: Model, rate: float, window: int) -> torch.optim.Optimizer:
-    """Plain SGD with word2vec's learning rate, on sums over a batch: what word2vec does word by word.
+def fitting_batch(model: str, corpus: Corpus) -> int:
+    """How many targets a batch may have, so that none of their words is among them too often.
 
-    In CBOW, word2vec gives each word of a context the whole gradient of their mean, and not its share of it. Their
-    number is window + 1 on average (2 * window reach half as far, on average, and a bit), hence the input's rate.
-    Vectors of a batch are read before any is updated. A batch of BATCH words is short enough for that to do no harm: in
-    one of 4096 the most frequent words, which come in hundreds of its contexts, overshoot, and Adagrad in place of SGD,
-    which holds them back, learns less of the others in five epochs.
+    All uses of a word in a batch are summed, and each of them points to where its vector should have gone alone: too
+    many together overshoot, and soon nothing is finite any more. So what limits a batch is its most frequent word.
+    """
+    kept = corpus.ids.bincount(minlength=len(corpus.keep)) * corpus.keep
+    largest = float(kept[1:].max() / kept[1:].sum())
+    return max(16, min(LARGEST_BATCH[model], int(MOST_USES[model] / largest)))
+
+
+def make_optimizer(model: Model, rate: float, window: int) -> torch.optim.Optimizer:
+    """Plain SGD with word2vec's learning rate, on the sum of a batch's losses: word2vec's steps, many at a time.
+
+    In CBOW, word2vec gives each word of a context the whole gradient of the mean and not its share of it. A context has
+    window + 1 words in the middle of a line, on average, hence the rate of the input's table.
     """
     scale = window + 1 if isinstance(model.input, nlpkernels.EmbeddingBag) else 1
     rates = {model.input.weight: scale * rate, model.output.weight: rate}
@@ -280,16 +290,19 @@ class Ours:
         torch.manual_seed(options.seed)
         self.model = Model(options.model, self.vocabulary.counts, options.size, options.negatives)
         self.optimizer = make_optimizer(self.model, options.rate, options.window)
+        self.batch = options.batch or fitting_batch(options.model, self.corpus)
 
     def epoch(self, advance: Callable[[float, float | None], None]) -> None:
         options, done = self.options, len(self.speeds)
         speed, loss = train_epoch(
             self.model,
             self.optimizer,
-            draw_batches(self.corpus, options.model, options.window, options.batch),
+            draw_batches(self.corpus, options.model, options.window, self.batch),
             lambda words: 1 - (done + words / self.corpus.words) / options.epochs,
             advance,
         )
+        if not math.isfinite(loss):
+            raise InputError("the training diverged: a smaller --rate or --batch may help")
         self.speeds.append(speed)
         self.losses.append(loss)
 
@@ -503,16 +516,20 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--min-count", type=whole, default=5, help="leave rarer words out (%(default)s)")
     add("--sample", type=between(0.0, 1.0), default=1e-3, help="thin more frequent words; 0: none (%(default)s)")
     add("--epochs", type=size, default=5, help="(%(default)s)")
-    add("--batch", type=between(1, 1_000_000), help="targets in a batch (1024, of skip-gram 4096)")
+    add("--batch", type=between(1, 1_000_000), help="targets in a batch (what fits the text)")
     add("--rate", type=between(0.0, 10.0), default=0.025, help="learning rate at the start (%(default)s)")
     add("--seed", type=between(0, 2**31), default=0, help="(%(default)s)")
     add("--threads", type=between(1, 1024), default=torch.get_num_threads(), help="CPU threads (%(default)s)")
     add("--no-gensim", action="store_true", help="do not train gensim's as well")
     add("--resume", action="store_true", help="go on from the checkpoint in --output, without gensim")
-    add("--output", type=Path, metavar="FOLDER", default=Path("word_vectors"), help="for the results (%(default)s)")
-    options = parser.parse_args(arguments)
-    options.batch = options.batch or BATCH[options.model]
-    return options
+    add(
+        "--output",
+        type=Path,
+        metavar="FOLDER",
+        default=Path("word_vectors_results"),
+        help="for the results (%(default)s)",
+    )
+    return parser.parse_args(arguments)
 
 
 def train(trainers: Sequence[Ours | Gensim], words: int, checkpoint: Path, console: Console) -> None:
