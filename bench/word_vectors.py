@@ -213,7 +213,7 @@ def run(threads: Sequence[int], rounds: int, quick: bool, output: Path, show: Ca
                 rows = measure(example, case, rounds)
             except Exception as error:  # this case is lost, the run is not
                 rows, bad = [blank_row(case, OURS, f"failed: {explain(error)}")], bad + 1
-            append_rows(output, rows)
+            append_rows(output, rows, Row)
             for row in rows:
                 rate = (
                     f"{row.words_per_s:,.0f} words/s, ratio {row.ratio:.2f} ({row.ratio_q20:.2f}–{row.ratio_q80:.2f})"

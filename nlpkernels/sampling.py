@@ -17,6 +17,13 @@ class NegativeSampling(torch.nn.Module):
     """The loss of word2vec (Mikolov et al. 2013): a target against words drawn by their frequency.
 
     Shape: h [B, E], targets int32 or int64 [B]; output a scalar, or [B] with reduction="none".
+
+    Example:
+        >>> import torch
+        >>> from nlpkernels import NegativeSampling
+        >>> loss = NegativeSampling(4, 3, counts=torch.tensor([8, 4, 2, 1]), negatives=2)
+        >>> loss(torch.randn(5, 3), torch.tensor([0, 1, 2, 3, 0]))  # log 2 for each of three scores that are 0
+        tensor(2.0794, grad_fn=<MeanBackward0>)
     """
 
     def __init__(
