@@ -436,16 +436,17 @@ def compare(trainers: Sequence[Ours | Gensim], judged: dict[str, dict[str, float
 
 def tabulate(results: dict[str, Any], title: str) -> Table:
     note = """words/s: median (and range) of the epochs, taken in turns
+speed-up: of nlpkernels, median of the epochs
 WordSim, SimLex: Spearman's correlation with people's judgement
 analogies: share that is right of those whose words are known"""
     table = Table("trained by", title=title, caption=note)
-    for heading in ("words/s", "speed-up of\nnlpkernels", *QUESTIONS):
+    for heading in ("million\nwords/s", "speed-up", *(name.replace("-", "\n") for name in QUESTIONS)):
         table.add_column(heading, justify="right")
     for name, result in results.items():
-        speeds = result["words_per_second_by_epoch"]
-        scores = ["–" if score is None else f"{score:.3f}" for score in result["quality"].values()]
+        speeds = [speed / 1e6 for speed in result["words_per_second_by_epoch"]]
+        speed = f"{statistics.median(speeds):.2f} ({min(speeds):.2f}–{max(speeds):.2f})"
         speed_up = f"{result['speed_up']:.2f} x" if name != "nlpkernels" and result["speed_up"] else ""
-        speed = f"{result['words_per_second']:,.0f}\n({min(speeds):,.0f} to {max(speeds):,.0f})"
+        scores = ["–" if score is None else f"{score:.3f}" for score in result["quality"].values()]
         table.add_row(name, speed, speed_up, *scores)
     return table
 
@@ -470,7 +471,7 @@ def draw(vectors: KeyedVectors, title: str, path: Path) -> None:
         groups = {"frequent words": vectors.index_to_key[:60]}
     words = list(chain.from_iterable(groups.values()))
     places = PCA(2).fit_transform(np.stack([vectors.get_vector(word, norm=True) for word in words]))
-    figure = Figure(figsize=(11, 8), layout="constrained")
+    figure = Figure(figsize=(12, 9), layout="constrained")
     axes = figure.subplots()
     axes.set_title(title)
     start = 0
@@ -478,8 +479,11 @@ def draw(vectors: KeyedVectors, title: str, path: Path) -> None:
         own = places[start : start + len(members)]
         start += len(members)
         axes.scatter(*own.T, s=28, color=f"C{number}", label=name)
-        for word, place in zip(members, own, strict=True):
-            axes.annotate(word, place, (4, 3), textcoords="offset points", color=f"C{number}", fontsize=9)
+        from_below = own[:, 1].argsort().argsort()
+        for word, place, rank in zip(members, own, from_below, strict=True):
+            left = rank % 2 == 1  # neighbours in height are labelled on opposite sides, so that both can be read
+            offset, side = ((-6, -3), "right") if left else ((6, -3), "left")
+            axes.annotate(word, place, offset, textcoords="offset points", ha=side, color=f"C{number}", fontsize=9)
     axes.set_xlabel("first principal component")
     axes.set_ylabel("second")
     axes.grid(alpha=0.3)
