@@ -112,7 +112,7 @@ def read_text(example: ModuleType, case: Case) -> tuple[Any, list[list[str]]]:
 
 def ours(example: ModuleType, case: Case, vocabulary: Any, lines: list[list[str]]) -> Callable[[], None]:
     corpus = example.encode(lines, vocabulary, WINDOW, SAMPLE)
-    batch = example.fitting_batch(case.model, corpus)
+    batch = example.fitting_batch(case.model, corpus, WINDOW, RATE)
     model = example.Model(case.model, vocabulary.counts, case.size, NEGATIVES)
     optimizer = example.make_optimizer(model, RATE, WINDOW)
 

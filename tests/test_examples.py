@@ -381,6 +381,8 @@ WRONG_TEXTS = {
     "zero bytes": (b"one two\0\0", [], "it has zero bytes"),
     "unknown encoding": (SOME, ["--encoding", "utf-7000"], "no such encoding"),
     "output is a file": (SOME, ["--output", __file__], "File exists"),
+    "lines of one word": (b"one\ntwo\n" * 9, ["--model", "skip-gram", "--no-gensim"], "no word has another beside it"),
+    "diverges": (SOME, ["--batch", "10000", "--rate", "10", "--epochs", "99", "--no-gensim"], "the training diverged"),
     "nothing to resume": (SOME, ["--resume"], "No such file"),
     "no threads": (SOME, ["--threads", "0"], "argument --threads: 0 is not from 1"),
     "negative size": (SOME, ["--size", "-5"], "argument --size: -5 is not from 1"),
