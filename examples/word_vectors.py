@@ -305,7 +305,9 @@ class Ours:
             advance,
         )
         if not speed:
-            raise InputError("nothing to learn from: no word has another beside it in its line")
+            raise InputError(
+                "nothing to learn from: an epoch came to no two words of a line (--sample leaves words out)"
+            )
         if not math.isfinite(loss):
             raise InputError("the training diverged: a smaller --rate or --batch may help")
         self.speeds.append(speed)
