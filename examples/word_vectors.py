@@ -224,11 +224,13 @@ def fitting_batch(model: str, corpus: Corpus, window: int, rate: float) -> int:
 
     A batch's vectors are read before any is updated, and all uses of a word are summed. Each points to where the vector
     should have gone alone: many together overshoot, and soon nothing is finite any more. What counts is the sum of the
-    learning rates. Batches at this limit learn as well as gensim, which goes word by word.
+    learning rates. Batches at this limit learn as well as gensim, which goes word by word. In a small vocabulary every
+    word comes often, as a negative too, and so a batch has at most a sixth of as many targets.
     """
     kept = corpus.ids.bincount(minlength=len(corpus.keep)) * corpus.keep
     uses = float(kept[1:].max() / kept[1:].sum()) * (window + 1 if model == "cbow" else 1)  # by a target
-    return max(16, min(LARGEST_BATCH[model], int(LARGEST_STEP[model] / (rate * uses))))
+    bearable = min(int(LARGEST_STEP[model] / (rate * uses)), len(corpus.keep) // 6)
+    return max(16, min(LARGEST_BATCH[model], bearable))
 
 
 def make_optimizer(model: Model, rate: float, window: int) -> torch.optim.Optimizer:
