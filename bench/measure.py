@@ -363,12 +363,12 @@ def measure(
     return list(rows.values())
 
 
-def append_rows(path: Path, rows: Iterable[Row]) -> None:
+def append_rows(path: Path, rows: Iterable[Any], kind: type = Row) -> None:
     """Rows go to disk as soon as they are there: whoever interrupts a run keeps what is done."""
     path.parent.mkdir(parents=True, exist_ok=True)
     new = not path.exists()
     with path.open("a", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, [field.name for field in fields(Row)])
+        writer = csv.DictWriter(file, [field.name for field in fields(kind)])
         if new:
             writer.writeheader()
         for row in rows:

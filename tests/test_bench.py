@@ -458,3 +458,30 @@ def test_gpu_report_without_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     in_one_kernel = text[text.index("One kernel for all steps") : text.index("## Bags")]
     assert in_one_kernel.count("lstm inference bfloat16") == 1
     assert "Wrong or failed: 0" in text
+
+
+@pytest.mark.parametrize("model", ["cbow", "skip-gram"])
+def test_word_vectors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, model: str) -> None:
+    for library in ("gensim", "sklearn"):
+        pytest.importorskip(library)
+    import pandas as pd
+
+    from bench import word_vectors
+
+    case = word_vectors.Case("zipf", 300, model, 8, 1, 3000)
+    monkeypatch.setattr(word_vectors, "cases", lambda *_: [case, dataclasses.replace(case, size=-1)])
+    target = tmp_path / "words.csv"
+    assert cli.main(["word-vectors", "--rounds", "3", "--out", str(target)]) == 0
+    rows = pd.read_csv(target)
+    assert list(rows["provider"]) == [OURS, "gensim, in memory", "gensim, from a file", OURS]
+    good, bad = rows[:3], rows.iloc[3]
+    assert (good["status"] == "ok").all()
+    assert (good["words"] == 3000).all()
+    assert (good["V"] == 300).all()
+    assert (good["rounds"] == 3).all()
+    assert (good["words_per_s"] > 0).all()
+    assert good["ratio"][0] == 1
+    assert bad["status"].startswith("failed: ")
+    assert cli.main(["word-vectors", "--rounds", "3", "--out", str(target)]) == 2  # one CSV holds one run
+    assert cli.main(["word-vectors", "--rounds", "0"]) == 2
+    assert cli.main(["word-vectors", "--threads", "0"]) == 2
