@@ -173,7 +173,7 @@ def sample(model: LanguageModel, words: list[str], count: int, temperature: floa
     for _ in range(count):
         features, state = model(word, state)
         scores = model.next_word.log_prob(features) / temperature
-        scores[:, UNKNOWN] = -math.inf
+        scores[:, [UNKNOWN, END]] = -math.inf
         word = torch.multinomial(scores.softmax(dim=1), 1)
         if word.item() == END:
             break
@@ -215,7 +215,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add = parser.add_argument
     add("--csv", type=Path, metavar="FILE", help="texts of your own: columns text and label (IMDB's reviews)")
     add("--encoding", default="utf-8-sig", help="encoding of --csv (%(default)s)")
-    add("--rows", type=whole, default=3_000, help="texts to draw, a tenth of which are held out (%(default)s)")
+    add("--rows", type=whole, default=2_000, help="texts to draw, a tenth of which are held out (%(default)s)")
     add("--words", type=whole, default=10_000, help="words in the vocabulary; the others are one (%(default)s)")
     add("--width", type=size, default=200, help="of a word vector and of the LSTM's states (%(default)s)")
     add("--dropout", type=between(0.0, 0.99), default=0.2, help="before, between and after the layers (%(default)s)")
