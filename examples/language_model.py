@@ -217,7 +217,12 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--encoding", default="utf-8-sig", help="encoding of --csv (%(default)s)")
     add("--rows", type=whole, default=2_000, help="texts to draw, a tenth of which are held out (%(default)s)")
     add("--words", type=whole, default=10_000, help="words in the vocabulary; the others are one (%(default)s)")
-    add("--width", type=size, default=200, help="of a word vector and of the LSTM's states (%(default)s)")
+    add(
+        "--width",
+        type=between(16, 100_000),
+        default=200,
+        help="of a word vector and of the LSTM's states (%(default)s)",
+    )
     add("--dropout", type=between(0.0, 0.99), default=0.2, help="before, between and after the layers (%(default)s)")
     add("--window", type=size, default=35, help="words that a step goes back in time (%(default)s)")
     add("--batch", type=size, default=32, help="columns of text (%(default)s)")
