@@ -35,7 +35,7 @@ CUDA_TORCH := torch==2.11.0
 CUDA_HOME ?= /usr/local/cuda
 export CUDA_HOME
 
-.PHONY: help demo test fuzz bench lint format build sanitize sanitize-quick coverage cuda-check gpu-report clean distclean
+.PHONY: help demo examples test fuzz bench lint format build sanitize sanitize-quick coverage cuda-check gpu-report clean distclean
 .PHONY: .sanitized FORCE
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
@@ -48,6 +48,10 @@ help:  ## list the targets
 
 demo: $(VENV)/.demo  ## train and time a sentiment model, torch.nn against nlpkernels
 	@$(BIN)/python examples/sentiment.py $(ARGS)
+
+examples: $(VENV)/.examples  ## run the other programs of docs/programs.md, a minute or two each; ARGS="--threads 1"
+	@for program in language_model pretrained contextual tagger; do \
+	  echo "examples/$$program.py $(ARGS)"; $(BIN)/python examples/$$program.py $(ARGS) || exit; done
 
 test: $(VENV)/.test  ## run the tests
 	@$(BIN)/python -m pytest $(ARGS)
@@ -125,14 +129,15 @@ gpu-report:  ## build, test, sanitise and time the CUDA kernels on a GPU, with w
 	@$(PYTHON) -m bench.gpu_report $(if $(OUT),--out '$(OUT)') $(ARGS)
 
 clean:  ## delete what was built
-	@rm -rf build dist *.egg-info nlpkernels/*.so .*_cache $(VENV)/.demo $(VENV)/.test $(VENV)/.bench $(VENV)/.lint
+	@rm -rf build dist *.egg-info nlpkernels/*.so .*_cache $(VENV)/.demo $(VENV)/.examples $(VENV)/.test $(VENV)/.bench \
+	  $(VENV)/.lint
 	@find nlpkernels tests bench examples -name __pycache__ -prune -exec rm -rf {} + 2>/dev/null || true
 
 distclean: clean  ## delete the environment too
 	@rm -rf $(VENV) .venv-cuda
 
 # The package in place, with an extra. Only objects whose sources changed are compiled.
-$(VENV)/.demo $(VENV)/.test $(VENV)/.bench $(VENV)/.lint: $(VENV)/.%: $(VENV)/.torch pyproject.toml setup.py $(CSRC)
+$(VENV)/.demo $(VENV)/.examples $(VENV)/.test $(VENV)/.bench $(VENV)/.lint: $(VENV)/.%: $(VENV)/.torch pyproject.toml setup.py $(CSRC)
 	@echo 'Compiling nlpkernels (minutes, the first time) and installing what "make $*" needs'
 	@$(PIP) --no-build-isolation --editable '.[$*]'
 	@touch $@

@@ -7,6 +7,7 @@ import json
 import math
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -39,7 +40,7 @@ def load(name: str) -> ModuleType:
 
 
 sentiment = load("sentiment")  # first, as the others import from it
-language_model = load("language_model")
+language_model, tagger = load("language_model"), load("tagger")
 
 
 @pytest.fixture(autouse=True)
@@ -361,9 +362,8 @@ def test_wrong_vectors_are_one_line(
     path = reviews.parent / name
     if content is not None:
         path.write_bytes(content)
-    with pytest.raises(sentiment.InputError, match="") as raised:
+    with pytest.raises(sentiment.InputError, match=re.escape(message)) as raised:
         pretrained.read_vectors(path, VOCABULARY)
-    assert message in str(raised.value)
     assert "\n" not in str(raised.value)
     out = str(reviews.parent / "out")
     assert pretrained.main(["--csv", str(reviews), "--vectors", str(path), "--out", out, "--threads", "1"]) == 2
@@ -444,6 +444,92 @@ def test_a_folder_without_a_model_is_one_line(
     assert contextual.main(["--csv", str(reviews), "--model", str(reviews.parent)]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith(f"contextual.py: error: --model {reviews.parent}: ")
+
+
+# tagger.py
+
+
+@pytest.fixture
+def sentences(tmp_path: Path) -> Path:
+    """Fifty sentences in which a name follows each "in" or "by"; in the format of CoNLL-2003."""
+    chance = random.Random(0)
+    lines = ["-DOCSTART- -X- O O", ""]
+    for _ in range(50):
+        for _ in range(chance.randrange(1, 4)):
+            lines += [f"{chance.choice(['made', 'seen'])} VBD O O"]
+            if chance.random() < 0.5:
+                lines += ["in IN O O", "New NNP O B-LOC", "York NNP O I-LOC"]
+            else:
+                lines += ["by IN O O", f"{chance.choice(['Ann', 'Bob'])} NNP O B-PER"]
+        lines.append("")
+    path = tmp_path / "train.txt"
+    path.write_text("\n".join(lines) + "\n")
+    return path
+
+
+TINY_TAGGER = "--embedding 8 --hidden 6 --batch 8 --epochs 12 --rate 0.02 --dropout 0.1 --threads 1".split()
+
+
+def test_taggers_agree_and_learn(sentences: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    report = tagger.demo(tagger.parse(["--conll", str(sentences), *TINY_TAGGER]))
+    theirs, ours = report["losses"]["torch.nn"], report["losses"]["nlpkernels"]
+    assert len(ours) == 60
+    assert ours == pytest.approx(theirs, abs=1e-4)
+    assert report["largest_loss_difference"] < 1e-6
+    assert report["speed_up"] > 0
+    assert min(report["f1"].values()) > 0.9
+    shown = capsys.readouterr().out
+    assert "LOC  New York\n" in shown
+    for word in ("40 sentences", "F1", "difference", "speed-up", "torch.nn", "nlpkernels"):
+        assert word in shown
+
+
+@pytest.mark.parametrize(
+    ("tags", "names"),
+    [
+        ("O O", []),
+        ("B-A I-A O B-B", [(0, 2, "A"), (3, 4, "B")]),
+        ("B-A B-A I-A", [(0, 1, "A"), (1, 3, "A")]),
+        ("O I-A I-A I-B", [(1, 3, "A"), (3, 4, "B")]),
+    ],
+)
+def test_names_of_tags(tags: str, names: list[tuple[int, int, str]]) -> None:
+    assert list(tagger.names(tags.split())) == names
+    assert tagger.f1([(tags.split(), tags.split())]) == (1 if names else 0)
+
+
+def test_f1_counts_whole_names() -> None:
+    assert tagger.f1([("B-A I-A O B-B".split(), "B-A O O B-B".split())]) == 0.5
+
+
+def test_reads_hironsancorpus() -> None:
+    if not importlib.util.find_spec("hironsan"):
+        pytest.skip("no hironsancorpus")
+    read = tagger.read_sentences(None, None)
+    assert len(read) == 500
+    assert sum(len(sentence.words) for sentence in read) == 15_520
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "No such file"),
+        (b"", "too few sentences to train and test: 0"),
+        (b"one X O\ntwo\n", "line 2: 1 fields, 3 or more are expected"),
+        (b"one X O\ntwo X NN\n", "line 2: 'NN' is not O, B-... or I-..."),
+        ("süß X O\n".encode("latin-1"), "not text in UTF-8"),
+    ],
+)
+def test_wrong_sentences_are_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], content: bytes | None, message: str
+) -> None:
+    path = tmp_path / "train.txt"
+    if content is not None:
+        path.write_bytes(content)
+    assert tagger.main(["--conll", str(path)]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"tagger.py: error: {path}: ")
+    assert message in line
 
 
 # All of them.
