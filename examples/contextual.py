@@ -15,33 +15,30 @@ from __future__ import annotations
 
 import argparse
 import math
-import statistics
 import sys
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import torch
 from rich.console import Console
-from rich.table import Table
 from sentiment import (
     CLIP,
     PROVIDERS,
-    WARM_UP_STEPS,
     Batch,
     Data,
     InputError,
     Reviews,
     between,
-    clock,
     exit_status,
-    machine,
     prepare,
-    progress_bars,
     read_reviews,
 )
+from side_by_side import Run, compare, difference, take_turns
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence
 from transformers import AutoModel, AutoTokenizer, BertConfig, BertModel
@@ -101,71 +98,66 @@ def read(options: argparse.Namespace) -> Data:
     return replace(data, training=training, testing=testing)
 
 
-@dataclass
-class Run:
-    """BERT and a head with the layers of one provider, and what was measured while they trained."""
+class HeadOnBert(nn.Module):
+    def __init__(self, bert: nn.Module, head: Head) -> None:
+        super().__init__()
+        self.bert, self.head = bert, head
 
-    bert: nn.Module
-    head: Head
-    optimizer: torch.optim.Optimizer
-    losses: list[float] = field(default_factory=list)
-    seconds: list[float] = field(default_factory=list)  # of the head
-
-    def step(self, batch: Batch, seed: int) -> None:
-        torch.manual_seed(seed)  # so that both drop the same values out
-        features = contextual(self.bert, batch)
-        cut = features.detach().requires_grad_()
-        self.optimizer.zero_grad()
-        start = clock(cut.device)
-        loss = nn.functional.cross_entropy(self.head(cut, batch.lengths), batch.labels)
-        loss.backward()
-        self.seconds.append(clock(cut.device) - start)
-        features.backward(cut.grad)
-        nn.utils.clip_grad_norm_([*self.bert.parameters(), *self.head.parameters()], CLIP)
-        self.optimizer.step()
-        self.losses.append(loss.item())
+    def loss(self, batch: Batch) -> Tensor:
+        return nn.functional.cross_entropy(self.head(contextual(self.bert, batch), batch.lengths), batch.labels)
 
     @torch.inference_mode()
     def accuracy(self, batches: Sequence[Batch]) -> float:
-        self.bert.eval()
-        scores = [(self.head(contextual(self.bert, batch), batch.lengths), batch.labels) for batch in batches]
-        self.bert.train()
-        return sum(int((each.argmax(dim=1) == labels).sum()) for each, labels in scores) / sum(
-            len(labels) for _, labels in scores
-        )
+        self.eval()
+        right = total = 0
+        for batch in batches:
+            scores = self.head(contextual(self.bert, batch), batch.lengths)
+            right += int((scores.argmax(dim=1) == batch.labels).sum())
+            total += len(batch.labels)
+        self.train()
+        return right / total
 
 
-@torch.no_grad()
-def difference(run: Run, twin: Head, batch: Batch) -> float:
-    """How far the losses of two heads are apart when the twin has the head's parameters, on the same features."""
-    twin.load_state_dict(run.head.state_dict())
-    features = contextual(run.bert, batch)
-    losses = [nn.functional.cross_entropy(head(features, batch.lengths), batch.labels) for head in (run.head, twin)]
-    return float((losses[0] - losses[1]).abs())
+class HeadRun(Run):
+    """A run whose times are those of the head."""
+
+    def step(self, batch: Batch, seed: int) -> None:
+        torch.manual_seed(seed)  # so that both drop the same values out
+        features = contextual(self.model.bert, batch)
+        cut = features.detach().requires_grad_()
+        self.optimizer.zero_grad()
+        start = time.perf_counter()
+        loss = nn.functional.cross_entropy(self.model.head(cut, batch.lengths), batch.labels)
+        loss.backward()
+        self.seconds.append(time.perf_counter() - start)
+        features.backward(cut.grad)
+        nn.utils.clip_grad_norm_(self.model.parameters(), CLIP)
+        self.optimizer.step()
+        self.losses.append(loss.item())
 
 
-def train(data: Data, options: argparse.Namespace, advance: Callable[[], object]) -> tuple[dict[str, Run], float]:
-    """Both providers, step by step side by side, and their largest difference in loss at equal parameters."""
+def train(data: Data, options: argparse.Namespace) -> tuple[dict[str, HeadRun], float]:
+    """Both providers side by side, and their largest difference in loss at equal parameters."""
+
+    def make(layers: ModuleType) -> HeadOnBert:
+        torch.manual_seed(options.seed)  # so that both start from the same parameters
+        bert = make_bert(data.words, options)
+        return HeadOnBert(bert, Head(layers, bert.config.hidden_size, len(data.classes), options.hidden)).train()
+
     runs = {}
     for provider, layers in PROVIDERS.items():
-        torch.manual_seed(options.seed)  # so that both start from the same parameters
-        bert = make_bert(data.words, options).train()
-        head = Head(layers, bert.config.hidden_size, len(data.classes), options.hidden)
-        parameters = [*bert.parameters(), *head.parameters()]
-        runs[provider] = Run(bert, head, torch.optim.Adam(parameters, lr=options.rate, fused=True))
-    turns = list(runs.values())
-    twin = Head(PROVIDERS["nlpkernels"], bert.config.hidden_size, len(data.classes), options.hidden)
-    apart = 0.0
-    for epoch in range(options.epochs):
-        for batch in data.training.batches(options.batch, options.seed + epoch, "cpu"):
-            step = len(turns[0].losses)
-            if step % options.check_every == 0:
-                apart = max(apart, difference(runs["torch.nn"], twin, batch))
-            for run in turns:
-                run.step(batch, options.seed + step)
-            turns.reverse()  # neither always goes first
-            advance()
-    return runs, apart
+        model = make(layers)
+        runs[provider] = HeadRun(model, torch.optim.Adam(model.parameters(), lr=options.rate, fused=True))
+    theirs, twin = runs["torch.nn"].model, make(PROVIDERS["nlpkernels"])
+    epochs = chain.from_iterable(
+        data.training.batches(options.batch, options.seed + epoch, "cpu") for epoch in range(options.epochs)
+    )
+    steps = options.epochs * math.ceil(len(data.training.ids) / options.batch)
+
+    def check(batch: Batch, seed: int) -> float:
+        return difference(theirs, twin, lambda model: model.loss(batch), seed)
+
+    return runs, take_turns(runs, epochs, steps, options.seed, check)
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -185,7 +177,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--seed", type=between(0, 2**31), default=0, help="(%(default)s)")
     add("--threads", type=size, default=torch.get_num_threads(), help="CPU threads (%(default)s)")
     options = parser.parse_args(arguments)
-    options.full, options.device, options.check_every = False, "cpu", 10
+    options.full, options.device = False, "cpu"
     return options
 
 
@@ -197,31 +189,11 @@ def demo(options: argparse.Namespace) -> dict[str, Any]:
     with console.status("reading"):
         data = read(options)
     print(f"{len(data.training.ids):,} texts to train on, {len(data.testing.ids):,} to test on")
-    with progress_bars(console) as progress:
-        steps = options.epochs * math.ceil(len(data.training.ids) / options.batch)
-        task = progress.add_task("BERT", total=steps)
-        runs, apart = train(data, options, lambda: progress.update(task, advance=1, refresh=True))
-    pairs = list(zip(runs["torch.nn"].seconds, runs["nlpkernels"].seconds, strict=True))
-    speed_up = statistics.median(theirs / ours for theirs, ours in pairs[WARM_UP_STEPS:] or pairs)
-    note = """largest difference: between the losses of both heads with equal parameters
-speed-up: of the head alone, median over the steps, each on the same batch"""
-    table = Table("head of", title=machine(options), caption=note)
-    for heading in ("test\naccuracy", "largest\ndifference", "ms per step of\nthe head (median)", "speed-up"):
-        table.add_column(heading, justify="right")
+    runs, apart = train(data, options)
     batches = data.testing.batches(options.batch, options.seed, "cpu")
-    accuracy = {provider: run.accuracy(batches) for provider, run in runs.items()}
-    for provider, run in runs.items():
-        ours = provider == "nlpkernels"
-        table.add_row(
-            provider,
-            f"{accuracy[provider]:.1%}",
-            f"{apart:.1e}" if ours else "",
-            f"{1e3 * statistics.median(run.seconds):.1f}",
-            f"{speed_up:.2f} x" if ours else "",
-        )
-    console.print(table)
-    losses = {provider: run.losses for provider, run in runs.items()}
-    return {"accuracy": accuracy, "largest_loss_difference": apart, "speed_up": speed_up, "losses": losses}
+    accuracy = {provider: run.model.accuracy(batches) for provider, run in runs.items()}
+    scores = {provider: f"{value:.1%}" for provider, value in accuracy.items()}
+    return compare(runs, apart, "test\naccuracy", scores, options) | {"accuracy": accuracy}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

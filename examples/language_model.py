@@ -17,11 +17,10 @@ from __future__ import annotations
 import argparse
 import math
 import re
-import statistics
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 from types import ModuleType
@@ -29,19 +28,14 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from rich.table import Table
 from sentiment import (
-    CHECK_EVERY,
     PROVIDERS,
-    WARM_UP_STEPS,
     InputError,
     between,
-    clock,
     exit_status,
-    machine,
-    progress_bars,
     read_reviews,
 )
+from side_by_side import Run, compare, difference, take_turns
 from torch import Tensor, nn
 
 UNKNOWN, END = 0, 1
@@ -120,36 +114,12 @@ def prepare(options: argparse.Namespace) -> Data:
 
 
 @dataclass
-class Run:
-    """A model with the layers of one provider, and what was measured while it trained."""
-
-    model: LanguageModel
-    optimizer: torch.optim.Optimizer
+class StatefulRun(Run):
     state: State | None = None
-    seconds: list[float] = field(default_factory=list)
-    losses: list[float] = field(default_factory=list)
 
-    def step(self, window: Tensor, options: argparse.Namespace, seed: int) -> None:
-        torch.manual_seed(seed)  # so that both providers drop the same values out
-        start = clock(window.device)
+    def loss(self, window: Tensor) -> Tensor:
         loss, self.state = self.model.loss(window, self.state)
-        self.optimizer.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_(self.model.parameters(), options.clip)
-        self.optimizer.step()
-        self.seconds.append(clock(window.device) - start)
-        self.losses.append(loss.item())
-
-
-@torch.no_grad()
-def difference(run: Run, twin: LanguageModel, window: Tensor, seed: int) -> float:
-    """How far the losses of two models are apart when the twin has the model's parameters and state."""
-    twin.load_state_dict(run.model.state_dict())
-    losses = []
-    for either in (run.model, twin):
-        torch.manual_seed(seed)
-        losses.append(either.loss(window, run.state)[0].item())
-    return abs(losses[0] - losses[1])
+        return loss
 
 
 @torch.inference_mode()
@@ -182,28 +152,26 @@ def sample(model: LanguageModel, words: list[str], count: int, temperature: floa
     return re.sub(r" ([!?])", r"\1", " ".join(text))
 
 
-def train(data: Data, options: argparse.Namespace, advance: Callable[[], object]) -> tuple[dict[str, Run], float]:
-    """Both providers, step by step side by side, and their largest difference in loss at equal parameters."""
+def train(data: Data, options: argparse.Namespace) -> tuple[dict[str, StatefulRun], float]:
+    """Both providers side by side, and their largest difference in loss at equal parameters."""
     runs = {}
     for provider, layers in PROVIDERS.items():
         torch.manual_seed(options.seed)  # so that both start from the same parameters
         model = LanguageModel(layers, len(data.words), options)
-        runs[provider] = Run(model, torch.optim.Adam(model.parameters(), lr=options.rate, fused=True))
-    turns = list(runs.values())
-    twin = LanguageModel(PROVIDERS["nlpkernels"], len(data.words), options)
-    apart = 0.0
-    for _ in range(options.epochs):
-        for run in turns:
-            run.state = None
-        for window in windows(data.training, options.window):
-            step = len(turns[0].losses)
-            if step % CHECK_EVERY == 0:
-                apart = max(apart, difference(runs["torch.nn"], twin, window, options.seed + step))
-            for run in turns:
-                run.step(window, options, options.seed + step)
-            turns.reverse()  # neither always goes first
-            advance()
-    return runs, apart
+        runs[provider] = StatefulRun(model, torch.optim.Adam(model.parameters(), lr=options.rate, fused=True))
+    theirs, twin = runs["torch.nn"], LanguageModel(PROVIDERS["nlpkernels"], len(data.words), options)
+
+    def epochs() -> Iterator[Tensor]:
+        for _ in range(options.epochs):
+            for run in runs.values():
+                run.state = None
+            yield from windows(data.training, options.window)
+
+    def check(window: Tensor, seed: int) -> float:
+        return difference(theirs.model, twin, lambda model: model.loss(window, theirs.state)[0], seed)
+
+    steps = options.epochs * math.ceil((len(data.training) - 1) / options.window)
+    return runs, take_turns(runs, epochs(), steps, options.seed, check)
 
 
 # The command line.
@@ -228,7 +196,6 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--batch", type=size, default=32, help="columns of text (%(default)s)")
     add("--epochs", type=size, default=1, help="(%(default)s)")
     add("--rate", type=between(0.0, 10.0), default=4e-3, help="learning rate of Adam (%(default)s)")
-    add("--clip", type=between(0.0, 1e9), default=0.25, help="largest norm of a gradient (%(default)s)")
     add("--sample", type=between(0, 10_000), default=60, help="words to make up at the end (%(default)s)")
     add("--temperature", type=between(0.01, 100.0), default=0.7, help="below 1 for likelier words (%(default)s)")
     add("--seed", type=between(0, 2**31), default=0, help="(%(default)s)")
@@ -246,35 +213,15 @@ def demo(options: argparse.Namespace) -> dict[str, Any]:
         data = prepare(options)
     training, held_out = data.training.numel(), data.held_out.numel()
     print(f"{training:,} words to train on, {held_out:,} held out, {len(data.words):,} in the vocabulary")
-    with progress_bars(console) as progress:
-        steps = options.epochs * math.ceil((len(data.training) - 1) / options.window)
-        task = progress.add_task("LSTM", total=steps)
-        runs, apart = train(data, options, lambda: progress.update(task, advance=1, refresh=True))
-
-    results: dict[str, Any] = {"largest_loss_difference": apart, "perplexity": {}, "losses": {}}
-    pairs = list(zip(runs["torch.nn"].seconds, runs["nlpkernels"].seconds, strict=True))
-    results["speed_up"] = statistics.median(theirs / ours for theirs, ours in pairs[WARM_UP_STEPS:] or pairs)
-    note = """largest difference: between the losses that both have with the parameters of torch.nn's model
-speed-up: median over the steps, each on the same window"""
-    table = Table("layers of", title=machine(options), caption=note)
-    for heading in ("perplexity of\nheld-out text", "largest\ndifference", "ms per step\n(median)", "speed-up"):
-        table.add_column(heading, justify="right")
-    for provider, run in runs.items():
-        ours = provider == "nlpkernels"
-        results["perplexity"][provider] = perplexity(run.model, data.held_out, options.window)
-        results["losses"][provider] = run.losses
-        table.add_row(
-            provider,
-            f"{results['perplexity'][provider]:.1f}",
-            f"{apart:.1e}" if ours else "",
-            f"{1e3 * statistics.median(run.seconds):.1f}",
-            f"{results['speed_up']:.2f} x" if ours else "",
-        )
-    console.print(table)
-    results["sample"] = sample(runs["nlpkernels"].model, data.words, options.sample, options.temperature, options.seed)
+    runs, apart = train(data, options)
+    perplexities = {name: perplexity(run.model, data.held_out, options.window) for name, run in runs.items()}
+    scores = {provider: f"{value:.1f}" for provider, value in perplexities.items()}
+    results = compare(runs, apart, "perplexity of\nheld-out text", scores, options)
+    model = runs["nlpkernels"].model
+    text = sample(model, data.words, options.sample, options.temperature, options.seed)
     if options.sample:
-        print(f"A review that the model makes up:\n{results['sample']}")
-    return results
+        print(f"A review that the model makes up:\n{text}")
+    return results | {"perplexity": perplexities, "sample": text}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

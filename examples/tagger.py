@@ -2,7 +2,7 @@
 
 A bidirectional LSTM reads, for each word, its vector and that of its word class, and tells where the names of persons,
 places and organisations, dates and the like begin (B-...), go on (I-...) and are not (O). The sentences are
-the 500 of the package hironsancorpus, in Japanese, tagged by hand. At the end stands the F1 of whole names in sentences
+the 500 of the package hironsancorpus, in Japanese. At the end stands the F1 of whole names in sentences
 held out: 1 if all are found, with the right kind, first and last word, and no others.
 
     python examples/tagger.py
@@ -18,32 +18,24 @@ import argparse
 import importlib.util
 import math
 import random
-import statistics
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.table import Table
 from sentiment import (
-    CHECK_EVERY,
-    CLIP,
     PAD,
     PROVIDERS,
     UNKNOWN,
-    WARM_UP_STEPS,
     InputError,
     between,
-    clock,
     exit_status,
-    machine,
-    progress_bars,
 )
+from side_by_side import Run, compare, difference, take_turns
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence, pad_sequence
 
@@ -178,71 +170,41 @@ class Data:
 # Training, with the clock.
 
 
-@dataclass
-class Run:
-    model: Tagger
-    optimizer: torch.optim.Optimizer
-    losses: list[float] = field(default_factory=list)
-    seconds: list[float] = field(default_factory=list)
-
-    def step(self, batch: Batch, seed: int) -> None:
-        torch.manual_seed(seed)  # so that both providers drop the same values out
-        start = clock(batch.ids.device)
-        loss = self.model.loss(batch)
-        self.optimizer.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_(self.model.parameters(), CLIP)
-        self.optimizer.step()
-        self.seconds.append(clock(batch.ids.device) - start)
-        self.losses.append(loss.item())
-
-    @torch.inference_mode()
-    def tag(self, data: Data, sentences: list[Sentence]) -> list[list[str]]:
-        self.model.eval()
-        found = []
-        for batch in data.batches(sentences, 32):
-            best = self.model(batch.ids, batch.lengths).argmax(dim=2).tolist()
-            found += [
-                [data.tags[tag] for tag in tags[:length]] for tags, length in zip(best, batch.lengths, strict=True)
-            ]
-        self.model.train()
-        return found
+@torch.inference_mode()
+def tag(model: Tagger, data: Data) -> list[list[str]]:
+    """The tags that the model finds likeliest for the words of the sentences held out."""
+    model.eval()
+    found = []
+    for batch in data.batches(data.testing, 32):
+        best = model(batch.ids, batch.lengths).argmax(dim=2).tolist()
+        found += [[data.tags[tag] for tag in tags[:length]] for tags, length in zip(best, batch.lengths, strict=True)]
+    model.train()
+    return found
 
 
-@torch.no_grad()
-def difference(model: Tagger, twin: Tagger, batch: Batch, seed: int) -> float:
-    """How far the losses of two models are apart when the twin has the model's parameters."""
-    twin.load_state_dict(model.state_dict())
-    losses = []
-    for either in (model, twin):
-        torch.manual_seed(seed)
-        losses.append(either.loss(batch).item())
-    return abs(losses[0] - losses[1])
+def train(data: Data, options: argparse.Namespace) -> tuple[dict[str, Run], float]:
+    """Both providers side by side, and their largest difference in loss at equal parameters."""
 
-
-def train(data: Data, options: argparse.Namespace, advance: Callable[[], object]) -> tuple[dict[str, Run], float]:
-    """Both providers, step by step side by side, and their largest difference in loss at equal parameters."""
-
-    def tagger(layers: ModuleType) -> Tagger:
+    def make(layers: ModuleType) -> Tagger:
+        torch.manual_seed(options.seed)  # so that both start from the same parameters
         return Tagger(layers, len(data.words) + 2, len(data.features) + 2, len(data.tags), options)
 
     runs = {}
     for provider, layers in PROVIDERS.items():
-        torch.manual_seed(options.seed)  # so that both start from the same parameters
-        model = tagger(layers)
+        model = make(layers)
         runs[provider] = Run(model, torch.optim.Adam(model.parameters(), lr=options.rate, fused=True))
-    turns, twin, apart = list(runs.values()), tagger(PROVIDERS["nlpkernels"]), 0.0
-    for epoch in range(options.epochs):
-        random.Random(options.seed + epoch).shuffle(data.training)
-        for batch in data.batches(data.training, options.batch):
-            step = len(turns[0].losses)
-            if step % CHECK_EVERY == 0:
-                apart = max(apart, difference(runs["torch.nn"].model, twin, batch, options.seed + step))
-            for run in turns:
-                run.step(batch, options.seed + step)
-            turns.reverse()  # neither always goes first
-            advance()
-    return runs, apart
+    theirs, twin = runs["torch.nn"].model, make(PROVIDERS["nlpkernels"])
+
+    def epochs() -> Iterator[Batch]:
+        for epoch in range(options.epochs):
+            random.Random(options.seed + epoch).shuffle(data.training)
+            yield from data.batches(data.training, options.batch)
+
+    def check(batch: Batch, seed: int) -> float:
+        return difference(theirs, twin, lambda model: model.loss(batch), seed)
+
+    steps = options.epochs * math.ceil(len(data.training) / options.batch)
+    return runs, take_turns(runs, epochs(), steps, options.seed, check)
 
 
 # The command line.
@@ -270,40 +232,21 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 def demo(options: argparse.Namespace) -> dict[str, Any]:
     """Everything from the file to a tagged sentence. Returns what it prints."""
     torch.set_num_threads(options.threads)
-    console = Console()
     data = Data(read_sentences(options.conll, options.feature), options.seed)
     print(f"{len(data.training)} sentences to train on, {len(data.testing)} to test on, {len(data.tags)} tags")
-    with progress_bars(console) as progress:
-        task = progress.add_task("LSTM", total=options.epochs * math.ceil(len(data.training) / options.batch))
-        runs, apart = train(data, options, lambda: progress.update(task, advance=1, refresh=True))
-    pairs = list(zip(runs["torch.nn"].seconds, runs["nlpkernels"].seconds, strict=True))
-    speed_up = statistics.median(theirs / ours for theirs, ours in pairs[WARM_UP_STEPS:] or pairs)
+    runs, apart = train(data, options)
+    found = {provider: tag(run.model, data) for provider, run in runs.items()}
     true = [sentence.tags for sentence in data.testing]
-    found = {provider: run.tag(data, data.testing) for provider, run in runs.items()}
     scores = {provider: f1(zip(true, tags, strict=True)) for provider, tags in found.items()}
-    note = """largest difference: between the losses that both have with the parameters of torch.nn's model
-speed-up: median over the steps, each on the same batch"""
-    table = Table("layers of", title=machine(options), caption=note)
-    for heading in ("F1 of names", "largest\ndifference", "ms per step\n(median)", "speed-up"):
-        table.add_column(heading, justify="right")
-    for provider, run in runs.items():
-        ours = provider == "nlpkernels"
-        table.add_row(
-            provider,
-            f"{scores[provider]:.3f}",
-            f"{apart:.1e}" if ours else "",
-            f"{1e3 * statistics.median(run.seconds):.1f}",
-            f"{speed_up:.2f} x" if ours else "",
-        )
-    console.print(table)
+    shown = {provider: f"{score:.3f}" for provider, score in scores.items()}
+    results = compare(runs, apart, "F1 of names", shown, options)
     print("Names that it finds in the first of the sentences held out:")
     for sentence, tags in zip(data.testing[:5], found["nlpkernels"], strict=False):
         there = set(names(sentence.tags))
         for first, end, kind in names(tags):
             right = "" if (first, end, kind) in there else "  (wrong)"
             print(f"  {kind}  {' '.join(sentence.words[first:end])}{right}")
-    losses = {provider: run.losses for provider, run in runs.items()}
-    return {"f1": scores, "largest_loss_difference": apart, "speed_up": speed_up, "losses": losses}
+    return results | {"f1": scores}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -40,6 +40,7 @@ def load(name: str) -> ModuleType:
 
 
 sentiment = load("sentiment")  # first, as the others import from it
+load("side_by_side")
 language_model, tagger = load("language_model"), load("tagger")
 
 
