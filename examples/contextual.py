@@ -197,7 +197,9 @@ def demo(options: argparse.Namespace) -> dict[str, Any]:
     batches = data.testing.batches(options.batch, options.seed, "cpu")
     accuracy = {provider: run.model.accuracy(batches) for provider, run in runs.items()}
     scores = {provider: f"{value:.1%}" for provider, value in accuracy.items()}
-    return compare(runs, apart, "test\naccuracy", scores, options) | {"accuracy": accuracy}
+    results = compare(runs, apart, "test\naccuracy", scores, options)
+    print("The times are those of the head alone, forward and backward.")
+    return results | {"accuracy": accuracy}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
