@@ -35,7 +35,8 @@ CUDA_TORCH := torch==2.11.0
 CUDA_HOME ?= /usr/local/cuda
 export CUDA_HOME
 
-.PHONY: help demo word-vectors test fuzz bench lint format docs build sanitize sanitize-quick coverage wheel cuda-check gpu-report clean distclean
+.PHONY: help demo examples word-vectors test fuzz bench lint format docs build sanitize sanitize-quick coverage wheel
+.PHONY: cuda-check gpu-report clean distclean
 .PHONY: .sanitized FORCE
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
@@ -50,8 +51,12 @@ demo: $(VENV)/.demo  ## train and time a sentiment model, torch.nn against nlpke
 	@$(BIN)/python examples/sentiment.py $(ARGS)
 
 # Threads wait asleep: on a machine that does other things too, waiting awake cost nine tenths of the speed.
-word-vectors: $(VENV)/.words  ## train word vectors beside gensim: ARGS="--model skip-gram", "--text FILE"
+word-vectors: $(VENV)/.examples  ## train word vectors beside gensim: ARGS="--model skip-gram", "--text FILE"
 	@OMP_WAIT_POLICY=$${OMP_WAIT_POLICY:-passive} $(BIN)/python examples/word_vectors.py $(ARGS)
+
+examples: $(VENV)/.examples  ## run the other programs of docs/programs.md, a minute or two each; ARGS="--threads 1"
+	@for program in language_model pretrained contextual tagger; do \
+	  echo "examples/$$program.py $(ARGS)"; $(BIN)/python examples/$$program.py $(ARGS) || exit; done
 
 test: $(VENV)/.test  ## run the tests
 	@$(BIN)/python -m pytest $(ARGS)
@@ -147,7 +152,8 @@ gpu-report:  ## build, test, sanitise and time the CUDA kernels on a GPU, with w
 	@$(PYTHON) -m bench.gpu_report $(if $(OUT),--out '$(OUT)') $(ARGS)
 
 clean:  ## delete what was built
-	@rm -rf build dist *.egg-info nlpkernels/*.so .*_cache $(VENV)/.demo $(VENV)/.words $(VENV)/.test $(VENV)/.bench $(VENV)/.lint $(VENV)/.docs
+	@rm -rf build dist *.egg-info nlpkernels/*.so .*_cache
+	@rm -f $(addprefix $(VENV)/.,demo examples test bench lint docs)
 	@find nlpkernels tests bench examples -name __pycache__ -prune -exec rm -rf {} + 2>/dev/null || true
 
 distclean: clean  ## delete the environment too
@@ -159,7 +165,7 @@ $(VENV)/.docs: Makefile | $(BIN)/pip
 	@touch $@
 
 # The package in place, with an extra. Only objects whose sources changed are compiled.
-$(VENV)/.demo $(VENV)/.words $(VENV)/.test $(VENV)/.bench $(VENV)/.lint: $(VENV)/.%: $(VENV)/.torch pyproject.toml setup.py $(CSRC)
+$(addprefix $(VENV)/.,demo examples test bench lint): $(VENV)/.%: $(VENV)/.torch pyproject.toml setup.py $(CSRC)
 	@echo 'Compiling nlpkernels (minutes, the first time) and installing what "make $*" needs'
 	@$(PIP) --no-build-isolation --editable '.[$*]'
 	@touch $@

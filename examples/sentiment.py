@@ -141,7 +141,11 @@ class Data:
     training: Reviews
     testing: Reviews
     classes: list[str]
-    words: int  # in the vocabulary
+    vocabulary: dict[str, int]
+
+    @property
+    def words(self) -> int:
+        return len(self.vocabulary)
 
 
 def tokenise(text: str) -> list[str]:
@@ -207,7 +211,7 @@ def prepare(table: pd.DataFrame, options: argparse.Namespace) -> Data:
         ids = [torch.tensor([vocabulary.get(word, UNKNOWN) for word in words]) for words in ends]
         return Reviews(ids, torch.tensor(counts.index.get_indexer(part["label"])))
 
-    return Data(encode(training), encode(testing), list(counts.index), len(vocabulary))
+    return Data(encode(training), encode(testing), list(counts.index), vocabulary)
 
 
 # Training, with the clock.
@@ -266,7 +270,7 @@ def difference(model: nn.Module, twin: nn.Module, batch: Batch, seed: int) -> fl
 
 
 def train(
-    kind: type[nn.Module], data: Data, options: argparse.Namespace, advance: Callable[[], None]
+    kind: Callable[..., nn.Module], data: Data, options: argparse.Namespace, advance: Callable[[], None]
 ) -> tuple[dict[str, Run], float]:
     """One model with the layers of each provider, step by step side by side; and their largest difference in loss."""
     runs = {}
@@ -423,32 +427,46 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
+def make_folder(path: Path) -> None:
+    """The folder for the results: whether it can be written is found out before the work, not after it."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=path).close()
+    except OSError as error:
+        raise InputError(f"--out {path}: {error.strerror}") from None
+
+
+def progress_bars(console: Console) -> Progress:
+    columns = (TextColumn("{task.description:8}"), BarColumn(), MofNCompleteColumn(), TextColumn("steps,"))
+    times = (TimeElapsedColumn(), TextColumn("gone,"), TimeRemainingColumn(), TextColumn("to go"))
+    return Progress(*columns, *times, console=console, auto_refresh=False)
+
+
+def machine(options: argparse.Namespace) -> str:
+    """What the times were measured with."""
+    chip = torch.cuda.get_device_name() if options.device == "cuda" else torch.backends.cpu.get_cpu_capability()
+    return f"torch {torch.__version__}, {options.device} ({chip}), CPU threads: {options.threads}"
+
+
 def demo(options: argparse.Namespace) -> dict[str, Any]:
     """Everything from the file to the table. Returns what it writes as JSON."""
     if options.device == "cuda" and not torch.cuda.is_available():
         raise InputError("--device cuda: torch finds no CUDA device here; --device cpu works everywhere")
-    try:
-        options.out.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=options.out).close()  # find out before the work, not after it
-    except OSError as error:
-        raise InputError(f"--out {options.out}: {error.strerror}") from None
+    make_folder(options.out)
     torch.set_num_threads(options.threads)
     console = Console()
     with console.status("reading"):
         data = prepare(read_reviews(options.csv, options.encoding), options)
     texts = len(data.training.ids)
     print(f"{texts:,} texts to train on, {len(data.testing.ids):,} to test on, {data.words:,} words in the vocabulary")
-    columns = (TextColumn("{task.description:8}"), BarColumn(), MofNCompleteColumn(), TextColumn("steps,"))
-    times = (TimeElapsedColumn(), TextColumn("gone,"), TimeRemainingColumn(), TextColumn("to go"))
     results = {}
-    with Progress(*columns, *times, console=console, auto_refresh=False) as progress:
+    with progress_bars(console) as progress:
         for name, kind in MODELS.items():
             task = progress.add_task(name, total=options.epochs * math.ceil(texts / options.batch))
             runs, apart = train(kind, data, options, partial(progress.update, task, advance=1, refresh=True))
             results[name] = compare(runs, apart, options.epochs)
 
-    chip = torch.cuda.get_device_name() if options.device == "cuda" else torch.backends.cpu.get_cpu_capability()
-    title = f"torch {torch.__version__}, {options.device} ({chip}), CPU threads: {options.threads}"
+    title = machine(options)
     console.print(tabulate(results, title))
     if options.device == "cuda" and options.dropout:
         print("cuDNN picks what the LSTM of torch.nn drops, so the two LSTMs differ; --dropout 0 compares them.")
@@ -460,13 +478,21 @@ def demo(options: argparse.Namespace) -> dict[str, Any]:
     return report
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+def exit_status(program: str, work: Callable[[], object]) -> int:
+    """The exit status of the work. What the user can put right is one line, and so is that they stopped it."""
     try:
-        demo(parse(arguments))
+        work()
     except InputError as error:
-        print(f"sentiment.py: error: {error}", file=sys.stderr)
+        print(f"{program}: error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print(f"{program}: stopped", file=sys.stderr)
+        return 130  # what shells say of a program that Ctrl-C ended
     return 0
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    return exit_status("sentiment.py", lambda: demo(parse(arguments)))
 
 
 if __name__ == "__main__":

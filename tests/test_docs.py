@@ -11,6 +11,8 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from torch import nn
 
 import nlpkernels
 
@@ -61,16 +63,44 @@ PAGES = sorted(page for page in (ROOT / "README.md", *(ROOT / "docs").glob("*.md
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
 def test_examples_of_pages_run(page: Path) -> None:
     blocks = [block for block in re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL) if ">>> " in block]
-    assert blocks
-    for block in blocks:
-        test = doctest.DocTestParser().get_doctest(block, {}, page.stem, str(page), 0)
-        assert doctest.DocTestRunner().run(test).failed == 0
+    test = doctest.DocTestParser().get_doctest("".join(blocks), {}, page.stem, str(page), 0)
+    assert test.examples
+    assert doctest.DocTestRunner().run(test).failed == 0
 
 
 def test_links_of_pages_lead_somewhere() -> None:
     for page in (ROOT / "README.md", *(ROOT / "docs").glob("*.md")):
         for link in re.findall(r"\]\(([^)#]+)[^)]*\)", page.read_text()):
             assert link.startswith("http") or (page.parent / link).exists(), f"{page.name}: {link}"
+
+
+def test_one_hot_times_a_matrix_is_a_lookup() -> None:
+    embedding = nlpkernels.Embedding(50, 7)
+    linear = nn.Linear(50, 7, bias=False)
+    linear.weight.data.copy_(embedding.weight.data.t())
+    ids, g = torch.randint(50, (4, 6)), torch.randn(4, 6, 7)
+    looked_up, multiplied = embedding(ids), linear(nn.functional.one_hot(ids, 50).float())
+    assert torch.equal(looked_up, multiplied)
+    looked_up.backward(g)
+    multiplied.backward(g)
+    torch.testing.assert_close(embedding.weight.grad, linear.weight.grad.t())
+
+
+@pytest.mark.parametrize("mode", ["sum", "mean"])
+def test_counts_times_a_matrix_are_a_bag(mode: str) -> None:
+    texts = [torch.randint(50, (length,)) for length in (3, 1, 9, 40)]
+    lengths = torch.tensor([len(text) for text in texts])
+    bag = nlpkernels.EmbeddingBag(50, 7, mode=mode)
+    linear = nn.Linear(50, 7, bias=False)
+    linear.weight.data.copy_(bag.weight.data.t())
+    counts = torch.stack([torch.bincount(text, minlength=50) for text in texts]).float()
+    pooled = bag(torch.cat(texts), offsets=lengths.cumsum(0) - lengths)
+    multiplied = linear(counts) / (lengths[:, None] if mode == "mean" else 1)
+    torch.testing.assert_close(pooled, multiplied)
+    g = torch.randn_like(pooled)
+    pooled.backward(g)
+    multiplied.backward(g)
+    torch.testing.assert_close(bag.weight.grad, linear.weight.grad.t())
 
 
 def test_every_layer_has_an_example() -> None:

@@ -5,15 +5,22 @@ from __future__ import annotations
 import importlib.util
 import json
 import math
+import os
 import random
+import re
+import signal
+import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+
+import nlpkernels
 
 for library in ("matplotlib", "pandas", "rich"):
     pytest.importorskip(library)
@@ -32,7 +39,9 @@ def load(name: str) -> ModuleType:
     return module
 
 
-sentiment = load("sentiment")
+sentiment = load("sentiment")  # first, as the others import from it
+load("side_by_side")
+language_model, tagger = load("language_model"), load("tagger")
 
 
 @pytest.fixture(autouse=True)
@@ -427,3 +436,355 @@ def test_a_folder_without_files_and_a_broken_checkpoint(
     assert "no words in any of its files" in lines[0]
     assert "not a checkpoint of this program" in lines[1]
     assert len(lines) == 2
+
+
+# language_model.py
+
+
+@pytest.fixture
+def long_reviews(reviews: Path) -> Path:
+    """The reviews, each with a word of its own: a language model wants more words than seven."""
+    head, *rows = reviews.read_text().splitlines()
+    reviews.write_text("\n".join([head, *(f"word{number} {row}" for number, row in enumerate(rows))]) + "\n")
+    return reviews
+
+
+TINY_LANGUAGE_MODEL = "--words 30 --width 16 --batch 4 --window 5 --epochs 3 --threads 1 --sample 8".split()
+
+
+@pytest.mark.parametrize("dropout", ["0", "0.3"])
+def test_language_models_agree(long_reviews: Path, capsys: pytest.CaptureFixture[str], dropout: str) -> None:
+    options = language_model.parse(["--csv", str(long_reviews), *TINY_LANGUAGE_MODEL, "--dropout", dropout])
+    report = language_model.demo(options)
+    theirs, ours = report["losses"]["torch.nn"], report["losses"]["nlpkernels"]
+    assert ours == pytest.approx(theirs, abs=1e-5)
+    assert ours[-1] < ours[0]
+    assert report["largest_loss_difference"] < 1e-5
+    assert report["perplexity"]["nlpkernels"] == pytest.approx(report["perplexity"]["torch.nn"], rel=1e-4)
+    assert report["speed_up"] > 0
+    assert len(report["sample"].split()) == 8
+    assert "<" not in report["sample"]
+    shown = capsys.readouterr().out
+    for word in ("perplexity", "difference", "speed-up", "torch.nn", "nlpkernels", report["sample"]):
+        assert word in shown
+
+
+def test_a_wrong_layer_of_a_language_model_shows(long_reviews: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Scaled(torch.nn.Embedding):
+        def forward(self, ids: torch.Tensor) -> torch.Tensor:
+            return 1.01 * super().forward(ids)
+
+    class Wrong(ModuleType):
+        Embedding, LSTM = Scaled, torch.nn.LSTM
+
+    monkeypatch.setitem(sentiment.PROVIDERS, "nlpkernels", Wrong("wrong"))
+    options = language_model.parse(["--csv", str(long_reviews), *TINY_LANGUAGE_MODEL])
+    assert language_model.demo(options)["largest_loss_difference"] > 1e-5
+
+
+def test_windows_carry_the_state_over() -> None:
+    """A text read window by window is read as if it were one window, and no gradient goes back into the last one."""
+    options = language_model.parse(["--width", "16", "--dropout", "0"])
+    model = language_model.LanguageModel(nlpkernels, 40, options)
+    text = torch.randint(40, (12, 3))
+    pieces = list(language_model.windows(text, 4))
+    assert [len(piece) for piece in pieces] == [5, 5, 4]
+    state, total = None, 0.0
+    for piece in pieces:
+        loss, state = model.loss(piece, state)
+        assert not any(each.requires_grad for each in state)
+        total += loss.item() * (len(piece) - 1)
+    assert total / 11 == pytest.approx(model.loss(text, None)[0].item(), rel=1e-5)
+    assert language_model.perplexity(model, text, 4) == pytest.approx(math.exp(total / 11), rel=1e-5)
+
+
+def test_columns_hold_the_reviews_in_order() -> None:
+    vocabulary = {"<unk>": 0, "<end>": 1, "a": 2, "b": 3}
+    text = language_model.columns([["a", "b"], ["b", "new", "a"], ["a"]], vocabulary, 2)
+    assert text.t().tolist() == [[2, 3, 1, 3], [0, 2, 1, 2]]  # and one word is left over
+
+
+# pretrained.py
+
+
+@pytest.fixture
+def pretrained() -> ModuleType:
+    pytest.importorskip("gensim")
+    return sys.modules.get("pretrained") or load("pretrained")
+
+
+WORDS = ["splendid", "dreadful", "the", "film", "über"]
+VOCABULARY = {"<pad>": 0, "<unk>": 1, "film": 2, "absent": 3, "splendid": 4, "über": 5}
+VALUES = np.random.default_rng(0).standard_normal((5, 3)).astype(np.float32)
+LINES = [" ".join([word, *map(str, values)]) for word, values in zip(WORDS, VALUES.tolist(), strict=True)]
+FILES: dict[str, Callable[[Path], object]] = {
+    "glove.txt": lambda path: path.write_text("\n".join(LINES) + "\n", encoding="utf-8"),
+    "fasttext.vec": lambda path: path.write_text("5 3\n" + " \n".join(LINES) + " \n", encoding="utf-8"),
+    "windows.txt": lambda path: path.write_bytes("\r\n".join(LINES).encode()),
+    "word2vec.txt": lambda path: keyed_vectors().save_word2vec_format(str(path)),
+    "word2vec.txt.gz": lambda path: keyed_vectors().save_word2vec_format(str(path)),
+    "word2vec.bin": lambda path: keyed_vectors().save_word2vec_format(str(path), binary=True),
+    "word2vec.bin.gz": lambda path: keyed_vectors().save_word2vec_format(str(path), binary=True),
+    "spaces.txt": lambda path: path.write_text("\n".join([*LINES, ". . . 1 2 3"]), encoding="utf-8"),
+}
+
+
+def keyed_vectors() -> Any:
+    from gensim.models import KeyedVectors
+
+    vectors = KeyedVectors(3)
+    vectors.add_vectors(WORDS, VALUES)
+    return vectors
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_reads_files_of_vectors(pretrained: ModuleType, tmp_path: Path, name: str) -> None:
+    FILES[name](tmp_path / name)
+    vectors = pretrained.read_vectors(tmp_path / name, VOCABULARY)
+    assert vectors.found == 3
+    assert vectors.table.shape == (6, 3)
+    np.testing.assert_allclose(vectors.table[[2, 4, 5]], VALUES[[3, 0, 4]], rtol=1e-6)
+    assert vectors.table[0].eq(0).all()
+    assert vectors.table[[1, 3]].ne(0).all()
+    again = pretrained.read_vectors(tmp_path / name, VOCABULARY)
+    assert torch.equal(vectors.table, again.table)
+    ids = torch.tensor([[2, 4, 0]])
+    rows = nlpkernels.Embedding.from_pretrained(vectors.table, padding_idx=0)(ids)
+    torch.testing.assert_close(rows, vectors.table[ids])
+    bag = nlpkernels.EmbeddingBag.from_pretrained(vectors.table, mode="mean", padding_idx=0)(ids)
+    torch.testing.assert_close(bag, vectors.table[[2, 4]].mean(dim=0, keepdim=True))
+
+
+WRONG_VECTORS = {
+    "missing": (None, "a.txt", "No such file"),
+    "missing binary": (None, "a.bin", "No such file"),
+    "empty": (b"", "a.txt", "the file is empty"),
+    "too narrow": (b"film 1 2 3\nthe 1 2\n", "a.txt", "line 2: 2 values, 3 are expected"),
+    "too wide": (b"film 1 2 3\nthe 1 2 3 4\n", "a.txt", "line 2: 4 values, 3 are expected"),
+    "too wide for its header": (b"1 2\nfilm 1 2 3\n", "a.txt", "line 2: 3 values, 2 are expected"),
+    "empty line": (b"film 1 2 3\n\nthe 1 2 3\n", "a.txt", "line 2: 0 values, 3 are expected"),
+    "not a number": (b"the 1 2 3\nfilm 1 two 3\n", "a.txt", "line 2: could not convert"),
+    "not finite": (b"the 1 2 3\nfilm 1 nan 3\n", "a.txt", "the vector of 'film' has a value that is not finite"),
+    "cut off": (b"3 2\nfilm 1 2\nthe 1 2\n", "a.txt", "2 vectors, but line 1 says 3"),
+    "no word known": (b"le 1 2 3\nun 1 2 3\n", "a.txt", "none of the 6 words has a vector"),
+    "text as binary": (b"film 1 2 3\n", "a.bin", "not a binary file of word2vec"),
+    "binary cut off": (b"2 2\nfilm 12345678the 1", "a.bin", "cut off or damaged"),
+    "not gzip": (b"film 1 2 3\n", "a.txt.gz", "ot a gzipped file"),
+    "empty gzip": (b"", "a.txt.gz", "the file is empty"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG_VECTORS)
+def test_wrong_vectors_are_one_line(
+    pretrained: ModuleType, reviews: Path, capsys: pytest.CaptureFixture[str], case: str
+) -> None:
+    content, name, message = WRONG_VECTORS[case]
+    path = reviews.parent / name
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(sentiment.InputError, match=re.escape(message)) as raised:
+        pretrained.read_vectors(path, VOCABULARY)
+    assert "\n" not in str(raised.value)
+    out = str(reviews.parent / "out")
+    assert pretrained.main(["--csv", str(reviews), "--vectors", str(path), "--out", out, "--threads", "1"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("pretrained.py: error: ")
+    assert name in line
+
+
+@pytest.mark.parametrize("from_file", [False, True], ids=["trained", "read"])
+def test_pretrained_vectors_agree(
+    pretrained: ModuleType, reviews: Path, capsys: pytest.CaptureFixture[str], from_file: bool
+) -> None:
+    out, path = reviews.parent / "out", reviews.parent / "vectors.txt"
+    path.write_text("\n".join(LINES))
+    arguments = ["--csv", str(reviews), "--out", str(out), *"--length 12 --words 30 --batch 8 --epochs 2".split()]
+    chosen = ["--vectors", str(path)] if from_file else ["--widths", "3", "5"]
+    assert pretrained.main([*arguments, *chosen, "--labelled", "40", "--threads", "1"]) == 0
+    report = json.loads((out / "pretrained.json").read_text())
+    kinds = ["random", "frozen", "fine-tuned"]
+    assert [(result["vectors"], result["width"]) for result in report["results"]] == [
+        (kind, width) for width in ([3] if from_file else [3, 5]) for kind in kinds
+    ]
+    for result in report["results"]:
+        theirs, ours = result["providers"]["torch.nn"], result["providers"]["nlpkernels"]
+        assert len(ours["losses"]) == 10
+        assert ours["losses"] == pytest.approx(theirs["losses"], abs=1e-4)
+        assert result["largest_loss_difference"] < 1e-6
+    assert (out / "pretrained.png").read_bytes().startswith(b"\x89PNG")
+    shown = capsys.readouterr().out
+    if from_file:
+        assert "4 of 7 words, 3 are missing" in shown  # plot, a and <unk>
+    for word in (*kinds, "accuracy", "difference", "speed-up"):
+        assert word in shown
+
+
+# contextual.py
+
+
+@pytest.fixture
+def contextual() -> ModuleType:
+    pytest.importorskip("transformers")
+    return sys.modules.get("contextual") or load("contextual")
+
+
+TINY_CONTEXTUAL = "--length 12 --words 30 --hidden 5 --batch 16 --threads 1".split()
+
+
+def test_heads_of_bert_agree(contextual: ModuleType, reviews: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    report = contextual.demo(contextual.parse(["--csv", str(reviews), *TINY_CONTEXTUAL]))
+    theirs, ours = report["losses"]["torch.nn"], report["losses"]["nlpkernels"]
+    assert len(ours) == 10
+    assert ours == pytest.approx(theirs, abs=1e-4)
+    assert report["largest_loss_difference"] < 1e-6
+    assert report["speed_up"] > 0
+    assert "speed-up" in capsys.readouterr().out
+
+
+def test_takes_a_bert_of_ones_own(contextual: ModuleType, reviews: Path) -> None:
+    import transformers
+
+    folder = reviews.parent / "bert"
+    folder.mkdir()
+    (folder / "vocab.txt").write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS, "a", "plot"]))
+    transformers.BertTokenizer(str(folder / "vocab.txt")).save_pretrained(folder)
+    config = transformers.BertConfig(
+        vocab_size=12, hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8
+    )
+    transformers.BertModel(config).save_pretrained(folder)
+    options = contextual.parse(["--csv", str(reviews), "--model", str(folder), *TINY_CONTEXTUAL])
+    data = contextual.read(options)
+    assert set(torch.cat(data.training.ids).tolist()) == {5, 6, 7, 8, 10, 11}
+    assert contextual.demo(options)["largest_loss_difference"] < 1e-6
+
+
+def test_a_folder_without_a_model_is_one_line(
+    contextual: ModuleType, reviews: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert contextual.main(["--csv", str(reviews), "--model", str(reviews.parent)]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"contextual.py: error: --model {reviews.parent}: ")
+
+
+# tagger.py
+
+
+@pytest.fixture
+def sentences(tmp_path: Path) -> Path:
+    """Fifty sentences in which a name follows each "in" or "by"; in the format of CoNLL-2003."""
+    chance = random.Random(0)
+    lines = ["-DOCSTART- -X- O O", ""]
+    for _ in range(50):
+        for _ in range(chance.randrange(1, 4)):
+            lines += [f"{chance.choice(['made', 'seen'])} VBD O O"]
+            if chance.random() < 0.5:
+                lines += ["in IN O O", "New NNP O B-LOC", "York NNP O I-LOC"]
+            else:
+                lines += ["by IN O O", f"{chance.choice(['Ann', 'Bob'])} NNP O B-PER"]
+        lines.append("")
+    path = tmp_path / "train.txt"
+    path.write_text("\n".join(lines) + "\n")
+    return path
+
+
+TINY_TAGGER = "--embedding 8 --hidden 6 --batch 8 --epochs 12 --rate 0.02 --dropout 0.1 --threads 1".split()
+
+
+def test_taggers_agree_and_learn(sentences: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    report = tagger.demo(tagger.parse(["--conll", str(sentences), *TINY_TAGGER]))
+    theirs, ours = report["losses"]["torch.nn"], report["losses"]["nlpkernels"]
+    assert len(ours) == 60
+    assert ours == pytest.approx(theirs, abs=1e-4)
+    assert report["largest_loss_difference"] < 1e-6
+    assert report["speed_up"] > 0
+    assert min(report["f1"].values()) > 0.9
+    shown = capsys.readouterr().out
+    assert "LOC  New York\n" in shown
+    for word in ("40 sentences", "F1", "difference", "speed-up", "torch.nn", "nlpkernels"):
+        assert word in shown
+
+
+@pytest.mark.parametrize(
+    ("tags", "names"),
+    [
+        ("O O", []),
+        ("B-A I-A O B-B", [(0, 2, "A"), (3, 4, "B")]),
+        ("B-A B-A I-A", [(0, 1, "A"), (1, 3, "A")]),
+        ("O I-A I-A I-B", [(1, 3, "A"), (3, 4, "B")]),
+    ],
+)
+def test_names_of_tags(tags: str, names: list[tuple[int, int, str]]) -> None:
+    assert list(tagger.names(tags.split())) == names
+    assert tagger.f1([(tags.split(), tags.split())]) == (1 if names else 0)
+
+
+def test_f1_counts_whole_names() -> None:
+    assert tagger.f1([("B-A I-A O B-B".split(), "B-A O O B-B".split())]) == 0.5
+
+
+def test_reads_hironsancorpus() -> None:
+    if not importlib.util.find_spec("hironsan"):
+        pytest.skip("no hironsancorpus")
+    read = tagger.read_sentences(None, None)
+    assert len(read) == 500
+    assert sum(len(sentence.words) for sentence in read) == 15_520
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "No such file"),
+        (b"", "too few sentences to train and test: 0"),
+        (b"one X O\ntwo\n", "line 2: 1 fields, 3 or more are expected"),
+        (b"one X O\ntwo X NN\n", "line 2: 'NN' is not O, B-... or I-..."),
+        ("süß X O\n".encode("latin-1"), "not text in UTF-8"),
+    ],
+)
+def test_wrong_sentences_are_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], content: bytes | None, message: str
+) -> None:
+    path = tmp_path / "train.txt"
+    if content is not None:
+        path.write_bytes(content)
+    assert tagger.main(["--conll", str(path)]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"tagger.py: error: {path}: ")
+    assert message in line
+
+
+# All of them.
+
+
+def test_too_little_text_is_one_line(reviews: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for arguments, message in (
+        (["--csv", str(reviews)], "too few different words: 8 with <unk> and <end>, 20 are needed"),
+        (["--csv", str(reviews), "--rows", "4"], "too few texts"),
+        (["--csv", str(reviews.parent / "none.csv")], "No such file"),
+    ):
+        assert language_model.main(arguments) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert message in line
+    reviews.write_text("text,label\n" + "".join(f"one{number},1\n" for number in range(50)))
+    assert language_model.main(["--csv", str(reviews), "--batch", "32"]) == 2
+    assert "too few words: 10 in a part of the texts, for --batch 32" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="sends a signal")
+def test_ctrl_c_ends_cleanly(long_reviews: Path) -> None:
+    program = [sys.executable, str(EXAMPLES / "language_model.py"), "--csv", str(long_reviews), "--threads", "1"]
+    root = str(EXAMPLES.parent)
+    running = subprocess.Popen(
+        [*program, *TINY_LANGUAGE_MODEL, "--epochs", "100000"],
+        cwd=root,
+        env={**os.environ, "PYTHONPATH": root},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert running.stdout
+    assert "words to train on" in running.stdout.readline()
+    running.send_signal(signal.SIGINT)
+    _, errors = running.communicate(timeout=60)
+    assert running.returncode == 130
+    assert errors.splitlines()[-1] == "language_model.py: stopped"
+    assert "Traceback" not in errors
