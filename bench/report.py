@@ -224,7 +224,7 @@ def overview(frame: pd.DataFrame) -> str:
     lines = []
     for name, (subject, cell) in ALL_ROWS.items():
         cases = good[(good.subject == subject) & good.cell.str.startswith(cell)]
-        for mode in _modes(cases):
+        for mode in _modes(cases[cases["mode"].isin(kinds[0][1]["mode"])]):  # of the newest; older ones had others
             line = [name, MODES.get(mode, mode)]
             for _, rows in kinds:
                 own = rows[(rows.subject == subject) & rows.cell.str.startswith(cell) & (rows["mode"] == mode)]
