@@ -218,13 +218,14 @@ def overview(frame: pd.DataFrame) -> str:
     """One line for each layer and mode: against torch.nn and against the fastest peer, on each kind of machine."""
     good = _peers(frame[frame["dtype"] == "float32"])
     kinds = list(good.groupby(KIND, sort=False))
+    newest = set(kinds[0][1]["mode"]) if kinds else set()  # older runs had others
     head = ["layer", "mode"]
     for _, rows in kinds:
         head += [f"{kind_name(rows.iloc[-1])}: torch.nn", "fastest peer"]
     lines = []
     for name, (subject, cell) in ALL_ROWS.items():
         cases = good[(good.subject == subject) & good.cell.str.startswith(cell)]
-        for mode in _modes(cases[cases["mode"].isin(kinds[0][1]["mode"])]):  # of the newest; older ones had others
+        for mode in _modes(cases[cases["mode"].isin(newest)]):
             line = [name, MODES.get(mode, mode)]
             for _, rows in kinds:
                 own = rows[(rows.subject == subject) & rows.cell.str.startswith(cell) & (rows["mode"] == mode)]

@@ -481,6 +481,7 @@ class EmbeddingBagFunction : public torch::autograd::Function<EmbeddingBagFuncti
       const int64_t rows = ctx->saved_data["rows"].toSymInt().guard_int(__FILE__, __LINE__);
       collect(ctx->saved_data["table"].toTensor(), rows, grad, indices, offsets, per_sample_weights, aux, settings);
       ctx->saved_data["used"] = true;
+      ctx->saved_data.erase("table");  // which a loss that is kept would keep
     }
     return result;
   }
@@ -508,8 +509,10 @@ class EmbeddingDotFunction : public torch::autograd::Function<EmbeddingDotFuncti
                         bool updated) {
     const at::AutoDispatchBelowADInplaceOrView below_autograd;
     ctx->set_materialize_grads(false);
-    ctx->save_for_backward({h, weight, indices});
+    // The table itself only for the gradient of h, so that it may be changed in place (by an update) before backward.
+    ctx->save_for_backward({h, h.requires_grad() ? weight : Tensor(), indices});
     ctx->saved_data["sparse"] = sparse;
+    ctx->saved_data["rows"] = weight.sym_size(0);
     if (updated) ctx->saved_data["table"] = weight;
     return call_embedding_dot(h, weight, indices, std::nullopt, kNoPadding, false, sparse);
   }
@@ -529,12 +532,14 @@ class EmbeddingDotFunction : public torch::autograd::Function<EmbeddingDotFuncti
                                                       false, false, settings.sparse));
     }
     if (ctx->needs_input_grad(1) && !updated) {
-      result[1] = embedding_bag_gradient(h, weight.sym_size(0), indices, std::nullopt, grad, aux, settings);
+      result[1] =
+          embedding_bag_gradient(h, ctx->saved_data["rows"].toSymInt(), indices, std::nullopt, grad, aux, settings);
     }
     if (updated && accumulates(ctx, 1, ctx->saved_data["table"].toTensor())) {
-      const int64_t rows = weight.sym_size(0).guard_int(__FILE__, __LINE__);
+      const int64_t rows = ctx->saved_data["rows"].toSymInt().guard_int(__FILE__, __LINE__);
       collect(ctx->saved_data["table"].toTensor(), rows, h, indices, std::nullopt, grad, aux, settings);
       ctx->saved_data["used"] = true;
+      ctx->saved_data.erase("table");  // which a loss that is kept would keep
     }
     return result;
   }

@@ -258,12 +258,28 @@ def _(grad: Tensor, num_embeddings: int, *others: Any) -> tuple[Tensor, Tensor]:
 
 
 @_fake("embedding_dot")
-def _(h: Tensor, weight: Tensor, indices: Tensor, *others: Any) -> Tensor:
+def _(
+    h: Tensor,
+    weight: Tensor,
+    indices: Tensor,
+    offsets: Tensor | None,
+    padding_idx: int,
+    include_last_offset: bool,
+    sparse: bool,
+) -> Tensor:
+    expected = (_number_of_bags(indices, offsets, include_last_offset), weight.shape[1])
+    if h.dim() != 2 or h.shape[0] != expected[0] or h.shape[1] != expected[1]:
+        raise RuntimeError(f"embedding_dot: expected h of shape {list(expected)}, got {list(h.shape)}")
+    if h.dtype != weight.dtype:
+        raise RuntimeError(f"embedding_dot: expected h of dtype {weight.dtype} like weight, got {h.dtype}")
     return weight.new_empty(indices.shape)
 
 
 @_fake("draw_negatives")
 def _(seed: Tensor, cumulative: Tensor, guide: Tensor, targets: Tensor, number: int) -> Tensor:
+    for name, tensor in (("seed", seed), ("cumulative", cumulative), ("guide", guide)):
+        if tensor.device != targets.device:
+            raise RuntimeError(f"draw_negatives: expected {name} on {targets.device} like targets, got {tensor.device}")
     return targets.new_empty(targets.shape[0], number)
 
 
@@ -654,7 +670,9 @@ def _backward_embedding_bag(ctx: Any, grad: Tensor | None, _: Tensor | None) -> 
 
 def _save_embedding_dot(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     h, weight, indices, offsets, *ctx.settings = inputs
-    ctx.save_for_backward(h, weight, indices, offsets)
+    ctx.num_embeddings = weight.shape[0]
+    # The table only for the gradient of h; its number of rows is all that its own takes.
+    ctx.save_for_backward(h, weight if h.requires_grad else None, indices, offsets)
 
 
 def _backward_embedding_dot(ctx: Any, grad: Tensor | None) -> tuple[Any, ...]:
@@ -669,7 +687,7 @@ def _backward_embedding_dot(ctx: Any, grad: Tensor | None) -> tuple[Any, ...]:
     if ctx.needs_input_grad[1]:
         aux = indices.new_empty(0, dtype=torch.long)
         dweight = _gradient_of_table(
-            sparse, h, weight.shape[0], indices, offsets, grad, aux, "sum", padding_idx, include_last_offset, False
+            sparse, h, ctx.num_embeddings, indices, offsets, grad, aux, "sum", padding_idx, include_last_offset, False
         )
     return dh, dweight, None, None, None, None, None
 

@@ -520,11 +520,17 @@ def embedding_dot(h: Tensor, weight: Tensor, indices: Tensor, *, sparse: bool = 
         IndexError: an index is not a row of weight; it is named with its position.
         RuntimeError: h's shape, dtype or device does not fit.
         TypeError: indices are not int32 or int64.
-        ValueError: weight or indices are not 2-D.
+        ValueError: weight or indices are not 2-D, or a tensor is not dense.
     """
     if is_torchs(h, weight, indices) or is_complex(weight):
         rows = torch.nn.functional.embedding(indices, weight, sparse=sparse)
         return torch.matmul(rows, h.unsqueeze(2)).squeeze(2)
+    if has_torch_function_variadic(h, weight, indices):  # a mode
+        return handle_torch_function(embedding_dot, (h, weight, indices), h, weight, indices, sparse=sparse)
+    for name, tensor in (("h", h), ("weight", weight), ("indices", indices)):
+        if isinstance(tensor, Tensor) and (tensor.is_nested or tensor.layout != torch.strided):
+            got = "one that is nested" if tensor.is_nested else tensor.layout
+            raise ValueError(f"embedding_dot: expected {name} to be a dense tensor, got {got}")
     _check_ids("embedding_dot", indices, "indices")
     _check_table("embedding_dot", weight)
     if indices.dim() != 2:

@@ -28,7 +28,9 @@ and more are nested, when torch takes another thread: such a pass updates by its
 tables as they were, all of them, unless memory runs out, or Ctrl-C comes, between two tables' updates, or indices were
 changed where torch does not notice, as through numpy. Any number of threads may be in backward at once: updates of a
 table come one after the other and none is lost. A forward pass that reads the table meanwhile may see some rows before
-an update and others after it.
+an update and others after it. Where the gradient of a layer's other input reads the table (that of per_sample_weights,
+or of `embedding_dot`'s h), an update between its forward and its backward pass is an error, as of any tensor that was
+saved for backward and changed.
 
 **Several processes.** With `process_group`, one table is trained by all processes of that group, each of which has a
 copy. `step()` then makes the update, and not backward: the processes gather their rows and the gradients of these,
@@ -346,13 +348,15 @@ class _InBackward(torch.optim.Optimizer):
             self._refuse_settings(self.param_groups[-1])
             self._refuse_values(self.param_groups[-1])
             self._take_over(self.param_groups[-1]["params"])
-        except ValueError:
-            self.param_groups.pop()
+            if self.process_group:
+                first = dist.get_global_rank(self.process_group, 0)
+                for table in self.param_groups[-1]["params"]:
+                    dist.broadcast(table.detach(), first, self.process_group)
+        except BaseException:
+            for table in self.param_groups.pop()["params"]:
+                _ops.leave_to_backward(table, self)
+                self._tables.pop(id(table), None)
             raise
-        if self.process_group:
-            first = dist.get_global_rank(self.process_group, 0)
-            for table in self.param_groups[-1]["params"]:
-                dist.broadcast(table.detach(), first, self.process_group)
 
     def _take_over(self, tables: list[Tensor]) -> None:
         for table in tables:
@@ -362,6 +366,9 @@ class _InBackward(torch.optim.Optimizer):
                     f"{type(table).__name__}: keep a table out of shards (fully_shard's ignored_params) and out of "
                     "what else replaces parameters"
                 )
+            if table.layout != torch.strided or table.is_nested:
+                got = "a nested one" if table.is_nested else table.layout
+                raise ValueError(f"{type(self).__name__}: expected dense tables, got {got}")
             if table.dim() != 2 or not table.is_floating_point() or not table.is_contiguous():
                 raise ValueError(
                     f"{type(self).__name__}: expected contiguous tables of shape [rows, columns] and a floating "

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch._subclasses import FakeTensor
 from torch.nn.functional import logsigmoid
+from torch.utils._python_dispatch import _disable_current_modes
 
 from nlpkernels import _ops, functional, reference
+from nlpkernels._giving_way import in_graph
 
 __all__ = ["NegativeSampling"]
 
@@ -23,8 +26,8 @@ class NegativeSampling(torch.nn.Module):
     generator: torch.manual_seed repeats them, on any number of threads.
 
     By default each target gets negatives of its own. With `shared` all targets of a call have the same ones, so that
-    their scores are a matrix product (Ji et al. 2016, arXiv 1604.04661); where one of them is a target, that target
-    goes without. Draw more of them then, some tens: each call has no others.
+    their scores are a matrix product (Ji et al. 2016, arXiv 1604.04661), though the targets' rows are stored; where one
+    of them is a target, that target goes without. Draw more of them then, some tens: each call has no others.
 
     The table can be trained with `nlpkernels.optim`, like those of Embedding and EmbeddingBag.
 
@@ -48,6 +51,7 @@ class NegativeSampling(torch.nn.Module):
 
     Raises:
         IndexError: a target is not a row of the table.
+        RuntimeError: h's shape, dtype or device does not fit.
         TypeError: targets are not int32 or int64.
         ValueError: an argument does not fit, or fewer than two rows could be drawn.
 
@@ -58,9 +62,6 @@ class NegativeSampling(torch.nn.Module):
         >>> loss(torch.randn(5, 3), torch.tensor([0, 1, 2, 3, 0]))  # log 2 for each of three scores that are 0
         tensor(2.0794, grad_fn=<MeanBackward0>)
     """
-
-    cumulative: Tensor
-    guide: Tensor
 
     def __init__(
         self,
@@ -77,26 +78,42 @@ class NegativeSampling(torch.nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        if negatives < 0:
-            raise ValueError(f"NegativeSampling: expected negatives of 0 or more, got {negatives}")
+        if not isinstance(negatives, int) or negatives < 0:
+            raise ValueError(f"NegativeSampling: expected negatives to be 0 or more, got {negatives!r}")
         if reduction not in ("mean", "sum", "none"):
             raise ValueError(f"NegativeSampling: expected reduction 'mean', 'sum' or 'none', got {reduction!r}")
-        counts = torch.as_tensor(counts).detach().double()
-        if counts.shape != (num_embeddings,):
-            raise ValueError(f"NegativeSampling: expected counts of shape [{num_embeddings}], got {list(counts.shape)}")
-        weights = torch.where(counts > 0, counts**power, 0.0)
-        if not bool(((counts >= 0) & weights.isfinite()).all()):
-            raise ValueError("NegativeSampling: expected counts of 0 or more, of which a power is finite")
-        cumulative, guide = reference.line_of(weights)
-        if negatives > 0 and int((cumulative.diff(prepend=cumulative.new_zeros(1)) > 0).sum()) < 2:
-            raise ValueError("NegativeSampling: expected two rows or more with a count, from which to draw")
         self.num_embeddings, self.embedding_dim = num_embeddings, embedding_dim
         self.negatives, self.power, self.shared = negatives, power, shared
         self.reduction, self.sparse = reduction, sparse
         self.weight = torch.nn.Parameter(torch.zeros(num_embeddings, embedding_dim, device=device, dtype=dtype))
-        # Of whole numbers, which module.half() leaves alone; made of the counts, and so no part of the state_dict.
-        self.register_buffer("cumulative", cumulative.to(device), persistent=False)
-        self.register_buffer("guide", guide.to(device), persistent=False)
+        with _disable_current_modes(), torch.device("cpu"):  # whatever the table is made as
+            self._line = self._line_of(counts)
+
+    def _line_of(self, counts: Tensor) -> tuple[Tensor, Tensor]:
+        """`draw_negatives`' cumulative and guide.
+
+        No buffers: they are made of the counts, so no part of the state_dict, and neither `half()` nor `to_empty()` may
+        touch them.
+        """
+        if isinstance(counts, Tensor) and (counts.is_meta or isinstance(counts, FakeTensor)):
+            raise ValueError("NegativeSampling: expected counts with data, got a meta or fake tensor")
+        counts = torch.as_tensor(counts).detach().cpu().double()
+        if counts.shape != (self.num_embeddings,):
+            raise ValueError(
+                f"NegativeSampling: expected counts of shape [{self.num_embeddings}], got {list(counts.shape)}"
+            )
+        weights = torch.where(counts > 0, counts**self.power, 0.0)
+        if not bool(((counts >= 0) & weights.isfinite()).all()):
+            raise ValueError("NegativeSampling: expected counts of 0 or more, of which a power is finite")
+        if self.num_embeddings == 0:
+            return torch.zeros(0, dtype=torch.long), torch.zeros(1, dtype=torch.long)
+        cumulative, guide = reference.line_of(weights)
+        if self.negatives > 0 and int((cumulative.diff(prepend=cumulative.new_zeros(1)) > 0).sum()) < 2:
+            raise ValueError(
+                "NegativeSampling: expected two rows or more from which to draw, with a count, and a part of 2^-53 or "
+                "more of all counts ** power"
+            )
+        return cumulative, guide
 
     def reset_parameters(self) -> None:
         """Set the table to zeros."""
@@ -105,24 +122,34 @@ class NegativeSampling(torch.nn.Module):
     def draw(self, targets: Tensor) -> Tensor:
         """Negatives for targets [B]: int64 [B, negatives], or, if they are shared, [negatives]."""
         seed = torch.randint(torch.iinfo(torch.int64).max, (), device=targets.device)
+        cumulative, guide = (part.to(targets.device) for part in self._line)
         if self.shared:
             none = targets.new_full((1,), -1, dtype=torch.int64)
-            return _ops.draw_negatives(seed, self.cumulative, self.guide, none, self.negatives)[0]
-        return _ops.draw_negatives(seed, self.cumulative, self.guide, targets.long(), self.negatives)
+            return _ops.draw_negatives(seed, cumulative, guide, none, self.negatives)[0]
+        return _ops.draw_negatives(seed, cumulative, guide, targets.long(), self.negatives)
 
     def forward(self, h: Tensor, targets: Tensor) -> Tensor:
         """The loss of h [B, E] for targets [B]."""
-        if targets.dtype not in (torch.int32, torch.int64):
-            raise TypeError(f"NegativeSampling: expected targets of dtype int32 or int64, got {targets.dtype}")
+        if not (type(h) is Tensor is type(targets)) and (node := in_graph(self, h, targets)) is not None:
+            return node  # type: ignore[return-value]
+        dtype = getattr(targets, "dtype", None)
+        if dtype not in (torch.int32, torch.int64):
+            got = dtype if isinstance(targets, Tensor) else type(targets).__name__
+            raise TypeError(f"NegativeSampling: expected targets of dtype int32 or int64, got {got}")
         if targets.dim() != 1:
             raise ValueError(f"NegativeSampling: expected targets of shape [B], got {list(targets.shape)}")
+        if h.dim() != 2 or h.shape[0] != targets.shape[0] or h.shape[1] != self.embedding_dim:
+            raise RuntimeError(
+                f"NegativeSampling: expected h of shape {[targets.shape[0], self.embedding_dim]}, got {list(h.shape)}"
+            )
         targets = targets.long()
         own, negatives = targets.unsqueeze(1), self.draw(targets)
         if self.shared:
-            positive = functional.embedding_dot(h, self.weight, own, sparse=self.sparse)
-            rows = functional.embedding(negatives, self.weight, sparse=self.sparse)
-            negative = (h.to(rows.dtype) @ rows.t()).masked_fill(own == negatives, -torch.inf)
-            losses = -logsigmoid(positive).squeeze(1) - logsigmoid(-negative).sum(1)
+            rows = functional.embedding(torch.cat([targets, negatives]), self.weight, sparse=self.sparse)
+            of_targets, of_negatives = rows.split([len(targets), self.negatives])
+            h = h.to(rows.dtype)
+            negative = (h @ of_negatives.t()).masked_fill(own == negatives, -torch.inf)
+            losses = -logsigmoid((h * of_targets).sum(1)) - logsigmoid(-negative).sum(1)
         else:
             indices = torch.cat([own, negatives], dim=1)
             scores = functional.embedding_dot(h, self.weight, indices, sparse=self.sparse)

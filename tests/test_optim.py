@@ -402,6 +402,41 @@ def test_a_table_lives_as_long_as_its_optimizer() -> None:
     assert key not in _ops.UPDATED_IN_BACKWARD
 
 
+@pytest.mark.parametrize(
+    "group",
+    [
+        {"params": [torch.zeros(2, 2).to_sparse_csr()]},
+        {"params": [torch.nested.nested_tensor([torch.zeros(2, 2)])]},
+        {"params": [torch.zeros(2, 2)], "momentum": torch.ones(2)},
+        {"params": [torch.zeros(2)]},
+    ],
+    ids=["csr", "nested", "momentum", "one dimension"],
+)
+def test_a_group_that_fails_is_not_there(group: dict[str, Any]) -> None:
+    table = nn.Parameter(torch.ones(4, 2))
+    optimizer = optim.SGD([table], lr=0.1)
+    with pytest.raises((ValueError, RuntimeError)):
+        optimizer.add_param_group(group)
+    assert len(optimizer.param_groups) == 1
+    assert len(optimizer._tables) == 1
+    optimizer.step()
+
+
+def test_a_table_is_swapped_beside_a_loss_that_is_kept() -> None:
+    bag = nlpkernels.EmbeddingBag(4, 2)
+    optimizer = optim.SGD(bag.parameters(), lr=0.1)
+    kept = bag(torch.tensor([[1]])).sum()
+    kept.backward()
+    optimizer.zero_grad()
+    torch.__future__.set_swap_module_params_on_conversion(True)
+    try:
+        bag.double()
+    finally:
+        torch.__future__.set_swap_module_params_on_conversion(False)
+    assert bag.weight.dtype == torch.float64
+    assert kept.numel() == 1
+
+
 def test_states_are_shared() -> None:
     table = nn.Parameter(torch.ones(4, 2))
     optimizer = optim.Adagrad([table], lr=0.01)

@@ -13,7 +13,10 @@ import torch
 from test_optim import SETTINGS, RowWiseAdagrad
 from tolerances import assert_as_exact
 from torch import Tensor, nn
+from torch._subclasses import FakeTensorMode
 from torch.nn.functional import logsigmoid
+from torch.optim.swa_utils import AveragedModel
+from torch.overrides import TorchFunctionMode
 
 import nlpkernels
 from nlpkernels import NegativeSampling, functional, reference
@@ -124,6 +127,16 @@ def test_bits_depend_on_neither_batch_nor_threads(restored_threads: None) -> Non
         ({"h": torch.zeros(2, 5)}, RuntimeError, "expected h of shape"),
         ({"h": torch.zeros(1, 5).double()}, RuntimeError, "expected h"),
         ({"weight": torch.zeros(5)}, ValueError, "weight has to be a 2D"),
+        ({"h": torch.zeros(1, 5).to_sparse()}, ValueError, "expected h to be a dense tensor, got torch.sparse_coo"),
+        (
+            {
+                "h": torch.zeros(2, 5, device="meta"),
+                "weight": torch.zeros(7, 5, device="meta"),
+                "indices": torch.zeros(1, 2, dtype=torch.long, device="meta"),
+            },
+            RuntimeError,
+            "expected h of shape",
+        ),
     ],
 )
 def test_dot_refuses(change: dict[str, Any], error: type[Exception], message: str) -> None:
@@ -329,7 +342,7 @@ def test_loss_is_a_module_like_others(tmp_path: Any) -> None:
         values.append(module(h, targets))
     assert all(torch.equal(v, values[0]) for v in values)
     half = copy.deepcopy(loss).half()
-    assert torch.equal(half.cumulative, loss.cumulative)  # .half() changes no probability
+    assert all(map(torch.equal, half._line, loss._line))  # .half() changes no probability
     assert half(h.half(), targets).dtype == torch.float16
     assert repr(loss) == "NegativeSampling(10, 6, negatives=3, power=0.75)"
     assert loss(torch.zeros(0, 6), torch.zeros(0, dtype=torch.long)).isnan()
@@ -356,11 +369,17 @@ def test_loss_compiles() -> None:
         ({"counts": torch.tensor([1, 1, 1, 1, -1])}, "counts of 0 or more"),
         ({"counts": torch.tensor([1, 1, 1, 1, math.nan])}, "counts of 0 or more"),
         ({"counts": torch.full((5,), 1e30), "power": 20.0}, "a power is finite"),
-        ({"negatives": -1}, "negatives of 0 or more, got -1"),
+        ({"negatives": -1}, "negatives to be 0 or more, got -1"),
+        ({"negatives": 2.5}, "negatives to be 0 or more, got 2.5"),
+        ({"counts": [], "num_embeddings": 0}, None),
+        ({"counts": torch.ones(5, device="meta")}, "counts with data"),
         ({"reduction": "max"}, "reduction 'mean', 'sum' or 'none', got 'max'"),
     ],
 )
-def test_loss_refuses_settings(change: dict[str, Any], message: str) -> None:
+def test_loss_refuses_settings(change: dict[str, Any], message: str | None) -> None:
+    if message is None:
+        NegativeSampling(**{"embedding_dim": 2, **change})
+        return
     with pytest.raises(ValueError, match=message):
         NegativeSampling(**{"num_embeddings": 5, "embedding_dim": 2, "counts": torch.ones(5), **change})
 
@@ -373,13 +392,90 @@ def test_loss_refuses_settings(change: dict[str, Any], message: str) -> None:
         (torch.tensor([0, -1]), IndexError, "is -1"),
         (torch.tensor([0.0, 1]), TypeError, "targets of dtype int32 or int64, got torch.float32"),
         (torch.tensor([[0, 1]]), ValueError, r"targets of shape \[B\]"),
-        (torch.tensor([0]), RuntimeError, "h of shape"),
+        ([0, 1], TypeError, "targets of dtype int32 or int64, got list"),
     ],
 )
 def test_loss_refuses_targets(targets: Tensor, error: type[Exception], message: str, shared: bool) -> None:
     loss = NegativeSampling(5, 3, torch.ones(5), shared=shared)
     with pytest.raises(error, match=message):
         loss(torch.zeros(2, 3), targets)
+
+
+def test_h_that_does_not_fit() -> None:
+    for shared in (False, True):
+        with pytest.raises(RuntimeError, match=r"h of shape \[1, 3\], got \[2, 3\]"):
+            NegativeSampling(5, 3, torch.ones(5), shared=shared)(torch.zeros(2, 3), torch.tensor([0]))
+
+
+def test_updates_between_forward_and_backward() -> None:
+    """Do no harm where h needs no gradient: the table's own does not read it."""
+    i, h = torch.tensor([[0, 1], [2, 3]]), torch.randn(2, 3)
+    table = nn.Parameter(torch.randn(7, 3))
+    before = table.detach().clone()
+    optimizer = nlpkernels.optim.SGD([table], lr=0.1)
+    losses = [embedding_dot(h, table, i).sum() for _ in range(2)]
+    for loss in losses:
+        loss.backward()
+    optimizer.step()
+    expected = before.index_add(0, i.flatten(), -0.2 * h.repeat_interleave(2, 0))
+    torch.testing.assert_close(table.detach(), expected)
+    wanted = h.clone().requires_grad_()  # its gradient does
+    losses = [embedding_dot(wanted, table, i).sum() for _ in range(2)]
+    losses[0].backward()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        losses[1].backward()
+
+
+def test_made_on_meta_and_filled_afterwards() -> None:
+    counts = [50, 1, 1, 1, 1]
+    with torch.device("meta"):
+        loss = NegativeSampling(5, 3, counts)
+    with FakeTensorMode():
+        NegativeSampling(5, 3, counts)
+    assert loss.draw(torch.tensor([0, 1], device="meta")).is_meta
+    loss.to_empty(device="cpu").load_state_dict(NegativeSampling(5, 3, counts).state_dict())
+    expected = NegativeSampling(5, 3, torch.tensor(counts))
+    draws = []
+    for module in (loss, expected, copy.deepcopy(loss).double(), AveragedModel(loss, use_buffers=True).module):
+        torch.manual_seed(2)
+        draws.append(module.draw(torch.tensor([0, 1, 0])))
+    assert all(torch.equal(d, draws[0]) for d in draws)
+
+
+def test_loss_is_a_node_of_fx() -> None:
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.loss = NegativeSampling(5, 3, torch.ones(5))
+
+        def forward(self, h: Tensor, targets: Tensor) -> Tensor:
+            return 2 * self.loss(h, targets)
+
+    traced = torch.fx.symbolic_trace(Model())
+    assert [node.target for node in traced.graph.nodes if node.op == "call_module"] == ["loss"]
+    h, targets = torch.randn(2, 3), torch.tensor([0, 4])
+    torch.testing.assert_close(traced(h, targets), torch.tensor(12 * math.log(2)))
+
+
+def test_modes_see_the_function() -> None:
+    class Sees(TorchFunctionMode):
+        seen: ClassVar[list[Any]] = []
+
+        def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            self.seen.append(function)
+            return function(*args, **(kwargs or {}))
+
+    with Sees():
+        embedding_dot(torch.zeros(1, 3), torch.zeros(5, 3), torch.zeros(1, 2, dtype=torch.long))
+    assert embedding_dot in Sees.seen
+
+
+def test_shared_negatives_of_a_sparse_table_compile() -> None:
+    loss = NegativeSampling(10, 6, COUNTS, shared=True, sparse=True)
+    torch._dynamo.reset()
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    compiled(torch.randn(4, 6), torch.randint(10, (4,))).backward()
+    assert loss.weight.grad.is_sparse
 
 
 def test_lines_end_where_they_should() -> None:
