@@ -776,15 +776,19 @@ def test_ctrl_c_ends_cleanly(long_reviews: Path) -> None:
     running = subprocess.Popen(
         [*program, *TINY_LANGUAGE_MODEL, "--epochs", "100000"],
         cwd=root,
-        env={**os.environ, "PYTHONPATH": root},
+        env={**os.environ, "PYTHONPATH": root, "PYTHONUNBUFFERED": "1"},  # or the first line waits for more
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # which a job in the background ignores
     )
-    assert running.stdout
-    assert "words to train on" in running.stdout.readline()
-    running.send_signal(signal.SIGINT)
-    _, errors = running.communicate(timeout=60)
+    try:
+        assert running.stdout
+        assert "words to train on" in running.stdout.readline()
+        running.send_signal(signal.SIGINT)
+        _, errors = running.communicate(timeout=60)
+    finally:
+        running.kill()
     assert running.returncode == 130
     assert errors.splitlines()[-1] == "language_model.py: stopped"
     assert "Traceback" not in errors
