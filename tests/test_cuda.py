@@ -33,7 +33,7 @@ needs_kernels = pytest.mark.skipif(not _ops.USES_CUDA_KERNELS, reason="the CUDA 
 
 
 @needs_kernels
-@pytest.mark.parametrize("name", [*WITH_KERNELS, "embedding_bag_update"])
+@pytest.mark.parametrize("name", sorted({*WITH_KERNELS, "embedding_bag_update"} - {"draw_negatives"}))  # reference.py's
 def test_every_op_has_its_kernel(name: str) -> None:
     assert torch._C._dispatch_has_kernel_for_dispatch_key(f"nlpkernels::{name}", "CUDA")
 
