@@ -488,3 +488,18 @@ def test_lines_end_where_they_should() -> None:
         assert len(guide) >= count > len(guide) // 2
         assert bool((guide < count).all())
         assert bool((guide.diff() >= 0).all())
+
+
+@pytest.mark.parametrize(
+    "line",
+    [[5, 3], [-(2**63), 2**53], [2**63 - 1, 2**53], [0, 2**53 + 1], [2**53, 2**53], [0, 0], [-5, -1]],
+    ids=str,
+)
+def test_lines_that_are_none_are_refused(line: list[int]) -> None:
+    """Places that fall, are negative, past the end, or all the target's."""
+    seed, targets = torch.tensor(1), torch.tensor([0])
+    guide = torch.zeros(2, dtype=torch.long)
+    with pytest.raises(ValueError, match="no row but target 0 has a probability, or cumulative does not rise"):
+        torch.ops.nlpkernels.draw_negatives(seed, torch.tensor(line), guide, targets, 3)
+    with pytest.raises(IndexError, match=r"targets\[0\] is 2, expected a row from 0 to 1"):
+        torch.ops.nlpkernels.draw_negatives(seed, torch.tensor([0, 2**53]), guide, torch.tensor([2]), 3)

@@ -63,11 +63,14 @@ inline Tensor draw_negatives(const Tensor& seed, const Tensor& cumulative, const
           const int64_t row = target[b];
           TORCH_CHECK_INDEX(row >= -1 && row < rows, op, ": targets[", b, "] is ", row, ", expected a row from 0 to ",
                             rows - 1, " of a table of ", rows, ", or -1");
-          const int64_t excluded = row > 0 ? ends[row - 1] : 0, width = row < 0 ? 0 : ends[row] - excluded;
-          const int64_t left = rows == 0 ? 0 : ends[rows - 1] - width;
-          TORCH_CHECK_VALUE(number == 0 || (left > 0 && width >= 0 && ends[rows - 1] <= int64_t(1) << kBits), op,
-                            ": no row but target ", row, " has a probability, or cumulative does not rise to 2^",
-                            kBits);
+          // Sizes are compared before one is subtracted from another: they are the caller's.
+          const int64_t all_places = rows == 0 ? 0 : ends[rows - 1], excluded = row > 0 ? ends[row - 1] : 0,
+                        end_of_target = row < 0 ? excluded : ends[row];
+          const bool is_line = 0 <= excluded && excluded <= end_of_target && end_of_target <= all_places &&
+                               all_places <= int64_t(1) << kBits;
+          const int64_t width = is_line ? end_of_target - excluded : 0, left = is_line ? all_places - width : 0;
+          TORCH_CHECK_VALUE(number == 0 || left > 0, op, ": no row but target ", row,
+                            " has a probability, or cumulative does not rise to 2^", kBits);
           for (const auto k : c10::irange(number)) {
             const uint64_t random = number_of_stream(start_of_stream, static_cast<uint64_t>(b * number + k));
             const auto place =
