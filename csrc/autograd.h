@@ -10,6 +10,7 @@
 #include <ATen/ops/_sparse_coo_tensor_with_dims_and_tensors.h>
 #include <ATen/ops/_unsafe_view.h>
 #include <ATen/ops/cat.h>
+#include <ATen/ops/embedding.h>
 #include <ATen/ops/empty.h>
 #include <c10/core/InferenceMode.h>
 #include <c10/core/impl/LocalDispatchKeySet.h>
@@ -557,6 +558,21 @@ inline Tensor embedding_dot(const Tensor& h, const Tensor& weight, const Tensor&
   return call_embedding_dot(h, weight, indices, std::nullopt, -1, false, sparse);
 }
 
+// Whether a lookup and its derivative are torch's own ops. A sparse gradient of theirs is the indices and the incoming
+// gradient as they are, which nothing can make faster; and what there is to do for a few rows of a small table takes
+// less time than a node of autograd in C++. Sums of half precision are ours.
+inline bool is_torchs_to_differentiate(const Tensor& weight, const Tensor& indices, bool scale_grad_by_freq,
+                                       bool sparse) {
+  constexpr int64_t kFew = 128;
+  if (!weight.is_cpu() || !indices.is_cpu() || !weight.requires_grad() || !at::GradMode::is_enabled() ||
+      scale_grad_by_freq)
+    return false;
+  // At these torch fails.
+  if (indices.dim() == 0 || indices.numel() == 0 || weight.size(1) == 0) return false;
+  return sparse || (weight.nbytes() < kKeptBytes && indices.numel() <= kFew &&
+                    (weight.scalar_type() == at::kFloat || weight.scalar_type() == at::kDouble));
+}
+
 // A lookup for what is plain: nothing for what is no tensor or one of a subclass, for what torch.jit or a mode is to
 // see, and where dtypes, dimensions or padding_idx do not fit.
 inline std::optional<Tensor> lookup(pybind11::handle input, pybind11::handle table, std::optional<int64_t> padding_idx,
@@ -576,6 +592,13 @@ inline std::optional<Tensor> lookup(pybind11::handle input, pybind11::handle tab
   if (padding_idx && (*padding_idx < -rows || *padding_idx >= rows)) return std::nullopt;
   const int64_t padding = !padding_idx ? -1 : *padding_idx < 0 ? *padding_idx + rows : *padding_idx;
   const pybind11::gil_scoped_release no_gil;
+  if (is_torchs_to_differentiate(weight, indices, scale_grad_by_freq, sparse)) {
+    try {
+      return at::embedding(weight, indices, padding, /*scale_grad_by_freq=*/false, sparse);
+    } catch (const c10::IndexError&) {
+      return std::nullopt;  // which is to say where the wrong index stands
+    }
+  }
   return embedding_bag(weight, indices, std::nullopt, std::nullopt, "lookup", padding, false, scale_grad_by_freq,
                        sparse, /*updated=*/false);
 }

@@ -815,6 +815,15 @@ def is_left_to_torch(tensor: Tensor) -> bool:
     )
 
 
+def has_torchs_sparse_gradient(input: Tensor, weight: Tensor) -> bool:
+    """Whether a lookup's sparse gradient may be torch's own, in eager calls, which nothing can make faster.
+
+    Of a single index, of none and of a table without columns torch's fails.
+    """
+    is_eager = not (torch.compiler.is_compiling() or _is_transformed())
+    return is_eager and input.dim() > 0 and input.numel() * weight.shape[1] > 0 and optimizer_of(weight) is None
+
+
 def recurrent_step(x: Tensor, states: Sequence[Tensor] | None, weights: list[Tensor], cell: str) -> list[Tensor] | None:
     """One step of x [B, I] from states (h,) or (h, c), [B, H], to such; None where `recurrent` has to take it.
 
@@ -850,7 +859,9 @@ def lookup(
     That is so of tensors that are not plain, too, and of what are no tensors or none that fit. In Python the way to the
     kernel takes longer than a small lookup.
     """
-    if UPDATED_IN_BACKWARD or not _is_plain(weight):
+    if UPDATED_IN_BACKWARD or torch.compiler.is_compiling() or _is_transformed():
+        return None
+    if LEFT_TO_TORCH and weight.device.type in LEFT_TO_TORCH:
         return None
     return _C.lookup(input, weight, padding_idx, scale_grad_by_freq, sparse)
 

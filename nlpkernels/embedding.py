@@ -19,8 +19,7 @@ class Embedding(torch.nn.Embedding):
 
     Shape: input int32 or int64 of any shape; output [*input.shape, embedding_dim] in weight's dtype.
 
-    Sparse gradients come out coalesced. An index that is not a row raises an IndexError that names it; for other errors
-    see `functional.embedding`.
+    An index that is not a row raises an IndexError that names it; for other errors see `functional.embedding`.
 
     Example:
         >>> import torch

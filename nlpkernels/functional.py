@@ -344,7 +344,8 @@ def embedding(
         max_norm: rows in use with a larger norm are scaled down to it first, in place.
         norm_type: p of that p-norm.
         scale_grad_by_freq: divide a row's gradient by the number of its uses.
-        sparse: return weight's gradient as a coalesced sparse tensor.
+        sparse: return weight's gradient as a sparse tensor, torch's own: each index with its incoming gradient, as they
+            are. With scale_grad_by_freq, which torch refuses, it is coalesced.
 
     Returns:
         Rows, [*input.shape, E].
@@ -371,6 +372,12 @@ def embedding(
     if not (is_left or sparse) and _ops.is_left_to_torch(weight) and input.device == weight.device:
         is_left = _ops.optimizer_of(weight) is None
         reference.refuse_wrong_indices("embedding", input, weight.shape[0])
+    is_torchs_to_differentiate = sparse and not scale_grad_by_freq and _ops.has_torchs_sparse_gradient(input, weight)
+    if is_torchs_to_differentiate and not is_left:
+        if max_norm is None and (rows := _ops.lookup(input, weight, padding_idx, False, True)) is not None:
+            return rows
+        reference.refuse_wrong_indices("embedding", input, weight.shape[0])
+        is_left = input.device == weight.device
     if is_left:
         return torch.nn.functional.embedding(input, weight, *options)
     bags = (None, None, "lookup", padding, False, scale_grad_by_freq, sparse)

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tolerances import FEW, FLOOR, assert_as_exact, relative_error
+from tolerances import FEW, FLOOR, assert_as_exact, assert_summed, relative_error
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
@@ -42,7 +42,7 @@ def compare(theirs: nn.Module, ours: nn.Module, *args: Tensor | None) -> None:
         output = module(*given)
         cotangent = torch.randn_like(output) if cotangent is None else cotangent
         grads = torch.autograd.grad(output, [module.weight, *wanted], cotangent.to(dtype))
-        if module is ours and module.sparse:
+        if module is ours and module.sparse and isinstance(module, nn.EmbeddingBag):
             assert grads[0].is_coalesced()
             rows = grads[0].indices()[0]
             assert torch.equal(rows, rows.unique())
@@ -583,10 +583,12 @@ def test_what_is_trained_under_every_transform(options: dict[str, Any]) -> None:
         torch.testing.assert_close(ours, theirs)
 
 
-@pytest.mark.parametrize("name", ["Embedding", "EmbeddingBag"])
-def test_accumulated_gradients_stay_coalesced(name: str) -> None:
+@pytest.mark.parametrize("module", [
+    nlpkernels.EmbeddingBag(30, 4, sparse=True),
+    nlpkernels.Embedding(30, 4, sparse=True, scale_grad_by_freq=True),  # of which torch has no sparse gradient
+], ids=["EmbeddingBag", "Embedding"])  # fmt: skip
+def test_accumulated_gradients_stay_coalesced(module: nn.Module) -> None:
     """Without a copy, as long as they are what the layer gave."""
-    module = getattr(nlpkernels, name)(30, 4, sparse=True)
     for steps in (1, 2, 3):
         module.weight.grad = None
         expected = torch.zeros(30, 4)
@@ -606,6 +608,47 @@ def test_accumulated_gradients_stay_coalesced(name: str) -> None:
         g._indices().repeat(1, 2), g._values().repeat(2, 1), g.shape, check_invariants=False))  # fmt: skip
     module(ids).sum().backward()
     assert not module.weight.grad.is_coalesced()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("rows", [2**18 // 16 - 1, 2**18 // 16], ids=["small table", "kept memory"])
+@pytest.mark.parametrize("count", [0, 1, 127, 128, 129])
+def test_lookups_of_a_few_rows_of_small_tables(count: int, rows: int, dtype: torch.dtype) -> None:
+    """Which torch's own ops differentiate, up to 128 of a table below a megabyte (of float32)."""
+    weight = nn.Parameter(torch.randn(rows, 16, dtype=dtype))
+    ids = torch.randint(20, (count,))
+    cotangent = torch.randn(count, 16, dtype=dtype, requires_grad=True)
+    for padding in (None, 3):
+        module = nlpkernels.Embedding.from_pretrained(weight, freeze=False, padding_idx=padding)
+        got = torch.autograd.grad(module(ids), module.weight, cotangent, create_graph=True)[0]
+        exact = weight.detach().double().requires_grad_()
+        expected = torch.autograd.grad(nn.functional.embedding(ids, exact, padding), exact, cotangent.double())[0]
+        most_uses, largest = (int(ids.bincount().max()), cotangent.abs().max().item()) if count else (0, 0.0)
+        assert_summed(got, expected, "gradient of weight", most_uses * largest, is_exact=False)
+        (second,) = torch.autograd.grad(got.sum(), cotangent)
+        assert torch.equal(second, ids.ne(-1 if padding is None else padding).to(dtype).unsqueeze(1).expand_as(second))
+    if count:
+        with pytest.raises(IndexError, match=rf"embedding: flattened indices\[{count - 1}\] is {rows}, expected a row"):
+            module(torch.cat([ids[1:], torch.tensor([rows])]))
+
+
+def test_a_sparse_gradient_of_a_lookup_is_torchs() -> None:
+    """The indices and the incoming gradient as they are: nothing sorted, nothing copied."""
+    for dtype, index in ((torch.float32, torch.int64), (torch.bfloat16, torch.int32)):
+        theirs, ours = pair("Embedding", 9, 4, padding_idx=2, sparse=True, dtype=dtype)
+        ids = torch.tensor([[3, 3, 2], [8, 0, 3]], dtype=index)
+        for call in (ours, lambda ids, ours=ours: nlpkernels.functional.embedding(ids, ours.weight, 2, sparse=True)):
+            cotangent = torch.randn(2, 3, 4, dtype=dtype)
+            got = torch.autograd.grad(call(ids), ours.weight, cotangent)[0]
+            expected = torch.autograd.grad(theirs(ids), theirs.weight, cotangent)[0]
+            assert torch.equal(got._indices(), expected._indices()) and torch.equal(got._values(), expected._values())
+            with pytest.raises(IndexError, match=r"embedding: flattened indices\[1\] is 9, expected a row from 0 to 8"):
+                call(torch.tensor([[0], [9]], dtype=index))
+    ours = nlpkernels.Embedding(9, 4, max_norm=1.0, sparse=True)
+    before = ours.weight.detach().clone()
+    with pytest.raises(IndexError, match=r"flattened indices\[1\] is -1"):
+        ours(torch.tensor([0, -1]))
+    assert torch.equal(ours.weight, before)
 
 
 def test_sparse_gradients_are_refused_a_second_derivative(device: str) -> None:
@@ -775,7 +818,10 @@ def test_large_gradients(columns: int, sparse: bool, restored_threads: None) -> 
     rows, sums = in_order(ids, grad)
     for threads in (1, 3):
         torch.set_num_threads(threads)
-        output = functional.embedding(ids, weight, sparse=sparse)
+        if sparse:
+            output = functional.embedding_bag(ids.unsqueeze(1), weight, mode="sum", sparse=True)
+        else:
+            output = functional.embedding(ids, weight)
         (found,) = torch.autograd.grad(output, weight, grad)
         if sparse:
             assert torch.equal(found.indices()[0], rows)

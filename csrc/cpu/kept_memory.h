@@ -101,7 +101,7 @@ class KeptMemory {
 
 // Zeros for a gradient.
 inline at::Tensor gradient_zeros(at::IntArrayRef shape, const at::TensorOptions& options, int64_t threads) {
-  constexpr size_t kAlign = 64, kPage = size_t(2) << 20;
+  constexpr size_t kAlign = 64, kPiece = size_t(1) << 18;
   const size_t bytes = at::detail::computeStorageNbytesContiguous(shape, options.dtype().itemsize());  // or an error
   if (bytes < kKeptBytes) return at::empty(shape, options).zero_();
   char* block = static_cast<char*>(KeptMemory::take(bytes));
@@ -116,9 +116,9 @@ inline at::Tensor gradient_zeros(at::IntArrayRef shape, const at::TensorOptions&
                          .make_tensor();
   // New pages by one thread, huge ones where they may be.
   if (is_new) advise_huge_pages(block, bytes);
-  const int64_t pages = (bytes + kPage - 1) / kPage;
-  at::parallel_for(0, pages, is_new || threads == 1 ? pages : 1, [&](int64_t begin, int64_t end) {
-    std::memset(block + begin * kPage, 0, std::min(end * kPage, bytes) - begin * kPage);
+  const int64_t pieces = (bytes + kPiece - 1) / kPiece;
+  at::parallel_for(0, pieces, is_new || threads == 1 ? pieces : 1, [&](int64_t begin, int64_t end) {
+    std::memset(block + begin * kPiece, 0, std::min(end * kPiece, bytes) - begin * kPiece);
   });
   return zeros;
 }
