@@ -374,8 +374,8 @@ def embedding(
         reference.refuse_wrong_indices("embedding", input, weight.shape[0])
     is_torchs_to_differentiate = sparse and not scale_grad_by_freq and _ops.has_torchs_sparse_gradient(input, weight)
     if is_torchs_to_differentiate and not is_left:
-        if max_norm is None and (rows := _ops.lookup(input, weight, padding_idx, False, True)) is not None:
-            return rows
+        if max_norm is None and (found := _ops.lookup(input, weight, padding_idx, False, True)) is not None:
+            return found
         reference.refuse_wrong_indices("embedding", input, weight.shape[0])
         is_left = input.device == weight.device
     if is_left:
