@@ -261,6 +261,54 @@ inline std::optional<variable_list> recurrent_layers(const Tensor& input, std::o
   return results;
 }
 
+// Frozen layers -------------------------------------------------------------------------------------------------------
+
+// All layers of x [T, B, I], or [B, T, I] if batch_first, or [T, I] from states without a batch; or one step of a cell:
+// x [B, I] and states [B, H]. From states (h_0,) or (h_0, c_0), or nothing for zeros, to output, h_n and, if there is
+// one, c_n; of a cell to its new states.
+inline std::optional<variable_list> frozen_layers(const Tensor& input, std::optional<variable_list> given,
+                                                  const variable_list& weights, const std::string& cell,
+                                                  int64_t directions, bool batch_first, bool is_cell, int64_t inputs,
+                                                  int64_t hidden, int64_t features) {
+  const bool has_c = cell == "lstm";
+  if (input.dim() != (is_cell ? 2 : 3) || input.scalar_type() != at::kFloat || !input.is_cpu() ||
+      input.sym_size(input.dim() - 1) != inputs || (at::GradMode::is_enabled() && input.requires_grad())) {
+    return std::nullopt;
+  }
+  const Tensor x = batch_first ? input.transpose(0, 1) : input;
+  const c10::SymInt rows = static_cast<int64_t>(weights.size()) / 2, batch = x.sym_size(is_cell ? 0 : 1);
+  variable_list states;
+  if (given) {
+    if (!has_states(*given, cell)) return std::nullopt;
+    for (const auto i : c10::irange(given->size())) {
+      const Tensor& state = given->at(i);
+      const c10::SymInt width = i == 0 ? features : hidden;
+      if (state.scalar_type() != at::kFloat || (at::GradMode::is_enabled() && state.requires_grad()) ||
+          !(is_cell ? has_shape(state, {batch, width}) : has_shape(state, {rows, batch, width}))) {
+        return std::nullopt;
+      }
+      states.push_back(is_cell ? state.unsqueeze(0) : state);
+    }
+  } else {
+    states.push_back(x.new_zeros_symint({rows, batch, features}));
+    if (has_c) states.push_back(hidden == features ? states[0] : x.new_zeros_symint({rows, batch, hidden}));
+  }
+  using Signature = std::tuple<Tensor, Tensor, Tensor, Tensor>(const Tensor&, const OptionalTensor&, const Tensor&,
+                                                               const OptionalTensor&, at::TensorList, c10::string_view,
+                                                               int64_t, bool);
+  static const auto frozen = op<Signature>("frozen");
+  const at::AutoDispatchBelowADInplaceOrView below_autograd;
+  auto [y, h_n, c_n, c] = frozen.call(x, std::nullopt, states[0], has_c ? OptionalTensor(states[1]) : std::nullopt,
+                                      weights, cell, directions, /*keep=*/false);
+  if (is_cell) {
+    if (!has_c) return variable_list{y};
+    return variable_list{y, at::_unsafe_view_symint(c_n, {batch, c_n.sym_size(2)})};
+  }
+  variable_list results{batch_first ? y.transpose(0, 1) : y, h_n};
+  if (has_c) results.push_back(c_n);
+  return results;
+}
+
 // Embedding bags ------------------------------------------------------------------------------------------------------
 
 struct PoolingSettings {

@@ -87,10 +87,9 @@ struct RecurrentArguments {
   const Tensor& w_hr(int64_t d) const { return weights[(d + 1) * weights_per_direction - 1]; }
 };
 
-inline RecurrentArguments check_recurrent(const Tensor& x, const OptionalTensor& batch_sizes, const Tensor& h0,
-                                          const OptionalTensor& c0, at::TensorList weights,
-                                          const OptionalTensor& h_mask, int64_t gates, bool has_c) {
-  const char* op = "recurrent";
+// Of x, its sequences and their initial states: all sizes but that of the weights.
+inline RecurrentArguments check_sequences(const char* op, const Tensor& x, const OptionalTensor& batch_sizes,
+                                          const Tensor& h0) {
   RecurrentArguments args;
   check_floating(op, "x", x);
   TORCH_CHECK(h0.dim() == 3 && (h0.size(0) == 1 || h0.size(0) == 2), op,
@@ -135,6 +134,14 @@ inline RecurrentArguments check_recurrent(const Tensor& x, const OptionalTensor&
               " rows, the sum of batch_sizes, got ", x.size(0));
   args.inputs = x.size(-1);
 
+  return args;
+}
+
+inline RecurrentArguments check_recurrent(const Tensor& x, const OptionalTensor& batch_sizes, const Tensor& h0,
+                                          const OptionalTensor& c0, at::TensorList weights,
+                                          const OptionalTensor& h_mask, int64_t gates, bool has_c) {
+  const char* op = "recurrent";
+  RecurrentArguments args = check_sequences(op, x, batch_sizes, h0);
   args.weights = weights;
   args.weights_per_direction = static_cast<int64_t>(weights.size()) / args.directions;
   const int64_t per_direction = args.weights_per_direction;

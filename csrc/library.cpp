@@ -63,6 +63,18 @@ TORCH_LIBRARY(nlpkernels, m) {
       " Tensor? batch_sizes, Tensor h0, Tensor c0, Tensor[] weights, str cell, bool need_dx, bool need_dweights,"
       " Tensor? h_mask) -> (Tensor dx, Tensor dh0, Tensor dc0, Tensor[] dweights)");
 
+  // All layers of an RNN that only runs, with weights of int8 or bfloat16. x, batch_sizes and cell as above, float32.
+  //   h0, c0       [L D, B, P], [L D, B, H] of L layers
+  //   weights      for each layer and direction W_ih, W_hh and W_hr if there is one, packed as csrc/cpu/narrow.h says:
+  //                int8 with 128 added, as uint8, or the bits of bfloat16, as int16; and factors, the bits of float32,
+  //                as int32: biases by panel and slot, and of int8 the scales of the rows of each matrix, by panel and
+  //                gate
+  //   keep         whether to return the cell states of every step, of one layer
+  // Returns y, h_n, c_n like recurrent, of all layers, and c [D, N, H] or empty, [0].
+  m.def(
+      "frozen(Tensor x, Tensor? batch_sizes, Tensor h0, Tensor? c0, Tensor[] weights, str cell, int directions,"
+      " bool keep) -> (Tensor y, Tensor h_n, Tensor c_n, Tensor c)");
+
   // Rows of a table, pooled by bag.
   //   weight       [V, E]
   //   indices      [B, L] with offsets None: B bags of L; or [N] with offsets
@@ -200,6 +212,9 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
         "One step of a cell by it; None where shapes do not fit, or something is not a plain tensor.");
   m.def("recurrent_layers", nlpkernels::of_plain_tensors(&nlpkernels::recurrent_layers),
         "All layers by it; None where shapes or dtypes do not fit, or something is not a plain tensor.");
+  m.def("frozen_layers", nlpkernels::of_plain_tensors(&nlpkernels::frozen_layers),
+        "All layers, or one step of a cell, by the op frozen; None where shapes or dtypes do not fit, something requires "
+        "a gradient, or is not a plain tensor.");
   m.def("embedding_bag", &nlpkernels::embedding_bag, pybind11::call_guard<pybind11::gil_scoped_release>(),
         "The first output of the op of this name, with derivatives for eager calls; indices of a lookup may have any "
         "shape, before which goes no reshape.");

@@ -5,7 +5,7 @@ from nlpkernels import _versions
 _versions.check()
 
 from nlpkernels import functional, optim  # noqa: E402
-from nlpkernels.convert import convert, revert  # noqa: E402
+from nlpkernels.convert import convert, freeze, revert  # noqa: E402
 from nlpkernels.embedding import Embedding, EmbeddingBag  # noqa: E402
 from nlpkernels.recurrent import GRU, LSTM, RNN, GRUCell, LSTMCell, RNNCell  # noqa: E402
 from nlpkernels.sampling import NegativeSampling  # noqa: E402
@@ -21,6 +21,7 @@ __all__ = [
     "NegativeSampling",
     "RNNCell",
     "convert",
+    "freeze",
     "functional",
     "optim",
     "revert",

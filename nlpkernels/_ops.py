@@ -108,6 +108,7 @@ for _name in (
     "recurrent",
     "recurrent_backward",
     "recurrent_states_backward",
+    "frozen",
     "embedding_bag",
     "embedding_bag_backward",
     "embedding_bag_sparse_backward",
@@ -222,6 +223,26 @@ def _(
         x.new_empty(h0.shape),
         x.new_empty(c0.shape),
         [x.new_empty(weight.shape if need_dweights else (0,)) for weight in weights],
+    )
+
+
+@_fake("frozen")
+def _(
+    x: Tensor,
+    batch_sizes: Tensor | None,
+    h0: Tensor,
+    c0: Tensor | None,
+    weights: list[Tensor],
+    cell: str,
+    directions: int,
+    keep: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    rows = x.shape[0] * x.shape[1] if x.dim() == 3 else x.shape[0]
+    return (
+        x.new_empty(*x.shape[:-1], directions * h0.shape[2]),
+        x.new_empty(h0.shape),
+        x.new_empty(c0.shape if c0 is not None else (0,)),
+        x.new_empty((directions, rows, c0.shape[2]) if keep and c0 is not None else (0,)),
     )
 
 
@@ -584,6 +605,18 @@ def _differentiable_by_reference(name: str) -> Callable[..., Any]:
     return _differentiable(name, save, backward)
 
 
+def _save_nothing(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    pass
+
+
+def _refuse_to_train(ctx: Any, *gradients: Any) -> Any:
+    raise NotImplementedError("frozen: a frozen layer only runs: expected no input that requires a gradient")
+
+
+frozen = _differentiable("frozen", _save_nothing, _refuse_to_train)
+"""All layers with packed weights, `reference.frozen`."""
+
+
 _recurrent_backward = _differentiable_by_reference("recurrent_backward")
 _recurrent_states_backward = _differentiable_by_reference("recurrent_states_backward")
 _embedding_bag_backward = _differentiable_by_reference("embedding_bag_backward")
@@ -690,10 +723,6 @@ def _backward_embedding_dot(ctx: Any, grad: Tensor | None) -> tuple[Any, ...]:
             sparse, h, ctx.num_embeddings, indices, offsets, grad, aux, "sum", padding_idx, include_last_offset, False
         )
     return dh, dweight, None, None, None, None, None
-
-
-def _save_nothing(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    pass
 
 
 def _refuse_backward(ctx: Any, *gradients: Any) -> Any:
@@ -849,6 +878,26 @@ def recurrent_layers(
     if not _is_plain(x):
         return None
     return _C.recurrent_layers(x, states, weights, cell, num_layers, directions, batch_first)
+
+
+def frozen_layers(
+    x: Tensor,
+    states: Sequence[Tensor] | None,
+    weights: list[Tensor],
+    cell: str,
+    directions: int,
+    batch_first: bool,
+    is_cell: bool,
+    sizes: tuple[int, int, int],
+) -> list[Tensor] | None:
+    """Output, h_n and, for an LSTM, c_n of all layers, or a cell's new states; None where `frozen` has to take it.
+
+    That is so of tensors that are not plain, of other dtypes than float32, and of what does not fit. `sizes` are I, H
+    and P.
+    """
+    if not _is_plain(x):
+        return None
+    return _C.frozen_layers(x, states, weights, cell, directions, batch_first, is_cell, *sizes)
 
 
 def lookup(

@@ -9,17 +9,23 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
+from nlpkernels import frozen
 from nlpkernels.embedding import Embedding, EmbeddingBag
 from nlpkernels.recurrent import GRU, LSTM, RNN, GRUCell, LSTMCell, RNNCell, _Layers
 
-__all__ = ["Swaps", "convert", "revert"]
+__all__ = ["Swaps", "convert", "freeze", "revert"]
 
 _PAIRS: list[tuple[type[nn.Module], type[nn.Module]]] = [
     (ours._torchs, ours) for ours in (RNN, LSTM, GRU, RNNCell, LSTMCell, GRUCell, Embedding, EmbeddingBag)
 ]
+
+_FROZEN: dict[type[nn.Module], type[nn.Module]] = {
+    ours: getattr(frozen, f"Frozen{ours.__name__}") for ours in (RNN, LSTM, GRU, RNNCell, LSTMCell, GRUCell)
+}
 
 
 @dataclass
@@ -46,6 +52,7 @@ def _swap(
     model: nn.Module,
     classes: dict[type[nn.Module], type[nn.Module]],
     predicate: Callable[[str, nn.Module], bool] | None,
+    swap: Callable[[nn.Module, type[nn.Module]], None],
 ) -> Swaps:
     done = Swaps()
     for name, module in model.named_modules():
@@ -61,9 +68,15 @@ def _swap(
         elif not issubclass(new, _Layers) and getattr(module, "recurrent_dropout", 0) != 0:
             done.left[name] = "torch.nn has no recurrent_dropout, set it to 0 before"
         else:
-            module.__class__ = new
+            swap(module, new)
             done.swapped[name] = _qualified_name(new)
     return done
+
+
+def _change_class(module: nn.Module, new: type[nn.Module]) -> None:
+    if isinstance(module, frozen._Frozen):
+        module._thaw()
+    module.__class__ = new
 
 
 def convert(model: nn.Module, predicate: Callable[[str, nn.Module], bool] | None = None) -> Swaps:
@@ -83,12 +96,62 @@ def convert(model: nn.Module, predicate: Callable[[str, nn.Module], bool] | None
         >>> print(nlpkernels.convert(model))
         0: now nlpkernels.embedding.EmbeddingBag
     """
-    return _swap(model, dict(_PAIRS), predicate)
+    return _swap(model, dict(_PAIRS), predicate, _change_class)
+
+
+def freeze(
+    model: nn.Module,
+    dtype: torch.dtype = torch.float32,
+    predicate: Callable[[str, nn.Module], bool] | None = None,
+) -> Swaps:
+    """Swap recurrent layers and cells in `model`, torch.nn's and ours, for such as only run, in place.
+
+    Their weights are packed once, not in every call, and have no gradient: an input that requires one is refused, and
+    train() changes nothing. They are called as before, and take and give what they did. Of torch.bfloat16 and
+    torch.int8, x and h are rounded like the weights, row by row, just before they are multiplied; sums, states and
+    biases are float32, and inputs and outputs are what they were.
+
+    Args:
+        model: any module, also a layer itself.
+        dtype: of the weights. torch.float32 leaves them as they are, whatever their dtype, and results keep their bits;
+            torch.bfloat16 takes half of the memory; torch.int8 a quarter, with a scale for each row. On the CPU.
+        predicate: called with a layer's name and the layer; it is left as it is where this returns False.
+
+    Returns:
+        What was swapped, and which subclasses were left alone, as `convert` does.
+
+    Raises:
+        ValueError: dtype is another one.
+
+    `revert` gives layers of torch.nn back, with the weights as they were frozen: exactly those of before for
+    torch.float32. A state_dict holds plain weights, and may be loaded on another kind of machine.
+
+    Example:
+        >>> import torch
+        >>> import nlpkernels
+        >>> model = torch.nn.LSTM(40, 64)
+        >>> print(nlpkernels.freeze(model, torch.int8))
+        (the model): now nlpkernels.frozen.FrozenLSTM
+        >>> model(torch.randn(5, 1, 40))[0].shape
+        torch.Size([5, 1, 64])
+    """
+    if dtype not in frozen.DTYPES:
+        raise ValueError(f"freeze: expected dtype to be torch.float32, torch.bfloat16 or torch.int8, got {dtype}")
+    pairs = {layer: new for ours, new in _FROZEN.items() for layer in (ours, ours._torchs)}  # type: ignore[attr-defined]
+
+    def swap(module: nn.Module, new: type[nn.Module]) -> None:
+        module.__class__ = new
+        module._freeze(dtype)  # type: ignore[operator]
+
+    return _swap(model, pairs, predicate, swap)
 
 
 def revert(model: nn.Module, predicate: Callable[[str, nn.Module], bool] | None = None) -> Swaps:
     """Swap nlpkernels' layers in `model` for torch.nn's, in place: the inverse of `convert`, same arguments.
 
-    A layer with recurrent dropout is left alone and reported, as torch.nn's would train without.
+    A layer with recurrent dropout is left alone and reported, as torch.nn's would train without. One that was frozen gets
+    parameters again: with the values that it had, of torch.float32, and else with those that it was frozen to.
     """
-    return _swap(model, {ours: theirs for theirs, ours in _PAIRS}, predicate)
+    theirs = {ours: theirs for theirs, ours in _PAIRS}
+    theirs |= {new: ours._torchs for ours, new in _FROZEN.items()}  # type: ignore[attr-defined]
+    return _swap(model, theirs, predicate, _change_class)

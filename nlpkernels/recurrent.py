@@ -88,6 +88,9 @@ class _Layers(RNNBase):
         if any(isinstance(weight, Tensor) and _ops.is_left_to_torch(weight) for weight in self._flat_weights):
             super().flatten_parameters()
 
+    def _weights_of_call(self) -> list[Tensor]:
+        return _parameters_of(self, self._flat_weights_names)
+
     def _run(
         self,
         input: Tensor | PackedSequence,
@@ -98,7 +101,7 @@ class _Layers(RNNBase):
     ) -> Any:
         """What a call returns: output and final states, or those of all steps."""
         has_c = self.mode == "LSTM"
-        weights = _parameters_of(self, self._flat_weights_names)
+        weights = self._weights_of_call()
         is_whole = len(weights) == len(self._flat_weights_names)
         draws = self.training and (self.dropout or self.recurrent_dropout)
         is_padded = lengths is not None or mask is not None
@@ -169,21 +172,7 @@ class _Layers(RNNBase):
         if order is not None:
             states = tuple(state.index_select(1, order) for state in states)
 
-        run = getattr(functional, self.mode.lower())
-        output, *final = run(
-            x,
-            states if self.mode == "LSTM" else states[0],
-            weights,
-            self.bias,
-            self.num_layers,
-            self.dropout,
-            self.training,
-            self.bidirectional,
-            self.batch_first,
-            batch_sizes=batch_sizes,
-            return_state_sequence=return_state_sequence,
-            recurrent_dropout=self.recurrent_dropout,
-        )
+        output, *final = self._run_layers(x, states, weights, batch_sizes, return_state_sequence)
 
         if padding is not None:
             output = padding.unpack(output)
@@ -198,6 +187,30 @@ class _Layers(RNNBase):
             output = output.squeeze(batch_dim)
             final = [state.squeeze(batch_dim + 1 if return_state_sequence else 1) for state in final]
         return output, tuple(final) if has_c else final[0]
+
+    def _run_layers(
+        self,
+        x: Tensor,
+        states: tuple[Tensor, ...],
+        weights: list[Tensor],
+        batch_sizes: Tensor | None,
+        return_state_sequence: bool,
+    ) -> Any:
+        """Output and final states of all layers, or their states at every step: see `functional.lstm`."""
+        return getattr(functional, self.mode.lower())(
+            x,
+            states if self.mode == "LSTM" else states[0],
+            weights,
+            self.bias,
+            self.num_layers,
+            self.dropout,
+            self.training,
+            self.bidirectional,
+            self.batch_first,
+            batch_sizes=batch_sizes,
+            return_state_sequence=return_state_sequence,
+            recurrent_dropout=self.recurrent_dropout,
+        )
 
     def _check_dimensions(self, expected: int, states: tuple[Tensor, ...] | None) -> None:
         if states is None or all(state.dim() == expected for state in states):
@@ -587,9 +600,19 @@ class _Cell(RNNCellBase):
     _torchs: ClassVar[type[nn.Module]]
     """The cell of torch.nn that this one is in the place of."""
 
+    def _weights_of_call(self) -> list[Tensor]:
+        return _parameters_of(self, ("weight_ih", "weight_hh", "bias_ih", "bias_hh"))
+
+    def _one_step(
+        self, x: Tensor, h0: Tensor, c0: Tensor | None, weights: list[Tensor], cell: str
+    ) -> tuple[Tensor, ...]:
+        """(h_1,) or (h_1, c_1) of x [B, I] from [B, H]."""
+        h, _, c, _ = _ops.recurrent(x, None, h0.unsqueeze(0), None if c0 is None else c0.unsqueeze(0), weights, cell)
+        return (h,) if c0 is None else (h, c.squeeze(0))
+
     def _step(self, cell: str, input: Tensor, hx: Tensor | tuple[Tensor, Tensor] | None) -> Any:
         """What a call returns: new states, h or (h, c)."""
-        weights = _parameters_of(self, ("weight_ih", "weight_hh", "bias_ih", "bias_hh"))
+        weights = self._weights_of_call()
         if len(weights) == 3:  # as in torch.nn, a bias that is None beside one that is not counts as zeros
             weights.insert(2 if self.bias_ih is None else 3, torch.zeros_like(weights[2]))
         given: Any = hx if cell == "lstm" or hx is None else (hx,)
@@ -617,10 +640,7 @@ class _Cell(RNNCellBase):
             stepped = getattr(torch, f"{cell}_cell")(input, h0 if c0 is None else states, *weights)
             final = (stepped,) if c0 is None else stepped
         else:
-            h, _, c, _ = _ops.recurrent(
-                input, None, h0.unsqueeze(0), None if c0 is None else c0.unsqueeze(0), weights, cell
-            )
-            final = (h,) if c0 is None else (h, c.squeeze(0))
+            final = self._one_step(input, h0, c0, weights, cell)
         if dim == 1:
             final = tuple(state.squeeze(0) for state in final)
         return final if cell == "lstm" else final[0]

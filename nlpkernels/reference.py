@@ -224,8 +224,12 @@ def recurrent(
     cell: str,
     keep: bool,
     h_mask: Tensor | None,
+    rounded: Callable[[Tensor], Tensor] = lambda values: values,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """One layer: y [T, B, D P] or as x has it, h_n [D, B, P], c_n [D, B, H] or [0], workspace [D, N, S, H] or [0]."""
+    """One layer: y [T, B, D P] or as x has it, h_n [D, B, P], c_n [D, B, H] or [0], workspace [D, N, S, H] or [0].
+
+    `rounded` is applied to what weights multiply, rows of x and of h.
+    """
     _check_recurrent(x, batch_sizes, h0, c0, weights, cell, h_mask)
     facts, dtype = facts_of(cell), x.dtype
     directions, batch, _ = h0.shape
@@ -245,7 +249,7 @@ def recurrent(
         w_hr = rest.pop() if per_direction % 2 else None
         b_ih, b_hh = rest or (None, None)
         hidden = w_ih.shape[0] // facts.gates
-        from_x = torch.nn.functional.linear(rows, w_ih, b_ih)
+        from_x = torch.nn.functional.linear(rounded(rows), w_ih, b_ih)
         h = h0[d].to(wide)
         c = c0[d].to(wide) if c0 is not None else h
         outputs: list[Tensor] = [h[:0]] * len(sizes)
@@ -254,10 +258,10 @@ def recurrent(
             size = sizes[t]
             h_step, c_step = h[:size], c[:size]
             h_factor = h_step if h_mask is None else h_step * h_mask[d, :size].to(wide)
-            from_h = torch.nn.functional.linear(h_factor, w_hh, b_hh)
+            from_h = torch.nn.functional.linear(rounded(h_factor), w_hh, b_hh)
             h_step, c_step, saved = cell_step(cell, from_x[first[t] : first[t] + size], from_h, h_step, c_step)
             if w_hr is not None:
-                h_step = torch.nn.functional.linear(h_step, w_hr)
+                h_step = torch.nn.functional.linear(rounded(h_step), w_hr)
             outputs[t] = h_step
             if keep and saved:
                 saved_rows[t] = torch.stack(saved, dim=1)
@@ -352,6 +356,174 @@ def _recurrent_gradients(
         dc0[0] if dc0 else x.new_empty(0),
         list(dweights) if need_dweights else [x.new_empty(0) for _ in weights],
     )
+
+
+# --- Frozen layers ---------------------------------------------------------------------------------------------------
+
+# By the dtype in which packed weights are stored: how many make a word of 32 bits.
+_VALUES_OF_WORD = {torch.uint8: 4, torch.int16: 2}
+_PANEL = 16
+
+
+class FrozenWeights(NamedTuple):
+    """One direction of a frozen layer: matrices of int8 or bfloat16, of int8 with a scale for each row, and biases."""
+
+    w_ih: Tensor
+    w_hh: Tensor
+    w_hr: Tensor | None
+    scales: tuple[Tensor, ...]
+    """[G H] of W_ih, [G H] of W_hh and, if there is a projection, [P] of W_hr, float32; none of bfloat16."""
+    b_ih: Tensor
+    """[G H], float32; where both biases only ever add up, b_hh is in it, and zeros in its place."""
+    b_hh: Tensor
+
+
+def quantise(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """A matrix as int8, -127 to 127, and the scale of each row, float32: its largest magnitude over 127."""
+    scale = weight.float().abs().amax(1) / 127 if weight.shape[1] else weight.new_zeros(weight.shape[0]).float()
+    steps = weight.float() / torch.where(scale > 0, scale, 1).unsqueeze(1)
+    return steps.round().clamp(-127, 127).to(torch.int8), scale
+
+
+def round_as(dtype: torch.dtype, rows: Tensor) -> Tensor:
+    """Rows as weights of a dtype multiply them: bfloat16, or whole multiples of a row's largest magnitude over 127."""
+    if dtype == torch.bfloat16:
+        return rows.bfloat16().to(rows.dtype)
+    if rows.shape[-1] == 0:
+        return rows
+    most = rows.abs().amax(-1, keepdim=True)
+    rounded = (rows * (127 / most)).round() * (most / 127)
+    return torch.where(most < 1e-30, 0, torch.where(most.isfinite(), rounded, torch.nan))
+
+
+def pack_frozen(weights: FrozenWeights, cell: str) -> list[Tensor]:
+    """Packed weights and their factors, [*], as the op `frozen` takes them: see csrc/cpu/narrow.h."""
+    gates = facts_of(cell).gates
+    matrices = [(weights.w_ih, gates), (weights.w_hh, gates)]
+    if weights.w_hr is not None:
+        matrices.append((weights.w_hr, 1))
+    packed = torch.cat([_pack_matrix(_as_stored(matrix), gates) for matrix, gates in matrices])
+    hidden = weights.w_ih.shape[0] // gates
+    b_ih, b_hh = weights.b_ih.view(gates, hidden), weights.b_hh.view(gates, hidden)
+    slots = torch.cat([b_ih[:2] + b_hh[:2], b_hh[2:], b_ih[2:]]) if cell == "gru" else b_ih + b_hh
+    factors = [_pack_vectors(slots)]
+    factors += [_pack_vectors(scale.view(g, -1)) for scale, (_, g) in zip(weights.scales, matrices, strict=False)]
+    return [packed, torch.cat(factors).view(torch.int32)]
+
+
+def unpack_frozen(
+    packed: Tensor, factors: Tensor, cell: str, inputs: int, hidden: int, features: int
+) -> FrozenWeights:
+    """What `pack_frozen` was given, for x of `inputs` features, H units and P features of h."""
+    facts, values = facts_of(cell), _VALUES_OF_WORD[packed.dtype]
+    gates, slots = facts.gates, 4 if cell == "gru" else facts.gates
+    shapes = [(gates, hidden, inputs), (gates, hidden, features)]
+    if features != hidden:
+        shapes.append((1, features, hidden))
+    sizes = [g * _padded(units, _PANEL) * _padded(k, values) for g, units, k in shapes]
+    if packed.numel() != sum(sizes):
+        raise RuntimeError(f"frozen: expected {sum(sizes)} packed weights, got {packed.numel()}")
+    matrices = [
+        _as_plain(_unpack_matrix(part, *shape)) for part, shape in zip(packed.split(sizes), shapes, strict=True)
+    ]
+    rows = [(slots, hidden), *((g, units) for g, units, _ in shapes if values == 4)]
+    parts = factors.view(torch.float32).split([g * _padded(units, _PANEL) for g, units in rows])
+    bias, *scales = (_unpack_vectors(part, *shape) for part, shape in zip(parts, rows, strict=True))
+    b_ih, b_hh = bias, torch.zeros_like(bias)
+    if cell == "gru":
+        b_ih, b_hh = torch.cat([bias[:2], bias[3:]]), torch.cat([b_hh[:2], bias[2:3]])
+    w_hr = matrices[2] if features != hidden else None
+    flat = tuple(scale.reshape(-1) for scale in scales)
+    return FrozenWeights(matrices[0], matrices[1], w_hr, flat, b_ih.reshape(-1), b_hh.reshape(-1))
+
+
+def dequantise(weights: FrozenWeights) -> list[Tensor]:
+    """The weights of `recurrent` in float32: W_ih, W_hh, b_ih, b_hh and, if there is one, W_hr."""
+    matrices = [m.float() for m in (weights.w_ih, weights.w_hh, weights.w_hr) if m is not None]
+    if weights.scales:
+        matrices = [m * scale.unsqueeze(1) for m, scale in zip(matrices, weights.scales, strict=True)]
+    return [*matrices[:2], weights.b_ih, weights.b_hh, *matrices[2:]]
+
+
+def frozen(
+    x: Tensor,
+    batch_sizes: Tensor | None,
+    h0: Tensor,
+    c0: Tensor | None,
+    weights: list[Tensor],
+    cell: str,
+    directions: int,
+    keep: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """All layers, of int8 or bfloat16: y, h_n [L D, B, P], c_n [L D, B, H] or [0], c of all steps or [0]."""
+    hidden = h0.shape[2] if c0 is None else c0.shape[2]
+    dtype = torch.int8 if weights[0].dtype == torch.uint8 else torch.bfloat16
+    h_ns, c_ns, c = [], [], x.new_empty(0)
+    for first in range(0, h0.shape[0], directions):
+        own = slice(first, first + directions)
+        plain = []
+        for packed, factors in zip(weights[2 * first :: 2][:directions], weights[2 * first + 1 :: 2], strict=False):
+            plain += dequantise(unpack_frozen(packed, factors, cell, x.shape[-1], hidden, h0.shape[2]))
+        x, h_n, c_n, workspace = recurrent(
+            x, batch_sizes, h0[own], None if c0 is None else c0[own], plain, cell, keep, None,
+            lambda rows: round_as(dtype, rows),
+        )  # fmt: skip
+        h_ns.append(h_n)
+        c_ns.append(c_n)
+        if keep and c0 is not None:
+            c = workspace[:, :, 4].contiguous()
+    return x, torch.cat(h_ns), torch.cat(c_ns) if c0 is not None else x.new_empty(0), c
+
+
+def _padded(count: int, whole: int) -> int:
+    return -(-count // whole) * whole
+
+
+def _as_stored(matrix: Tensor) -> Tensor:
+    """Int8 with 128 added, as uint8; bfloat16 as the integers of its bits, which no .half() changes."""
+    return (matrix.to(torch.int16) + 128).to(torch.uint8) if matrix.dtype == torch.int8 else matrix.view(torch.int16)
+
+
+def _as_plain(stored: Tensor) -> Tensor:
+    if stored.dtype == torch.uint8:
+        return (stored.to(torch.int16) - 128).to(torch.int8)
+    return stored.contiguous().view(torch.bfloat16)
+
+
+def _of_group(gates: int) -> int:
+    return max(1, 8 // gates)
+
+
+def _pack_matrix(stored: Tensor, gates: int) -> Tensor:
+    """[G H, K] -> groups of panels, one after the other, each [word of k, panel, gate, 16, value of word]."""
+    values, (rows, k) = _VALUES_OF_WORD[stored.dtype], stored.shape
+    units = rows // gates
+    full = stored.new_zeros(gates, _padded(units, _PANEL), _padded(k, values))
+    full[:, :units, :k] = stored.view(gates, units, k)
+    panels = full.view(gates, -1, _PANEL, full.shape[2] // values, values).permute(1, 3, 0, 2, 4)
+    return torch.cat([group.transpose(0, 1).reshape(-1) for group in panels.split(_of_group(gates))])
+
+
+def _unpack_matrix(packed: Tensor, gates: int, units: int, k: int) -> Tensor:
+    values = _VALUES_OF_WORD[packed.dtype]
+    words, panels = _padded(k, values) // values, _padded(units, _PANEL) // _PANEL
+    sizes = [min(_of_group(gates), panels - first) for first in range(0, panels, _of_group(gates))]
+    groups = packed.split([size * words * gates * _PANEL * values for size in sizes])
+    whole = torch.cat(
+        [g.view(words, size, gates, _PANEL, values).transpose(0, 1) for g, size in zip(groups, sizes, strict=True)]
+    )
+    return whole.permute(2, 0, 3, 1, 4).reshape(gates, panels * _PANEL, -1)[:, :units, :k].reshape(gates * units, k)
+
+
+def _pack_vectors(rows: Tensor) -> Tensor:
+    """[S, H] -> [panel, S, 16]."""
+    full = rows.new_zeros(rows.shape[0], _padded(rows.shape[1], _PANEL))
+    full[:, : rows.shape[1]] = rows
+    return full.view(rows.shape[0], -1, _PANEL).transpose(0, 1).reshape(-1)
+
+
+def _unpack_vectors(packed: Tensor, count: int, units: int) -> Tensor:
+    return packed.view(-1, count, _PANEL).transpose(0, 1).reshape(count, -1)[:, :units]
 
 
 # --- Embedding bags --------------------------------------------------------------------------------------------------

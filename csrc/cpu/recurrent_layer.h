@@ -137,8 +137,8 @@ class Share {
 };
 
 // What forward and backward share: sizes, and where the rows of each tensor are. Direction 1 runs from the last step to
-// the first; "previous" is meant in the direction's own order.
-template <typename Cell, typename T>
+// the first; "previous" is meant in the direction's own order. Units are cut between the panels of UnitPanels.
+template <typename Cell, typename T, typename UnitPanels = Panels<acc_t<T>>>
 struct Layer : RecurrentArguments {
   using scalar = acc_t<T>;
   using Operand = operand_t<T>;
@@ -195,7 +195,7 @@ struct Layer : RecurrentArguments {
     return before >= 0 && before < steps && b < active[before] ? first_row[before] + b : -1;
   }
 
-  Panels<scalar> unit_panels() const { return Panels<scalar>(hidden); }
+  UnitPanels unit_panels() const { return UnitPanels(hidden); }
   // The hidden units of some panels.
   Slice units(Slice panels) const {
     return {unit_panels().begin(panels.begin), std::min(hidden, unit_panels().begin(panels.end))};
