@@ -153,7 +153,7 @@ gpu-report:  ## build, test, sanitise and time the CUDA kernels on a GPU, with w
 
 clean:  ## delete what was built
 	@rm -rf build dist *.egg-info nlpkernels/*.so .*_cache
-	@rm -f $(addprefix $(VENV)/.,demo examples test bench lint docs)
+	@rm -f $(addprefix $(VENV)/.,demo examples test networks bench lint docs)
 	@find nlpkernels tests bench examples -name __pycache__ -prune -exec rm -rf {} + 2>/dev/null || true
 
 distclean: clean  ## delete the environment too
@@ -168,6 +168,12 @@ $(VENV)/.docs: Makefile | $(BIN)/pip
 $(addprefix $(VENV)/.,demo examples test bench lint): $(VENV)/.%: $(VENV)/.torch pyproject.toml setup.py $(CSRC)
 	@echo 'Compiling nlpkernels (minutes, the first time) and installing what "make $*" needs'
 	@$(PIP) --no-build-isolation --editable '.[$*]'
+	@touch $@
+
+# Trained networks, of which the tests read the arrays: without what their programs need, which is large.
+$(VENV)/.test: $(VENV)/.networks
+$(VENV)/.networks: Makefile | $(BIN)/pip
+	@$(PIP) --no-deps silero-vad==6.2.3 g2p-en==2.1.0
 	@touch $@
 
 # (torch 2.11 wants a setuptools below 82.)

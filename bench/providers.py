@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import functools
 import importlib
 import io
+import tempfile
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -123,10 +126,47 @@ def _check_runtime(case: Case) -> None:
         raise Unsupported("measured in float32 only")
 
 
-def onnxruntime(problem: Problem, case: Case) -> Prepared:
+def frozen(problem: Problem, case: Case, dtype: torch.dtype) -> Prepared:
+    """torch.nn's layer, frozen by nlpkernels with weights of that dtype."""
+    load("nlpkernels.frozen")
+    _check_runtime(case)
+    layer = problem.module(torch.nn)
+    model = torch.nn.Sequential(copy.deepcopy(layer))
+    load("nlpkernels").freeze(model, dtype=dtype)
+    return _prepared(problem.bind(layer, model[0]))
+
+
+def torch_int8(problem: Problem, case: Case) -> Prepared:
+    """torch.nn's layer with weights of eight bits, as torch makes it, for inputs that are rounded as they come."""
+    quantization = load("torch.ao.quantization")
+    _check_runtime(case)
+    layer = problem.module(torch.nn)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that torchao is to replace it
+        model = quantization.quantize_dynamic(torch.nn.Sequential(layer))
+    if type(model[0]) is type(layer):
+        raise Unsupported(f"does not quantise {type(layer).__name__}")
+    return _prepared(problem.bind(layer, model[0]))
+
+
+def _of_eight_bits(model: bytes) -> bytes:
+    """The ONNX model with weights of eight bits, as ONNX Runtime makes it, for inputs that are rounded as they come."""
+    onnx, quantization = load("onnx"), load("onnxruntime.quantization")
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "model.onnx"
+        quantization.quantize_dynamic(onnx.load_from_string(model), path, weight_type=quantization.QuantType.QInt8)
+        kinds = {node.op_type for node in onnx.load(path).graph.node}
+        if layers := kinds & {"GRU", "RNN", "LSTM"}:
+            raise Unsupported(f"does not quantise {', '.join(layers)}")
+        return path.read_bytes()
+
+
+def onnxruntime(problem: Problem, case: Case, eight_bits: bool = False) -> Prepared:
     runtime = load("onnxruntime")
     _check_runtime(case)
     model, batches, outputs = problem.onnx()
+    if eight_bits:
+        model = _of_eight_bits(model)
 
     def session(arena: bool) -> Any:
         options = runtime.SessionOptions()
@@ -254,8 +294,24 @@ PROVIDERS: dict[str, Provider] = {
     "onnxruntime": onnxruntime,
     "openvino": openvino,
     "fbgemm": fbgemm,
+    "nlpkernels-frozen": functools.partial(frozen, dtype=torch.float32),
+    "nlpkernels-frozen-bfloat16": functools.partial(frozen, dtype=torch.bfloat16),
+    "nlpkernels-frozen-int8": functools.partial(frozen, dtype=torch.int8),
+    "torch-int8": torch_int8,
+    "onnxruntime-int8": functools.partial(onnxruntime, eight_bits=True),
+}
+# nlpkernels' frozen layers, and those of others with weights of eight bits: of which dtype these are, whatever that of
+# the inputs is. Reports show them apart, for neither is a peer: one is ours, the other does other work.
+WEIGHTS = {
+    "nlpkernels-frozen": torch.float32,
+    "nlpkernels-frozen-bfloat16": torch.bfloat16,
+    "nlpkernels-frozen-int8": torch.int8,
+    "torch-int8": torch.int8,
+    "onnxruntime-int8": torch.int8,
 }
 PACKAGES = {OURS: "nlpkernels", "onnxruntime": "onnxruntime", "openvino": "openvino", "fbgemm": "fbgemm_gpu"}
+PACKAGES |= {name: "nlpkernels.frozen" for name in WEIGHTS if name.startswith(OURS)}
+PACKAGES |= {"onnxruntime-int8": "onnxruntime"}
 BAG_ONLY = ("idiom", "idiom-compile", "fbgemm")  # an Embedding and a mean: as a subject of its own, that is `torch`
 
 # Who makes a whole step with an optimizer; `dense` does nothing else.
@@ -268,6 +324,8 @@ STEPS = {
 
 def concerned(name: str, kind: str, mode: str) -> bool:
     """Whether a provider has anything to do with a kind of layer in a mode."""
+    if name in WEIGHTS:
+        return mode == "inference" and kind in ("sequence", "cell")
     meant = name in STEPS[mode] if mode in STEPS else name != "dense"
     return meant and (kind == "bag" or name not in BAG_ONLY)
 

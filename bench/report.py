@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.table import Table
 
 from .measure import Row
-from .providers import OURS, PROVIDERS
+from .providers import OURS, PROVIDERS, WEIGHTS
 from .workloads import STEP_MODES
 
 CASE = ["subject", "workload", "kind", "cell", "mode", "shape", "dtype", "device", "clock", "threads"]
@@ -43,6 +43,7 @@ SUMMARISED = {
     "cells": ("cells", ""),
     "EmbeddingBag": ("bag", "mean"),
     "Embedding + mean": ("embedding", "mean"),
+    "deployed programs": ("deployed", ""),
 }
 # And what is left: with these, each row of a machine counts once.
 ALL_ROWS = {**SUMMARISED, "next to no work": ("overhead", ""), "a grid of LSTMs": ("scaling", "")}
@@ -57,6 +58,11 @@ STYLE = {  # colours that stay apart for colour-blind eyes; the peer that everyb
     "openvino": ("#8a6bbd", "X"),
     "fbgemm": ("#b8860b", "*"),
     "dense": ("#7f7f7f", "h"),
+    "nlpkernels-frozen": ("#d55e00", "d"),
+    "nlpkernels-frozen-bfloat16": ("#d55e00", "<"),
+    "nlpkernels-frozen-int8": ("#d55e00", ">"),
+    "torch-int8": ("#000000", "."),
+    "onnxruntime-int8": ("#009e73", "p"),
 }
 LABEL = {
     "torch": "torch.nn",
@@ -67,6 +73,11 @@ LABEL = {
     "openvino": "OpenVINO",
     "fbgemm": "FBGEMM",
     "dense": "torch.nn, dense gradient",
+    "nlpkernels-frozen": "frozen",
+    "nlpkernels-frozen-bfloat16": "frozen, bfloat16",
+    "nlpkernels-frozen-int8": "frozen, int8",
+    "torch-int8": "torch.ao, int8",
+    "onnxruntime-int8": "ONNX Runtime, int8",
 }
 
 
@@ -105,7 +116,7 @@ def _modes(frame: pd.DataFrame) -> list[str]:
 
 def _peers(frame: pd.DataFrame) -> pd.DataFrame:
     """The rows that tell how long a peer takes beside nlpkernels."""
-    return frame[(frame.provider != OURS) & (frame.status == "ok") & frame.ratio.notna()]
+    return frame[~frame.provider.isin([OURS, *WEIGHTS]) & (frame.status == "ok") & frame.ratio.notna()]
 
 
 def _table(rows: Iterable[Sequence[str]]) -> str:
@@ -138,7 +149,7 @@ def _against_torch(case: pd.DataFrame) -> tuple[float, str]:
 
 def _best_other(case: pd.DataFrame) -> str:
     """The fastest of all the other peers."""
-    others = case[~case.provider.isin([OURS, "torch"]) & (case.status == "ok") & case.ratio.notna()]
+    others = case[~case.provider.isin([OURS, "torch", *WEIGHTS]) & (case.status == "ok") & case.ratio.notna()]
     if not len(others):
         return "–"
     best = others.loc[others.ratio.idxmin()]
@@ -275,6 +286,30 @@ def rows_of(group: pd.DataFrame) -> str:
     return "\n\n".join(parts)
 
 
+def of_other_weights(group: pd.DataFrame) -> str:
+    """What a call takes with frozen layers and with weights of eight bits, beside the others; empty without such."""
+    good = group[(group.status == "ok") & (group["mode"] == "inference")]
+    names = [name for name in PROVIDERS if name in set(good.provider)]
+    rows = [["workload", "threads", *(LABEL.get(name, name) for name in names)]]
+    for _, case in good.groupby(CASE, sort=False):
+        if case.provider.isin(WEIGHTS).any():
+            last = case.iloc[-1]
+            cells = [_taken(_of(case, name)) for name in names]
+            rows.append([f"{last.workload}, {layer(last.kind, last.cell)}", str(last.threads), *cells])
+    if len(rows) == 1:
+        return ""
+    return (
+        "What a call takes with frozen layers, and with weights of eight bits, beside all others. In parentheses the "
+        "error against float64:\n\n" + _table(rows)
+    )
+
+
+def _taken(row: Any) -> str:
+    if row is None:
+        return ""
+    return duration(row.median_s) + (f" ({row.error_vs_fp64:.0e})" if row.provider in WEIGHTS else "")
+
+
 def pages(frame: pd.DataFrame, plots: dict[tuple[Any, ...], list[str]]) -> str:
     """For each kind of machine its summary, its plots, by their addresses, and, folded up, its rows."""
     parts = []
@@ -284,12 +319,13 @@ def pages(frame: pd.DataFrame, plots: dict[tuple[Any, ...], list[str]]) -> str:
             f"## {kind_name(last)}",
             f"{last.machine}; {last.isa}; {last.versions}; commit {last.commit}, {last.date[:10]}.",
             summary(group),
+            of_other_weights(group),
             *(f"![{Path(plot).stem}]({plot})" for plot in plots.get(kind, [])),
             "<details>\n<summary>All rows, the losses first</summary>",
             rows_of(group),
             "</details>",
         ]
-    return "\n\n".join(parts) + "\n"
+    return "\n\n".join(filter(None, parts)) + "\n"
 
 
 def _tally(frame: pd.DataFrame) -> tuple[int, int, str]:
@@ -422,7 +458,7 @@ def plot_scaling(frame: pd.DataFrame) -> Figure | None:
     modes = _modes(good)
     if not axes:
         return None
-    names = [name for name in PROVIDERS if (good.provider == name).any()]
+    names = [name for name in PROVIDERS if name not in WEIGHTS and (good.provider == name).any()]
     figure = Figure(figsize=(1.2 + 3.5 * len(axes), 1.5 + 2.7 * len(modes)), layout="constrained")
     panels = figure.subplots(len(modes), len(axes), squeeze=False, sharey="row", sharex="col")
     for line, mode in zip(panels, modes, strict=True):

@@ -68,6 +68,10 @@ def _sequence(name: str, cells: tuple[str, ...], source: str, **shape: object) -
     return Workload(name, "recurrent", "sequence", source, cells, **shape)  # type: ignore[arg-type]
 
 
+def _deployed(name: str, cell: str, source: str, kind: str = "sequence", **shape: object) -> Workload:
+    return Workload(name, "deployed", kind, source, (cell,), ("inference",), **shape)  # type: ignore[arg-type]
+
+
 def _pool(subject: str, name: str, source: str, **shape: object) -> Workload:
     return Workload(name, subject, subject, source, ("mean",), **{"modes": POOL_MODES, **shape})  # type: ignore[arg-type]
 
@@ -130,6 +134,42 @@ CELLS = (
     Workload("one step", "cells", "cell", "an agent that acts, one observation at a time", RNNS, B=1, I=128, H=128),
     Workload("decoder step", "cells", "cell", "a beam of 5 in a translation decoder", RNNS, B=5, I=256, H=256),
     Workload("agent step", "cells", "cell", "a policy over 256 environments", RNNS, B=256, I=256, H=256),
+)
+
+# The recurrent layers of programs that many people run as they are: nobody trains them there.
+DEPLOYED = (
+    _deployed("silero-vad", "lstm", "a voice detector: one frame of 32 ms", "cell", B=1, I=128, H=128),
+    _deployed(
+        "rnnoise", "gru", "noise suppression since 0.2: one frame of 10 ms through three layers",
+        T=1, B=1, I=384, H=384, layers=3, state=True,
+    ),
+    _deployed(
+        "deepfilternet encoder", "gru", "noise suppression, DeepFilterNet3's defaults: one frame of 10 ms",
+        T=1, B=1, I=256, H=256, state=True,
+    ),
+    _deployed(
+        "deepfilternet filters", "gru", "its decoder of filters: one frame",
+        T=1, B=1, I=256, H=256, layers=3, state=True,
+    ),
+    _deployed("deepfilternet encoder 1 s", "gru", "the same for a second", T=100, B=1, I=256, H=256),
+    _deployed("deepfilternet filters 1 s", "gru", "the same for a second", T=100, B=1, I=256, H=256, layers=3),
+    _deployed("encodec", "lstm", "Encodec at 24 kHz: a second of sound", T=75, B=1, I=512, H=512, layers=2),
+    _deployed(
+        "transducer", "lstm", "the prediction network of Parakeet's transducers: one token of speech recognition",
+        T=1, B=1, I=640, H=640, layers=2, state=True,
+    ),
+    _deployed("tacotron2", "lstm", "the decoder of speech synthesis: one frame", "cell", B=1, I=1536, H=1024),
+    _deployed(
+        "crnn word", "lstm", "docTR's crnn_vgg16_bn: one word of a page",
+        T=32, B=1, I=512, H=128, layers=2, directions=2,
+    ),
+    _deployed(
+        "crnn page", "lstm", "docTR's crnn_vgg16_bn: 64 words", T=32, B=64, I=512, H=128, layers=2, directions=2,
+    ),
+    _deployed(
+        "stanza", "lstm", "Stanza's tagger, its defaults: words of 75 and 125, 125 of characters; 32 sentences",
+        T=40, B=32, I=325, H=200, layers=2, directions=2, ragged=True,
+    ),
 )
 
 BAGS = (
@@ -211,7 +251,7 @@ SCALING = tuple(
 )
 # fmt: on
 
-WORKLOADS = SEQUENCES + CELLS + BAGS + EMBEDDINGS + OVERHEAD + SCALING
+WORKLOADS = SEQUENCES + CELLS + DEPLOYED + BAGS + EMBEDDINGS + OVERHEAD + SCALING
 SUBJECTS = tuple(dict.fromkeys(workload.subject for workload in WORKLOADS))
 
 

@@ -95,6 +95,34 @@ def test_change_of_a_row_that_no_index_touched_is_caught() -> None:
             rows(wrong)
 
 
+@pytest.mark.parametrize("name", list(providers.WEIGHTS))
+@pytest.mark.parametrize("kind", ["sequence", "packed", "cell"])
+@pytest.mark.parametrize("cell", ["rnn", "gru", "lstm"])
+def test_other_weights(cell: str, kind: str, name: str) -> None:
+    """Each computes the layer with the weights that it says, on inputs of float32, or says that it doesn't."""
+    if name in providers.PACKAGES:
+        pytest.importorskip(providers.PACKAGES[name])
+    work = dataclasses.replace(
+        SMALL, kind="cell" if kind == "cell" else "sequence", ragged=kind == "packed", H=32, I=16
+    )
+    row = rows_of(Case(work, cell, "inference", torch.float32, "cpu", 1), **{name: providers.PROVIDERS[name]})[name]
+    has_none = {"torch-int8": cell == "rnn" and kind != "cell", "onnxruntime-int8": cell != "lstm" and kind != "cell"}
+    if has_none.get(name):
+        assert row.status == f"unsupported: does not quantise {cell.upper()}"
+        return
+    assert row.status == "ok"
+    least, most = {torch.float32: (0, 1e-5), torch.bfloat16: (1e-4, 0.02), torch.int8: (1e-4, 0.1)}[
+        providers.WEIGHTS[name]
+    ]
+    assert least <= row.error_vs_fp64 < most
+
+
+def test_other_weights_are_for_inference() -> None:
+    for name in providers.WEIGHTS:
+        assert [providers.concerned(name, "cell", mode) for mode in ("inference", "train")] == [True, False]
+        assert not providers.concerned(name, "bag", "inference")
+
+
 def test_absent_and_broken_providers_are_named() -> None:
     def absent(problem: Problem, case: Case) -> Prepared:
         providers.load("a_package_that_nobody_has")
@@ -305,6 +333,22 @@ def test_summary_against_the_best_peer(tmp_path: Path, made_up: list[measure.Row
         "| next to no work | inference | 1 | 4.00 | 4.00 torch.nn | 0 |",
         "| **all** |  | 3 | 0.79 | 0.25 torch.compile | 2 |",
     ]
+
+
+def test_other_weights_are_reported_apart(tmp_path: Path, made_up: list[measure.Row]) -> None:
+    """Whoever is fast with frozen layers, or with weights of eight bits, is no peer of nlpkernels."""
+    path = tmp_path / "run.csv"
+    measure.append_rows(path, made_up)
+    before = report.summary(report.read([path]))
+    assert report.of_other_weights(report.read([path])) == ""
+    others = [dataclasses.replace(made_up[1], provider=name, error_vs_fp64=0.02) for name in providers.WEIGHTS]
+    measure.append_rows(path, [dataclasses.replace(row, median_s=5e-6, ratio=0.01) for row in others])
+    frame = report.read([path])
+    assert report.summary(frame) == before
+    assert "0.01×" not in report.markdown_table(frame)
+    *_, line = report.of_other_weights(frame).splitlines()
+    assert line.startswith("| winner, LSTM | 1 | 1 s | 2 s | 8 s | 5 µs (2e-02) |")
+    assert report.of_other_weights(frame) in report.pages(frame, {})
 
 
 def test_modes_of_older_runs_are_reported(

@@ -45,6 +45,12 @@ FEW_SCALE = 0.01
 # almost saturated leave differences of that.
 BESIDE_TORCH = {**FEW, torch.bfloat16: 0.3, torch.float16: 0.05}
 
+# Of frozen layers of bfloat16 or int8, in networks that somebody trained: this share of the words may be spoken in
+# another way (weights of seven bits exceed it), and no decision may change, as no probability is this close to the
+# threshold (int8 moves them by half of that).
+WORDS_SPOKEN_ANOTHER_WAY = 0.005
+CLEAR = 0.045
+
 
 def relative_error(got: Tensor, expected: Tensor, least_scale: float = 0.0) -> float:
     """|got - expected| / max(|expected|, least_scale), in float64; |got| where that is 0."""
