@@ -224,11 +224,13 @@ def recurrent(
     cell: str,
     keep: bool,
     h_mask: Tensor | None,
-    rounded: Callable[[Tensor], Tensor] = lambda values: values,
+    rounded: Callable[[Tensor], Tensor] = lambda rows: rows,
+    rounded_h: Callable[[Tensor], Tensor] = lambda rows: rows,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """One layer: y [T, B, D P] or as x has it, h_n [D, B, P], c_n [D, B, H] or [0], workspace [D, N, S, H] or [0].
 
-    `rounded` is applied to what weights multiply, rows of x and of h.
+    What weights multiply is rounded first: rows of h by `rounded_h`, and by `rounded` those of x, and of h where it is
+    projected.
     """
     _check_recurrent(x, batch_sizes, h0, c0, weights, cell, h_mask)
     facts, dtype = facts_of(cell), x.dtype
@@ -258,7 +260,7 @@ def recurrent(
             size = sizes[t]
             h_step, c_step = h[:size], c[:size]
             h_factor = h_step if h_mask is None else h_step * h_mask[d, :size].to(wide)
-            from_h = torch.nn.functional.linear(rounded(h_factor), w_hh, b_hh)
+            from_h = torch.nn.functional.linear(rounded_h(h_factor), w_hh, b_hh)
             h_step, c_step, saved = cell_step(cell, from_x[first[t] : first[t] + size], from_h, h_step, c_step)
             if w_hr is not None:
                 h_step = torch.nn.functional.linear(rounded(h_step), w_hr)
@@ -385,14 +387,18 @@ def quantise(weight: Tensor) -> tuple[Tensor, Tensor]:
     return steps.round().clamp(-127, 127).to(torch.int8), scale
 
 
-def round_as(dtype: torch.dtype, rows: Tensor) -> Tensor:
-    """Rows as weights of a dtype multiply them: bfloat16, or whole multiples of a row's largest magnitude over 127."""
+def round_as(dtype: torch.dtype, rows: Tensor, digits: int = 1) -> Tensor:
+    """Rows as weights of a dtype multiply them: bfloat16, or whole multiples of a row's largest magnitude over 127.
+
+    Of two digits it is over 127 * 128: a state's.
+    """
+    most_steps = 127 if digits == 1 else 127 * 128
     if dtype == torch.bfloat16:
         return rows.bfloat16().to(rows.dtype)
     if rows.shape[-1] == 0:
         return rows
     most = rows.abs().amax(-1, keepdim=True)
-    rounded = (rows * (127 / most)).round() * (most / 127)
+    rounded = (rows * (most_steps / most)).round() * (most / most_steps)
     return torch.where(most < 1e-30, 0, torch.where(most.isfinite(), rounded, torch.nan))
 
 
@@ -466,7 +472,7 @@ def frozen(
             plain += dequantise(unpack_frozen(packed, factors, cell, x.shape[-1], hidden, h0.shape[2]))
         x, h_n, c_n, workspace = recurrent(
             x, batch_sizes, h0[own], None if c0 is None else c0[own], plain, cell, keep, None,
-            lambda rows: round_as(dtype, rows),
+            lambda rows: round_as(dtype, rows), lambda rows: round_as(dtype, rows, 2),
         )  # fmt: skip
         h_ns.append(h_n)
         c_ns.append(c_n)

@@ -7,7 +7,8 @@
 //     for each step, for each group of panels:
 //       a = gates + h_{t-1} W_hh^T                  the products in the first-level cache
 //       h_t, c_t = cell(a)
-// x and h are rounded to the numbers of the weights, row by row, just before they are multiplied; states are float.
+// x and h are rounded to the numbers of the weights, row by row, just before they are multiplied (h to two digits of
+// them, of int8); states are float.
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
@@ -56,7 +57,9 @@ struct FrozenWeights {
 
 template <typename Cell, typename Numbers>
 class Frozen {
-  static constexpr int64_t kSlots = Cell::slots, kGates = Cell::gates, kOfGroup = panels_of_group(kGates);
+  static constexpr int64_t kSlots = Cell::slots, kGates = Cell::gates, kOfGroup = panels_of_group(kGates),
+                           kDigits = Numbers::digits_of_state;
+  static constexpr int64_t kRowsOfTile = kNarrowRows / kDigits;
   using V = Vectorized<float>;
 
  public:
@@ -92,8 +95,8 @@ class Frozen {
                   r_depth = layer_.has_projection ? words_of<Numbers>(layer_.hidden) : 0;
     // One piece of memory: several take a good part of a small step's time.
     const int64_t unprojected_stride = layer_.has_projection ? c_stride_ : 0;
-    const Scratch<float> scratch(block_rows * (gate_stride + x_depth + 2) + batch * (h_depth + r_depth + 4) +
-                                 batch * unprojected_stride + 64);
+    const Scratch<float> scratch(block_rows * (gate_stride + x_depth + 2) + batch * (kDigits * (h_depth + 2) + r_depth + 2) +
+                                 batch * unprojected_stride);
     float* next = scratch.data();
     const auto take = [&](int64_t count) { return std::exchange(next, next + count); };
     const auto take_rows = [&](int64_t rows, int64_t depth) {
@@ -103,7 +106,7 @@ class Frozen {
     };
     float* const gates = take(block_rows * gate_stride);
     float* const unprojected = take(batch * unprojected_stride);
-    const NarrowRows x_rows = take_rows(block_rows, x_depth), h_rows = take_rows(batch, h_depth),
+    const NarrowRows x_rows = take_rows(block_rows, x_depth), h_rows = take_rows(kDigits * batch, h_depth),
                      r_rows = take_rows(batch, r_depth);
 
     // h_{t-1} and h_t change places after each step. A sequence that has not begun, or has ended, stands in both.
@@ -122,7 +125,7 @@ class Frozen {
         const int64_t t = layer_.step(d, stop), active = layer_.active_of(t, begin, end);
         if (count + active > block_rows) break;
         for (const auto r : c10::irange(active)) {
-          Numbers::put_row(x_rows, count++, layer_.x_row(t, begin + r), layer_.inputs);
+          Numbers::template put_row<1>(x_rows, count++, layer_.x_row(t, begin + r), layer_.inputs);
         }
       }
       multiply_x(weights, groups, x_rows, count, gates, gate_stride);
@@ -137,7 +140,9 @@ class Frozen {
                     h_next + r * h_stride_ + features.begin);
         }
         active_before = active;
-        for (const auto r : c10::irange(active)) Numbers::put_row(h_rows, r, h + r * h_stride_, layer_.features);
+        for (const auto r : c10::irange(active)) {
+          Numbers::template put_row<kDigits>(h_rows, kDigits * r, h + r * h_stride_, layer_.features);
+        }
         const int64_t first_row = layer_.first_row[t] + begin;
         float* const to = layer_.has_projection ? unprojected : h_next;
         const int64_t to_stride = layer_.has_projection ? c_stride_ : h_stride_;
@@ -145,7 +150,7 @@ class Frozen {
                  c);
         if (layer_.has_projection) {
           for (const auto r : c10::irange(active)) {
-            Numbers::put_row(r_rows, r, unprojected + r * c_stride_, layer_.hidden);
+            Numbers::template put_row<1>(r_rows, r, unprojected + r * c_stride_, layer_.hidden);
           }
           project(weights, r_rows, active, h_next);
         }
@@ -191,9 +196,9 @@ class Frozen {
 #pragma GCC unroll 4
     for (int64_t j = 0; j < kPanel; j += V::size()) body(j);
   }
-  static NLPKERNELS_INLINE V scaled(const float* product, const float* scale, const V& sum) {
-    if constexpr (Numbers::has_scales) return at::vec::fmadd(V::loadu(product), V::loadu(scale), sum);
-    return V::loadu(product) + sum;
+  static NLPKERNELS_INLINE V scaled(const V& product, const float* scale, const V& sum) {
+    if constexpr (Numbers::has_scales) return at::vec::fmadd(product, V::loadu(scale), sum);
+    return product + sum;
   }
 
   // gates = x W_ih^T + biases
@@ -216,7 +221,7 @@ class Frozen {
             for (int64_t g = 0; g < kGates; ++g) {
               const int64_t slot = Cell::input_slot(g) * kPanel;
               for_each_lanes([&](int64_t j) {
-                scaled(product + g * kPanel + j, scale + g * kPanel + j, V::loadu(bias + slot + j)).store(out + slot + j);
+                scaled(V::loadu(product + g * kPanel + j), scale + g * kPanel + j, V::loadu(bias + slot + j)).store(out + slot + j);
               });
             }
           }
@@ -233,12 +238,12 @@ class Frozen {
     const int64_t ldo = kOfGroup * kGates * kPanel;
     for (const auto group : c10::irange(groups.begin, groups.end)) {
       const int64_t panels = weights.w_hh.panels_in(group), first = group * kOfGroup;
-      for (int64_t r = 0; r < active; r += kNarrowRows) {
-        const int64_t rows = std::min<int64_t>(kNarrowRows, active - r);
-        multiply_group(h_rows.from(r), rows, weights.w_hh, group, products, ldo);
+      for (int64_t r = 0; r < active; r += kRowsOfTile) {
+        const int64_t rows = std::min<int64_t>(kRowsOfTile, active - r);
+        multiply_group(h_rows.from(kDigits * r), kDigits * rows, weights.w_hh, group, products, ldo);
         for (const auto m : c10::irange(rows)) {
           for (const auto p : c10::irange(panels)) {
-            const float* product = products + m * ldo + p * kGates * kPanel;
+            const float* product = products + kDigits * m * ldo + p * kGates * kPanel;
             const float* scale = weights.scale_hh + (first + p) * kGates * kPanel;
             const float* gate = gates + (r + m) * gate_stride + (first - first_panel + p) * kSlots * kPanel;
             const int64_t column = (first + p) * kPanel;
@@ -247,7 +252,10 @@ class Frozen {
 #pragma GCC unroll 4
               for (int64_t slot = 0; slot < kSlots; ++slot) {
                 a[slot] = V::loadu(gate + slot * kPanel + j);
-                if (slot < kGates) a[slot] = scaled(product + slot * kPanel + j, scale + slot * kPanel + j, a[slot]);
+                if (slot >= kGates) continue;
+                const float* of_h = product + slot * kPanel + j;
+                const V sum = kDigits == 2 ? V::loadu(of_h) + V::loadu(of_h + ldo) : V::loadu(of_h);
+                a[slot] = scaled(sum, scale + slot * kPanel + j, a[slot]);
               }
               if constexpr (Cell::has_c) c_t = V::loadu(c + (r + m) * c_stride_ + column + j);
               const V before = Cell::has_c ? V(0) : V::loadu(h + (r + m) * h_stride_ + column + j);
@@ -273,7 +281,7 @@ class Frozen {
         for (const auto m : c10::irange(count)) {
           for (int64_t p = 0; p < panels * kPanel; p += kPanel) {
             for_each_lanes([&](int64_t j) {
-              scaled(products + m * ldo + p + j, weights.scale_hr + column + p + j, V(0))
+              scaled(V::loadu(products + m * ldo + p + j), weights.scale_hr + column + p + j, V(0))
                   .store(h + (r + m) * h_stride_ + column + p + j);
             });
           }

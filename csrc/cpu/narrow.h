@@ -10,7 +10,10 @@
 // so that a group is read from its beginning to its end. Of int8 they are stored with 128 added: VNNI multiplies
 // unsigned numbers with signed ones, and the other factor is a row of the left operand, whose sum tells what has to be
 // taken off again. Weights are -127 to 127 times a scale of their row; so is a row of the left operand, of its largest
-// magnitude. Sums of int8 are exact, and so the same on every machine.
+// magnitude. A row may have two digits: it is then two rows, the second one of 128ths of the first one's steps. States
+// have two: with one, a GRU that spells words out said 12 of 2,000 in another way, with two 7, as with states that are
+// not rounded; and the weights, which are what takes time, are read but once. Sums of int8 are exact, and so the same on
+// every machine.
 #pragma once
 
 #include <c10/util/BFloat16.h>
@@ -197,12 +200,15 @@ struct Int8 {
   }
 #endif
 
-  // A row as whole numbers from -127 to 127 and their scale. One with a value that is not finite makes all of its
-  // products NaN; one of values next to nothing is zeros.
+  // Of a row of the left operand that is a state: rows that it is stored as.
+  static constexpr int64_t digits_of_state = 2;
+
+  // A row as whole numbers and their scale, of one digit as row r, or of two as rows r and r + 1. One with a value that
+  // is not finite makes all of its products NaN; one of values next to nothing is zeros.
+  template <int64_t digits>
   static void put_row(const NarrowRows& rows, int64_t r, const float* row, int64_t k) {
     using V = Vectorized<float>;
-    constexpr float kLeast = 1e-30f;
-    int8_t* const out = reinterpret_cast<int8_t*>(rows.row(r));
+    constexpr float kLeast = 1e-30f, kMost = digits == 2 ? 127 * 128 : 127;
     V largest(0);
     for_each_vector<float>(
         k, [&](int64_t i, int64_t n) { largest = at::vec::maximum(largest, load_vector(row + i, n).abs()); });
@@ -210,36 +216,57 @@ struct Int8 {
     largest.store(lanes);
     float most = 0;
     for (const float lane : lanes) most = lane > most || lane != lane ? lane : most;
-    rows.scales[r] = most / 127;
-    rows.offsets[r] = 0;
+    int8_t* out[digits];
+    int32_t sums[digits] = {};
+    for (int64_t digit = 0; digit < digits; ++digit) {
+      out[digit] = reinterpret_cast<int8_t*>(rows.row(r + digit));
+      rows.scales[r + digit] = most / (digit == 0 ? 127 : 127 * 128);
+      rows.offsets[r + digit] = 0;
+    }
     if (!(most >= kLeast && most <= std::numeric_limits<float>::max())) {
-      std::memset(out, 0, rows.depth * sizeof(int32_t));
-      rows.scales[r] = most < kLeast ? 0.f : std::numeric_limits<float>::quiet_NaN();
+      for (int64_t digit = 0; digit < digits; ++digit) {
+        std::memset(out[digit], 0, rows.depth * sizeof(int32_t));
+        rows.scales[r + digit] = most < kLeast ? 0.f : std::numeric_limits<float>::quiet_NaN();
+      }
       return;
     }
-    const float factor = 127 / most;
-    int32_t sum = 0;
+    const float factor = kMost / most;
 #if defined(CPU_CAPABILITY_AVX512)
-    __m512i sums = _mm512_setzero_si512();
+    __m512i all[digits] = {};
     for_each_vector<float>(k, [&](int64_t i, int64_t n) {
-      const __m512i whole = _mm512_cvtps_epi32(load_vector(row + i, n) * V(factor));
-      sums = _mm512_add_epi32(sums, whole);
-      _mm_mask_storeu_epi8(out + i, static_cast<__mmask16>((1u << std::min<int64_t>(16, (n + 3) / 4 * 4)) - 1),
-                           _mm512_cvtepi32_epi8(whole));
+      __m512i whole = _mm512_cvtps_epi32(load_vector(row + i, n) * V(factor));
+      const auto mask = static_cast<__mmask16>((1u << std::min<int64_t>(16, (n + 3) / 4 * 4)) - 1);
+      if constexpr (digits == 2) {
+        const __m512i high = _mm512_srai_epi32(_mm512_add_epi32(whole, _mm512_set1_epi32(64)), 7);
+        whole = _mm512_sub_epi32(whole, _mm512_slli_epi32(high, 7));
+        all[0] = _mm512_add_epi32(all[0], high);
+        _mm_mask_storeu_epi8(out[0] + i, mask, _mm512_cvtepi32_epi8(high));
+      }
+      all[digits - 1] = _mm512_add_epi32(all[digits - 1], whole);
+      _mm_mask_storeu_epi8(out[digits - 1] + i, mask, _mm512_cvtepi32_epi8(whole));
     });
-    sum = _mm512_reduce_add_epi32(sums);
+    for (int64_t digit = 0; digit < digits; ++digit) sums[digit] = _mm512_reduce_add_epi32(all[digit]);
 #else
     for_each_vector<float>(k, [&](int64_t i, int64_t n) {
       (load_vector(row + i, n) * V(factor)).round().store(lanes);
-      int8_t whole[V::size()];
+      int8_t stored[digits][V::size()];
       for (int j = 0; j < V::size(); ++j) {
-        whole[j] = static_cast<int8_t>(lanes[j]);
-        sum += whole[j];
+        int32_t whole = static_cast<int32_t>(lanes[j]);
+        if constexpr (digits == 2) {
+          const int32_t high = (whole + 64) >> 7;
+          whole -= high * 128;
+          stored[0][j] = static_cast<int8_t>(high);
+          sums[0] += high;
+        }
+        stored[digits - 1][j] = static_cast<int8_t>(whole);
+        sums[digits - 1] += whole;
       }
-      std::memcpy(out + i, whole, std::min<int64_t>(V::size(), (n + 3) / 4 * 4));
+      for (int64_t digit = 0; digit < digits; ++digit) {
+        std::memcpy(out[digit] + i, stored[digit], std::min<int64_t>(V::size(), (n + 3) / 4 * 4));
+      }
     });
 #endif
-    rows.offsets[r] = 128 * sum;
+    for (int64_t digit = 0; digit < digits; ++digit) rows.offsets[r + digit] = 128 * sums[digit];
   }
 };
 
@@ -320,7 +347,10 @@ struct Brain {
   }
 #endif
 
+  static constexpr int64_t digits_of_state = 1;
+
   // A row rounded to bfloat16.
+  template <int64_t digits>
   static void put_row(const NarrowRows& rows, int64_t r, const float* row, int64_t k) {
     auto* const out = reinterpret_cast<at::BFloat16*>(rows.row(r));
     for_each_vector<float>(k, [&](int64_t i, int64_t n) {
@@ -361,8 +391,8 @@ struct NarrowMatrix {
 
 // Rows and vectors of a tile: as many sums as there are registers for.
 #if defined(CPU_CAPABILITY_AVX512)
-constexpr int kNarrowRows = 3;
-constexpr int narrow_vectors(int) { return 8; }
+constexpr int kNarrowRows = 4;
+constexpr int narrow_vectors(int rows) { return rows < 4 ? 8 : 4; }
 #else
 constexpr int kNarrowRows = 2;
 constexpr int narrow_vectors(int rows) { return rows == 1 ? 8 : 4; }
@@ -420,7 +450,10 @@ void multiply_group_by(const NarrowRows& a, int64_t count, const NarrowMatrix<Nu
   };
   if (count == 1) return run.template operator()<1>();
   if (count == 2) return run.template operator()<2>();
-  if constexpr (kNarrowRows >= 3) run.template operator()<3>();
+  if constexpr (kNarrowRows == 4) {
+    if (count == 3) return run.template operator()<3>();
+    run.template operator()<4>();
+  }
 }
 
 template <typename Numbers>
