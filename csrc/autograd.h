@@ -220,11 +220,25 @@ auto of_plain_tensors(std::optional<variable_list> (*function)(const Tensor&, st
   };
 }
 
+// One layer that only runs; nothing of what requires a gradient.
+inline std::optional<variable_list> recurrent_frozen(const Tensor& x, const Tensor& h0, const OptionalTensor& c0,
+                                                     at::TensorList weights, const std::string& cell) {
+  if (at::GradMode::is_enabled() && (x.requires_grad() || h0.requires_grad() || requires_grad(c0))) return std::nullopt;
+  using Signature = std::tuple<Tensor, Tensor, Tensor>(const Tensor&, const OptionalTensor&, const Tensor&,
+                                                       const OptionalTensor&, at::TensorList, c10::string_view);
+  static const auto frozen = op<Signature>("recurrent_frozen");
+  const at::AutoDispatchBelowADInplaceOrView below_autograd;
+  auto [y, h_n, c_n] = frozen.call(x, std::nullopt, h0, c0, weights, cell);
+  return variable_list{y, h_n, c_n};
+}
+
 // All layers over input [T, B, I], or [B, T, I] if batch_first, from states (h_0,) or (h_0, c_0), or nothing for zeros:
-// output, h_n and, if there is one, c_n. Nothing where shapes are others, or dtypes differ.
+// output, h_n and, if there is one, c_n. Nothing where shapes are others, or dtypes differ, or what is frozen would need
+// a gradient.
 inline std::optional<variable_list> recurrent_layers(const Tensor& input, std::optional<variable_list> given,
                                                      const variable_list& weights, const std::string& cell,
-                                                     int64_t layers, int64_t directions, bool batch_first) {
+                                                     int64_t layers, int64_t directions, bool batch_first,
+                                                     bool is_frozen) {
   if (is_for_python(input) || !has_matrices(weights) || input.dim() != 3 ||
       input.scalar_type() != weights[0].scalar_type() || input.sym_size(2) != weights[0].sym_size(1) || layers < 1) {
     return std::nullopt;
@@ -249,8 +263,13 @@ inline std::optional<variable_list> recurrent_layers(const Tensor& input, std::o
       return layers == 1 ? state : state.narrow(0, layer * directions, directions);
     };
     const auto first = weights.begin() + layer * per_layer;
-    auto results = recurrent(x, std::nullopt, own(states[0]), has_c ? OptionalTensor(own(states[1])) : std::nullopt,
-                             {first, first + per_layer}, cell, std::nullopt);
+    const Tensor h0 = own(states[0]);
+    const OptionalTensor c0 = has_c ? OptionalTensor(own(states[1])) : std::nullopt;
+    const variable_list own_weights{first, first + per_layer};
+    auto ran = is_frozen ? recurrent_frozen(x, h0, c0, own_weights, cell)
+                         : recurrent(x, std::nullopt, h0, c0, own_weights, cell, std::nullopt);
+    if (!ran) return std::nullopt;
+    variable_list& results = *ran;
     x = std::move(results[0]);
     h_n.push_back(std::move(results[1]));
     c_n.push_back(std::move(results[2]));

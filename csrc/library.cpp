@@ -63,6 +63,11 @@ TORCH_LIBRARY(nlpkernels, m) {
       " Tensor? batch_sizes, Tensor h0, Tensor c0, Tensor[] weights, str cell, bool need_dx, bool need_dweights,"
       " Tensor? h_mask) -> (Tensor dx, Tensor dh0, Tensor dc0, Tensor[] dweights)");
 
+  // One layer that only runs, without h_mask. Weights are packed in the first call and kept, until they change or go.
+  m.def(
+      "recurrent_frozen(Tensor x, Tensor? batch_sizes, Tensor h0, Tensor? c0, Tensor[] weights, str cell)"
+      " -> (Tensor y, Tensor h_n, Tensor c_n)");
+
   // All layers of an RNN that only runs, with weights of int8 or bfloat16. x, batch_sizes and cell as above, float32.
   //   h0, c0       [L D, B, P], [L D, B, H] of L layers
   //   weights      for each layer and direction W_ih, W_hh and W_hr if there is one, packed as csrc/cpu/narrow.h says:

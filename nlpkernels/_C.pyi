@@ -28,6 +28,19 @@ def recurrent_layers(
     layers: int,
     directions: int,
     batch_first: bool,
+    is_frozen: bool,
+) -> list[Tensor] | None: ...
+def frozen_layers(
+    input: Tensor,
+    states: Sequence[Tensor] | None,
+    weights: list[Tensor],
+    cell: str,
+    directions: int,
+    batch_first: bool,
+    is_cell: bool,
+    inputs: int,
+    hidden: int,
+    features: int,
 ) -> list[Tensor] | None: ...
 def lookup(
     input: Tensor, table: Tensor, padding_idx: int | None, scale_grad_by_freq: bool, sparse: bool

@@ -108,6 +108,7 @@ for _name in (
     "recurrent",
     "recurrent_backward",
     "recurrent_states_backward",
+    "recurrent_frozen",
     "frozen",
     "embedding_bag",
     "embedding_bag_backward",
@@ -223,6 +224,17 @@ def _(
         x.new_empty(h0.shape),
         x.new_empty(c0.shape),
         [x.new_empty(weight.shape if need_dweights else (0,)) for weight in weights],
+    )
+
+
+@_fake("recurrent_frozen")
+def _(
+    x: Tensor, batch_sizes: Tensor | None, h0: Tensor, c0: Tensor | None, weights: list[Tensor], cell: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    return (
+        x.new_empty(*x.shape[:-1], h0.shape[0] * h0.shape[2]),
+        x.new_empty(h0.shape),
+        x.new_empty(c0.shape if c0 is not None else (0,)),
     )
 
 
@@ -613,6 +625,8 @@ def _refuse_to_train(ctx: Any, *gradients: Any) -> Any:
     raise NotImplementedError("frozen: a frozen layer only runs: expected no input that requires a gradient")
 
 
+recurrent_frozen = _differentiable("recurrent_frozen", _save_nothing, _refuse_to_train)
+"""One layer whose packed weights are kept, `reference.recurrent_frozen`."""
 frozen = _differentiable("frozen", _save_nothing, _refuse_to_train)
 """All layers with packed weights, `reference.frozen`."""
 
@@ -870,14 +884,15 @@ def recurrent_layers(
     num_layers: int,
     directions: int,
     batch_first: bool,
+    is_frozen: bool = False,
 ) -> list[Tensor] | None:
     """Output, h_n and, for an LSTM, c_n of all layers; None where they are to be run one by one, or do not fit.
 
-    That is so of tensors that are not plain, too.
+    That is so of tensors that are not plain, too, and of frozen layers given what requires a gradient.
     """
     if not _is_plain(x):
         return None
-    return _C.recurrent_layers(x, states, weights, cell, num_layers, directions, batch_first)
+    return _C.recurrent_layers(x, states, weights, cell, num_layers, directions, batch_first, is_frozen)
 
 
 def frozen_layers(

@@ -37,6 +37,7 @@ class _Frozen(nn.Module):
 
     frozen_dtype: torch.dtype
     """What the weights are frozen in; of torch.float32 they may have any dtype."""
+    _number_of_packed: int
 
     def _names(self) -> Iterator[tuple[str, int, int]]:
         """For each layer and direction the suffix of its weights' names, its inputs, and features of h."""
@@ -70,8 +71,8 @@ class _Frozen(nn.Module):
             )
 
     def _packed(self) -> list[Tensor]:
-        own = self._buffers
-        return [own[f"{kind}{suffix}"] for suffix, _, _ in self._names() for kind in _PACKED]  # type: ignore[misc]
+        """Packed weights and factors of each layer and direction, in turns: the first buffers."""
+        return list(self._buffers.values())[: self._number_of_packed]  # type: ignore[arg-type]
 
     # --- Plain weights, and back ---
 
@@ -80,16 +81,20 @@ class _Frozen(nn.Module):
         self.frozen_dtype = dtype
         self.training = False
         plain = {name: value.detach() for name, value in self._plain_parameters().items()}
+        others = {name: self._buffers.pop(name) for name in list(self._buffers)}  # a user's
         self._parameters.clear()
         if isinstance(self, _Layers):
             self._flat_weights = []
         if dtype == torch.float32:
             for name, value in plain.items():
                 self.register_buffer(name, value)
+            self._buffers |= others
             return
         for suffix, _, _ in self._names():
             for kind, value in zip(_PACKED, self._pack(suffix, plain), strict=True):
                 self.register_buffer(f"{kind}{suffix}", value, persistent=False)
+        self._number_of_packed = len(self._buffers)
+        self._buffers |= others
 
     def _thaw(self) -> None:
         """Have parameters again, in the place of buffers."""
@@ -216,6 +221,8 @@ class _Frozen(nn.Module):
 class _FrozenLayers(_Frozen, _Layers):
     """What frozen layers share."""
 
+    _is_frozen = True
+
     def flatten_parameters(self) -> None:
         """Nothing: there are no parameters."""
 
@@ -249,12 +256,24 @@ class _FrozenLayers(_Frozen, _Layers):
         batch_sizes: Tensor | None,
         return_state_sequence: bool,
     ) -> Any:
-        if self.frozen_dtype == torch.float32:
+        directions, transposed = 2 if self.bidirectional else 1, self.batch_first and batch_sizes is None
+        if self.frozen_dtype != torch.float32:
+            return _run_frozen(
+                x, states, weights, self._cell_name, directions, transposed, batch_sizes, return_state_sequence
+            )
+        if return_state_sequence or _ops.autocast_dtype(x.device.type) is not None or _ops.is_left_to_torch(x):
             return super()._run_layers(x, states, weights, batch_sizes, return_state_sequence)
-        return _run_frozen(
-            x, states, weights, self._cell_name, 2 if self.bidirectional else 1,
-            self.batch_first and batch_sizes is None, batch_sizes, return_state_sequence,
-        )  # fmt: skip
+        per_layer, y, finals = len(weights) // self.num_layers, x.transpose(0, 1) if transposed else x, []
+        for layer in range(self.num_layers):
+            own = [state[layer * directions : (layer + 1) * directions] for state in states]
+            y, *final = _ops.recurrent_frozen(
+                y, batch_sizes, own[0], own[1] if len(own) > 1 else None,
+                weights[layer * per_layer : (layer + 1) * per_layer], self._cell_name,
+            )  # fmt: skip
+            finals.append(final)
+        h_n, c_n = (torch.cat(of) for of in zip(*finals, strict=True))
+        y = y.transpose(0, 1) if transposed else y
+        return (y, h_n, c_n) if len(states) > 1 else (y, h_n)
 
 
 def _run_frozen(

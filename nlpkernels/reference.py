@@ -367,6 +367,13 @@ _VALUES_OF_WORD = {torch.uint8: 4, torch.int16: 2}
 _PANEL = 16
 
 
+def recurrent_frozen(
+    x: Tensor, batch_sizes: Tensor | None, h0: Tensor, c0: Tensor | None, weights: list[Tensor], cell: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The first outputs of `recurrent`."""
+    return recurrent(x, batch_sizes, h0, c0, weights, cell, False, None)[:3]
+
+
 class FrozenWeights(NamedTuple):
     """One direction of a frozen layer: matrices of int8 or bfloat16, of int8 with a scale for each row, and biases."""
 

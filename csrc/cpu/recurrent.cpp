@@ -64,6 +64,31 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> recurrent(const Tensor& x, const Opti
   return result;
 }
 
+#ifndef __AVX512BF16__
+std::tuple<Tensor, Tensor, Tensor> recurrent_frozen(const Tensor& x, const OptionalTensor& batch_sizes,
+                                                    const Tensor& h0, const OptionalTensor& c0, at::TensorList weights,
+                                                    c10::string_view cell) {
+  std::tuple<Tensor, Tensor, Tensor> result;
+  if (x.scalar_type() == at::kBFloat16) {  // which packs its weights as it is multiplied here
+    const auto [y, h_n, c_n, workspace] = recurrent(x, batch_sizes, h0, c0, weights, cell, false, std::nullopt);
+    return {y, h_n, c_n};
+  }
+  const int64_t threads = threads_of_call();
+  dispatch_cell(cell, [&](auto cell_type) {
+    using Cell = decltype(cell_type);
+    const RecurrentArguments args =
+        check_recurrent(x, batch_sizes, h0, c0, weights, std::nullopt, Cell::gates, Cell::has_c);
+    AT_DISPATCH_FLOATING_TYPES_AND(at::kHalf, x.scalar_type(), "recurrent_frozen", [&] {
+      const Layer<Cell, scalar_t> layer(args, x, h0, c0, std::nullopt, threads);
+      const Forward<Cell, scalar_t> forward(layer, false, /*keeps_packed=*/true);
+      forward.run();
+      result = {forward.y, forward.h_n, forward.c_n};
+    });
+  });
+  return result;
+}
+#endif
+
 std::tuple<Tensor, Tensor, Tensor, std::vector<Tensor>> recurrent_backward(
     const OptionalTensor& dy, const OptionalTensor& dh_n, const OptionalTensor& dc_n, const Tensor& x,
     const OptionalTensor& batch_sizes, const Tensor& h0, const OptionalTensor& c0, at::TensorList weights,
@@ -101,4 +126,7 @@ TORCH_LIBRARY_IMPL(nlpkernels, CPU, m) {
   using namespace nlpkernels;
   m.impl(kServesBfloat16Alone ? "_recurrent_bfloat16" : "recurrent", TORCH_FN(recurrent));
   m.impl(kServesBfloat16Alone ? "_recurrent_bfloat16_backward" : "recurrent_backward", TORCH_FN(recurrent_backward));
+#ifndef __AVX512BF16__
+  m.impl("recurrent_frozen", TORCH_FN(recurrent_frozen));
+#endif
 }

@@ -9,7 +9,7 @@
 // There are two of h, as h_t is written while h_{t-1} is still a product's operand. With a mask of h, W_hh multiplies a
 // masked copy of h_{t-1}, which is made anew at each step.
 //
-// Weights are packed once a call (gemm.h) and shared; those that a call uses once only are packed as they are read, and
+// Weights are packed once a call (gemm.h) and shared, or once for all calls if they are frozen (kept_packed.h); those that a call uses once only are packed as they are read, and
 // a sequence of one step reads them as they lie (dots.h).
 //
 // One Zen 4 core, an LSTM of 256 over 32 sequences: the products run at 95 % of the peak and take 91 % of the time,
@@ -22,6 +22,7 @@
 #include <memory>
 #include <utility>
 
+#include "kept_packed.h"
 #include "recurrent_layer.h"
 
 namespace nlpkernels {
@@ -41,7 +42,7 @@ class Forward {
   static constexpr int64_t kPanelGroup = std::max(1, kMaxStrips / Cell::gates);
 
  public:
-  Forward(const Layer<Cell, T>& layer, bool keep)
+  Forward(const Layer<Cell, T>& layer, bool keep, bool keeps_packed = false)
       : layer_(layer),
         states_(layer.steps > 1 ? 2 * layer.directions * layer.batch * h_stride() : 0),
         c_(layer.steps > 1 && Cell::has_c ? layer.directions * layer.batch * c_stride() : 0) {
@@ -59,7 +60,10 @@ class Forward {
     // W_ih is not stored in packed form if it is used once only.
     const bool one_block = pieces * parts == 1 && layer.rows <= block_rows(layer.batch, gate_columns(all_panels()));
     for (const auto d : c10::irange(layer.directions)) {
-      directions_.push_back(std::make_unique<Direction>(layer, d, !one_block));
+      const auto pack = [&](bool stores_w_ih) { return std::make_shared<const Direction>(layer, d, stores_w_ih); };
+      const auto own = layer.weights.slice(d * layer.weights_per_direction, layer.weights_per_direction);
+      directions_.push_back(keeps_packed ? Kept<const Direction>::of(own, [&] { return pack(true); })
+                                         : pack(!one_block));
     }
   }
 
@@ -382,7 +386,7 @@ class Forward {
 
   const Layer<Cell, T>& layer_;
   const Scratch<scalar> states_, c_;  // twice [B, P] and [B, H] for each direction, rows padded
-  std::vector<std::unique_ptr<Direction>> directions_;
+  std::vector<std::shared_ptr<const Direction>> directions_;
   T* y_;
   T* kept_;  // the workspace, or nullptr
 };
