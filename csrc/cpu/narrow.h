@@ -279,8 +279,10 @@ struct Brain {
 
   template <bool native>
   struct Left {
-#if defined(CPU_CAPABILITY_AVX512) || defined(CPU_CAPABILITY_AVX2)
+#if defined(CPU_CAPABILITY_AVX512)
     std::array<Words, native ? 1 : 2> of;
+#elif defined(CPU_CAPABILITY_AVX2)
+    std::array<Words, 2> of;
 #else
     std::array<float, 2> of;
 #endif
