@@ -3,14 +3,14 @@
 `nlpkernels.freeze` makes them of layers that there are. They are called as the layers were.
 
 Weights of bfloat16 and int8 lie packed in two buffers for each layer and direction, in an order that is the same on
-every machine, so that a pickle, a copy or shared memory holds them once. A state_dict holds them plain: of `weight_ih_l0`
-and its kin the matrix in int8 or bfloat16, of int8 with the scale of each row as `weight_ih_l0_scale`, and the biases in
-float32. Rows of x and h are rounded likewise before they are multiplied: see csrc/cpu/narrow.h.
+every machine, so that a pickle, a copy or shared memory holds them once. A state_dict holds them plain: `weight_ih_l0`
+and its kin in int8 or bfloat16, of int8 with the scale of each row as `weight_ih_l0_scale`, and the biases in float32.
+Rows of x and h are rounded likewise before they are multiplied: see csrc/cpu/narrow.h.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -35,8 +35,14 @@ _PACKED = ("packed", "factors")
 class _Frozen(nn.Module):
     """What frozen layers and cells share: their weights, and how they are saved."""
 
+    input_size: int
+    hidden_size: int
+    bias: bool
     frozen_dtype: torch.dtype
     """What the weights are frozen in; of torch.float32 they may have any dtype."""
+    _cell: str
+    _sizes: tuple[int, int, int]
+    """I, H and P."""
     _number_of_packed: int
 
     def _names(self) -> Iterator[tuple[str, int, int]]:
@@ -44,17 +50,12 @@ class _Frozen(nn.Module):
         if isinstance(self, _Cell):
             yield "", self.input_size, self.hidden_size
             return
+        assert isinstance(self, _Layers)
         directions = 2 if self.bidirectional else 1
         features = self.proj_size or self.hidden_size
         for layer in range(self.num_layers):
             for direction in ("", "_reverse")[:directions]:
                 yield f"_l{layer}{direction}", features * directions if layer else self.input_size, features
-
-    @property
-    def _cell_name(self) -> str:
-        if isinstance(self, (RNN, RNNCell)):
-            return f"rnn_{self.nonlinearity}"
-        return "lstm" if isinstance(self, (LSTM, LSTMCell)) else "gru"
 
     def train(self, mode: bool = True) -> Any:
         """Nothing: a frozen layer has nothing that training would change."""
@@ -72,7 +73,7 @@ class _Frozen(nn.Module):
 
     def _packed(self) -> list[Tensor]:
         """Packed weights and factors of each layer and direction, in turns: the first buffers."""
-        return list(self._buffers.values())[: self._number_of_packed]  # type: ignore[arg-type]
+        return list(self._buffers.values())[: self._number_of_packed]  # type: ignore[return-value]
 
     # --- Plain weights, and back ---
 
@@ -80,11 +81,16 @@ class _Frozen(nn.Module):
         """Have what were parameters as buffers of that dtype."""
         self.frozen_dtype = dtype
         self.training = False
+        self._cell = "lstm" if isinstance(self, (LSTM, LSTMCell)) else "gru"
+        if isinstance(self, (RNN, RNNCell)):
+            self._cell = f"rnn_{self.nonlinearity}"
+        features: int = getattr(self, "proj_size", 0) or self.hidden_size
+        self._sizes = (self.input_size, self.hidden_size, features)
         plain = {name: value.detach() for name, value in self._plain_parameters().items()}
         others = {name: self._buffers.pop(name) for name in list(self._buffers)}  # a user's
         self._parameters.clear()
-        if isinstance(self, _Layers):
-            self._flat_weights = []
+        if "_flat_weights" in self.__dict__:  # a layer's list of them
+            self.__dict__["_flat_weights"] = [None] * len(self.__dict__["_flat_weights"])
         if dtype == torch.float32:
             for name, value in plain.items():
                 self.register_buffer(name, value)
@@ -106,7 +112,7 @@ class _Frozen(nn.Module):
         for name, value in plain.items():
             self.register_parameter(name, nn.Parameter(value))
         if isinstance(self, _Layers):
-            self._init_flat_weights()  # type: ignore[no-untyped-call]
+            self._init_flat_weights()
         elif not self.bias:
             self.register_parameter("bias_ih", None)
             self.register_parameter("bias_hh", None)
@@ -117,7 +123,8 @@ class _Frozen(nn.Module):
 
     def _pack(self, suffix: str, plain: dict[str, Tensor]) -> list[Tensor]:
         """Packed weights and factors of a direction, of weights that are plain, or floating and to be rounded."""
-        matrices, scales = [], []
+        matrices: list[Tensor | None] = []
+        scales: list[Tensor] = []
         for kind in _KINDS[:2] + _KINDS[4:]:
             matrix = plain.get(f"{kind}{suffix}")
             scale = plain.get(f"{kind}{suffix}_scale")
@@ -137,13 +144,13 @@ class _Frozen(nn.Module):
         zeros = torch.zeros(w_ih.shape[0], device=w_ih.device)
         b_ih, b_hh = (plain.get(f"{kind}{suffix}", zeros).float() for kind in _KINDS[2:4])
         weights = reference.FrozenWeights(w_ih, w_hh, w_hr, tuple(scales), b_ih, b_hh)
-        return reference.pack_frozen(weights, self._cell_name)
+        return reference.pack_frozen(weights, self._cell)
 
     def _unpack(self, suffix: str, inputs: int, features: int) -> dict[str, Tensor]:
         """The plain weights of a direction, by the names that they have in a state_dict."""
         packed, factors = self._buffers[f"packed{suffix}"], self._buffers[f"factors{suffix}"]
         assert packed is not None and factors is not None
-        found = reference.unpack_frozen(packed, factors, self._cell_name, inputs, self.hidden_size, features)
+        found = reference.unpack_frozen(packed, factors, self._cell, inputs, self.hidden_size, features)
         matrices = {"weight_ih": found.w_ih, "weight_hh": found.w_hh}
         if found.w_hr is not None:
             matrices["weight_hr"] = found.w_hr
@@ -167,7 +174,7 @@ class _Frozen(nn.Module):
         return found
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
-        super()._save_to_state_dict(destination, prefix, keep_vars)  # type: ignore[no-untyped-call]
+        super()._save_to_state_dict(destination, prefix, keep_vars)
         if self.frozen_dtype != torch.float32:
             for where in self._names():
                 destination |= {prefix + name: value for name, value in self._unpack(*where).items()}
@@ -185,7 +192,7 @@ class _Frozen(nn.Module):
         """Plain weights as they were saved, or those of a layer that has not been frozen, which are rounded."""
         rest = (local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
         if self.frozen_dtype == torch.float32:
-            super()._load_from_state_dict(state_dict, prefix, *rest)  # type: ignore[no-untyped-call]
+            super()._load_from_state_dict(state_dict, prefix, *rest)
             return
         expected: dict[str, Tensor] = {}
         for where in self._names():
@@ -198,8 +205,8 @@ class _Frozen(nn.Module):
                 missing_keys.append(prefix + name)
             elif name in given and given[name].shape != value.shape:
                 error_msgs.append(
-                    f"size mismatch for {prefix}{name}: copying a param with shape {given[name].shape} from checkpoint, "
-                    f"the shape in current model is {value.shape}."
+                    f"size mismatch for {prefix}{name}: copying a param with shape {given[name].shape} from "
+                    f"checkpoint, the shape in current model is {value.shape}."
                 )
                 return
         if strict:
@@ -221,8 +228,6 @@ class _Frozen(nn.Module):
 class _FrozenLayers(_Frozen, _Layers):
     """What frozen layers share."""
 
-    _is_frozen = True
-
     def flatten_parameters(self) -> None:
         """Nothing: there are no parameters."""
 
@@ -231,18 +236,33 @@ class _FrozenLayers(_Frozen, _Layers):
             return [value for name in self._flat_weights_names if (value := self._buffers[name]) is not None]
         return self._packed()
 
-    def _run(self, input: Any, hx: Any, *options: Any) -> Any:
-        if self.frozen_dtype != torch.float32 and options == (None, False, None) and isinstance(input, Tensor):
-            has_c = self.mode == "LSTM"
-            found = _ops.frozen_layers(
-                input, hx if has_c or hx is None else (hx,), self._packed(), self._cell_name,
-                2 if self.bidirectional else 1, self.batch_first, False,
-                (self.input_size, self.hidden_size, self.proj_size or self.hidden_size),
-            )  # fmt: skip
+    def forward(
+        self,
+        input: Any,
+        hx: Any = None,
+        *,
+        lengths: Tensor | Sequence[int] | None = None,
+        return_state_sequence: bool = False,
+        mask: Tensor | None = None,
+    ) -> Any:
+        """Run all layers, as the layer did that this one was."""
+        has_c = self._cell == "lstm"
+        if lengths is None and mask is None and not return_state_sequence:
+            given = hx if has_c or hx is None else (hx,)
+            directions = 2 if self.bidirectional else 1
+            if self.frozen_dtype is torch.float32:
+                weights = self._weights_of_call()
+                found = _ops.recurrent_layers(
+                    input, given, weights, self._cell, self.num_layers, directions, self.batch_first, True
+                )
+            else:
+                found = _ops.frozen_layers(
+                    input, given, self._packed(), self._cell, directions, self.batch_first, False, self._sizes
+                )
             if found is not None:
                 return found[0], (found[1], found[2]) if has_c else found[1]
         self._refuse_to_train(input.data if isinstance(input, PackedSequence) else input, hx)
-        return super()._run(input, hx, *options)
+        return self._run(input, hx, lengths, return_state_sequence, mask)
 
     def _check_x(self, x: Tensor, weight: Tensor, is_packed: bool) -> None:
         is_narrow = self.frozen_dtype != torch.float32
@@ -259,7 +279,7 @@ class _FrozenLayers(_Frozen, _Layers):
         directions, transposed = 2 if self.bidirectional else 1, self.batch_first and batch_sizes is None
         if self.frozen_dtype != torch.float32:
             return _run_frozen(
-                x, states, weights, self._cell_name, directions, transposed, batch_sizes, return_state_sequence
+                x, states, weights, self._cell, directions, transposed, batch_sizes, return_state_sequence
             )
         if return_state_sequence or _ops.autocast_dtype(x.device.type) is not None or _ops.is_left_to_torch(x):
             return super()._run_layers(x, states, weights, batch_sizes, return_state_sequence)
@@ -268,7 +288,7 @@ class _FrozenLayers(_Frozen, _Layers):
             own = [state[layer * directions : (layer + 1) * directions] for state in states]
             y, *final = _ops.recurrent_frozen(
                 y, batch_sizes, own[0], own[1] if len(own) > 1 else None,
-                weights[layer * per_layer : (layer + 1) * per_layer], self._cell_name,
+                weights[layer * per_layer : (layer + 1) * per_layer], self._cell,
             )  # fmt: skip
             finals.append(final)
         h_n, c_n = (torch.cat(of) for of in zip(*finals, strict=True))
@@ -325,17 +345,16 @@ class FrozenGRU(_FrozenLayers, GRU):
 class _FrozenCell(_Frozen, _Cell):
     """What frozen cells share."""
 
-    def _step(self, cell: str, input: Any, hx: Any) -> Any:
-        if self.frozen_dtype == torch.float32:
-            self._refuse_to_train(input, hx)
-            return super()._step(cell, input, hx)
-        sizes = (self.input_size, self.hidden_size, self.hidden_size)
-        given = hx if cell == "lstm" or hx is None else (hx,)
-        found = _ops.frozen_layers(input, given, self._packed(), cell, 1, False, True, sizes)
-        if found is None:
-            self._refuse_to_train(input, hx)
-            return super()._step(cell, input, hx)
-        return tuple(found) if cell == "lstm" else found[0]
+    def forward(self, input: Any, hx: Any = None) -> Any:
+        """Take one step, as the cell did that this one was."""
+        if self.frozen_dtype is not torch.float32:
+            has_c = self._cell == "lstm"
+            given = hx if has_c or hx is None else (hx,)
+            found = _ops.frozen_layers(input, given, self._packed(), self._cell, 1, False, True, self._sizes)
+            if found is not None:
+                return tuple(found) if has_c else found[0]
+        self._refuse_to_train(input, hx)
+        return self._step(self._cell, input, hx)
 
     def _weights_of_call(self) -> list[Tensor]:
         if self.frozen_dtype == torch.float32:

@@ -60,9 +60,6 @@ class _Layers(RNNBase):
     _torchs: ClassVar[type[nn.Module]]
     """The layer of torch.nn that this one is in the place of."""
 
-    _is_frozen: ClassVar[bool] = False
-    """Whether weights may be packed once for all calls."""
-
     _has_own_checks: ClassVar[bool] = False
     """Whether a subclass has its own check_forward_args, which is then called where torch.nn's layers call theirs."""
 
@@ -113,7 +110,7 @@ class _Layers(RNNBase):
             directions = 2 if self.bidirectional else 1
             given: Any = hx if has_c or hx is None else (hx,)
             results = _ops.recurrent_layers(
-                input, given, weights, self.mode.lower(), self.num_layers, directions, self.batch_first, self._is_frozen
+                input, given, weights, self.mode.lower(), self.num_layers, directions, self.batch_first
             )
             if results is not None:
                 return results[0], (results[1], results[2]) if has_c else results[1]
