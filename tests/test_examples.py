@@ -87,8 +87,13 @@ def test_both_providers_learn_the_same(reviews: Path, capsys: pytest.CaptureFixt
         assert theirs["final_loss"] == pytest.approx(math.fsum(theirs["losses"][10:]) / 10)
         assert result["speed_up"] > 0
         assert min(theirs["seconds_per_epoch"], ours["seconds_per_epoch"]) > 0
+    ways = report["frozen"]
+    assert list(ways) == ["as trained", "frozen, float32", "frozen, bfloat16", "frozen, int8"]
+    assert ways["as trained"]["accuracy"] == ways["frozen, float32"]["accuracy"]
+    assert all(abs(way["accuracy"] - ways["as trained"]["accuracy"]) < 0.051 for way in ways.values())
     shown = capsys.readouterr().out
-    for word in ("accuracy", "loss", "difference", "per epoch", "speed-up", "torch.nn", "nlpkernels", "sentiment.png"):
+    words = ("accuracy", "loss", "difference", "per epoch", "speed-up", "torch.nn", "nlpkernels", "int8")
+    for word in (*words, "sentiment.png"):
         assert word in shown
 
 
