@@ -19,7 +19,7 @@ AN_INSTALL = "ninja 'setuptools>=77', then the same command again with --no-buil
 
 
 def said(code: str, folder: Path = TREE, **environment: str) -> list[str]:
-    """The lines that a build writes to stderr before it fails."""
+    """Our lines of what a build writes to stderr before it fails (a torch for CUDA warns that there is none)."""
     done = subprocess.run(
         [sys.executable, "-c", f"import sys; sys.path.insert(0, {str(TREE)!r}); {code}"],
         cwd=folder,
@@ -29,7 +29,9 @@ def said(code: str, folder: Path = TREE, **environment: str) -> list[str]:
     )
     assert done.returncode == 1, done.stderr
     assert "Traceback" not in done.stderr
-    return done.stderr.strip().splitlines()
+    lines = done.stderr.strip().splitlines()
+    assert lines[-1].startswith("nlpkernels: ")
+    return [line for line in lines if line.startswith("nlpkernels: ")]
 
 
 @pytest.fixture
@@ -57,7 +59,6 @@ def compiler(tmp_path: Path) -> Path:
 )
 def test_what_is_missing(code: str, environment: dict[str, str], expected: list[str]) -> None:
     (line,) = said(code, **environment)
-    assert line.startswith("nlpkernels: ")
     assert all(part in line for part in expected)
 
 
@@ -91,5 +92,4 @@ def test_a_killed_compiler(tmp_path: Path, compiler: Path) -> None:
     build = BUILD.replace("bdist_wheel", "build_ext")
     lines = said(build, tmp_path, CXX=str(compiler), NLPKERNELS_BUILD_CPU="default", MAX_JOBS="1", FORCE_CUDA="0")
     assert "nlpkernels: library 1 of 2, _C: library.cpp" in lines
-    assert lines[-1].startswith("nlpkernels: ")
     assert lines[-1].endswith("memory was short: set MAX_JOBS=1, for one file at a time")
