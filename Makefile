@@ -1,7 +1,7 @@
 # Every target sets up all that it needs in .venv, once; a second run goes straight to work.
 
 PYTHON ?= python3
-TORCH ?= torch==2.13.0
+TORCH ?= torch==2.14.1
 ARGS ?=
 
 VENV := .venv
@@ -9,7 +9,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 CSRC := $(shell find csrc -type f)
 CXX_FILES := $(filter %.h %.cpp %.cu %.cuh,$(CSRC)) $(wildcard bench/*.cpp tests/*.h)
-PY_FILES := setup.py $(wildcard nlpkernels tests bench examples docs/*.py)
+PY_FILES := setup.py build_backend.py $(wildcard nlpkernels tests bench examples docs/*.py)
 # What was built depends on these; when one changes, it is built again.
 SETTINGS := $(TORCH) $(FORCE_CUDA) $(TORCH_CUDA_ARCH_LIST)
 
@@ -45,7 +45,7 @@ help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/make \1\t\2/p' Makefile | expand -t 21
 	@echo
 	@echo 'ARGS="..." goes to the command; PYTHON=python3.12 picks the interpreter; for a torch without CUDA,'
-	@echo 'TORCH="torch==2.13.0 --index-url https://download.pytorch.org/whl/cpu"'
+	@echo 'TORCH="torch==2.14.1 --index-url https://download.pytorch.org/whl/cpu"'
 
 demo: $(VENV)/.demo  ## train and time a sentiment model, torch.nn against nlpkernels
 	@$(BIN)/python examples/sentiment.py $(ARGS)
@@ -166,7 +166,9 @@ $(VENV)/.docs: Makefile | $(BIN)/pip
 
 # The package in place, with an extra. Only objects whose sources changed are compiled.
 $(addprefix $(VENV)/.,demo examples test bench lint): $(VENV)/.%: $(VENV)/.torch pyproject.toml setup.py $(CSRC)
-	@echo 'Compiling nlpkernels (minutes, the first time) and installing what "make $*" needs'
+	@echo 'Compiling nlpkernels (minutes, the first time)'
+	@mkdir -p build && $(BIN)/python setup.py build_ext --inplace > build/log || { cat build/log >&2; exit 1; }
+	@echo 'Installing what "make $*" needs'
 	@$(PIP) --no-build-isolation --editable '.[$*]'
 	@touch $@
 
@@ -187,6 +189,6 @@ $(BIN)/pip:
 	  { echo 'nlpkernels: $(PYTHON) is missing or too old: install python3, 3.10 or newer, or set PYTHON' >&2; exit 1; }
 	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || \
 	  { echo 'nlpkernels: $(PYTHON) cannot make a venv: install python3-venv (Debian, Ubuntu)' >&2; exit 1; }
-	@$(PYTHON) setup.py check_toolchain
+	@$(PYTHON) setup.py check_tools
 	@echo 'Creating $(VENV)'
 	@$(PYTHON) -m venv --clear $(VENV)

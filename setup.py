@@ -16,18 +16,21 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+import tempfile
 from pathlib import Path
+from typing import NoReturn
 
 # ninja may be installed beside a Python whose environment is not activated.
 os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
+CXX = shlex.split(os.environ.setdefault("CXX", "c++"))  # for the linker too, where Python names another
 
 
-def knows(flags: list[str]) -> bool:
-    """Whether the compiler takes them."""
-    command = [*shlex.split(os.environ.get("CXX", "c++")), *flags, "-fsyntax-only", "-x", "c++", os.devnull]
+def knows(flags: list[str], source: str = "") -> bool:
+    """Whether the compiler takes them, and compiles this with them."""
     try:
-        return subprocess.run(command, capture_output=True).returncode == 0
-    except OSError:  # there is none, which check_toolchain says
+        command = [*CXX, *flags, "-fsyntax-only", "-x", "c++", "-"]
+        return subprocess.run(command, input=source.encode(), capture_output=True).returncode == 0
+    except OSError:  # there is none, which check_tools says
         return False
 
 
@@ -40,10 +43,10 @@ if platform.machine().lower() in ("x86_64", "amd64"):
     OF_BFLOAT16["avx512bf16"] = [*INSTRUCTION_SETS["avx512"], "-mavx512bf16"]
     OF_BFLOAT16["amx"] = [*OF_BFLOAT16["avx512bf16"], "-mamx-tile", "-mamx-bf16"]
     OF_BFLOAT16 = {name: flags for name, flags in OF_BFLOAT16.items() if knows(flags)}  # GCC 11 and Clang 12 do
-if only := os.environ.get("NLPKERNELS_BUILD_CPU"):  # for a check of something else
-    OF_BFLOAT16 = {only: OF_BFLOAT16[only]} if only in OF_BFLOAT16 else {}
-    base = "avx512" if OF_BFLOAT16 else only
-    INSTRUCTION_SETS = {base: INSTRUCTION_SETS[base]}
+if only := os.environ.get("NLPKERNELS_BUILD_CPU"):  # for a check of something else: "default,avx2"
+    OF_BFLOAT16 = {name: flags for name, flags in OF_BFLOAT16.items() if name in only.split(",")}
+    wanted = [*only.split(","), *(["avx512"] if OF_BFLOAT16 else [])]
+    INSTRUCTION_SETS = {name: flags for name, flags in INSTRUCTION_SETS.items() if name in wanted}
 
 OPTIMISE = ["-O3", "-g0", "-fvisibility=hidden"]
 WARNINGS = ["-Wall", "-Wextra", "-Wno-unused-parameter", "-Wno-unknown-pragmas"]  # the last two are torch's headers'
@@ -51,31 +54,67 @@ OPENMP = ["-fopenmp"] if sys.platform == "linux" else []  # without it at::paral
 LAST = shlex.split(os.environ.get("NLPKERNELS_CXXFLAGS", ""))  # for the compiler and the linker, after all others
 DEFAULT_CUDA_ARCHS = "8.0;9.0+PTX"  # for a machine that has a toolkit but no GPU
 
+VERSION = "0.1.0"
+OLDEST_TORCH, OLDEST_SETUPTOOLS = (2, 10), (77, 0)
 
-def check_toolchain() -> None:
-    """Stop with one line if something outside of pip's reach is missing."""
-    compiler = shlex.split(os.environ.get("CXX", "c++"))[0]
-    if not shutil.which(compiler):
-        sys.exit(
-            f"nlpkernels: no C++ compiler ({compiler} not found): "
-            "install g++ (Debian, Ubuntu) or gcc-c++ (Fedora), or set CXX"
-        )
+# --- What can be missing: each ends in one line, with what helps ------------------------------------------------------
+
+AN_INSTALL = Path(sys.argv[0]).name != "setup.py"  # by pip or uv, of a folder, an archive or a repository
+THE_SAME = "the same command again" + (" with --no-build-isolation" if AN_INSTALL else "")
+PIP = "uv pip" if "UV" in os.environ else "pip"
+HOW_TO_INSTALL = f"{PIP} install 'torch>=2.10' ninja 'setuptools>=77', then {THE_SAME}"
+PYTHON = "python{}.{}".format(*sys.version_info)
+GXX = "install g++ (Debian, Ubuntu) or gcc-c++ (Fedora)"
+
+
+def stop(told: str) -> NoReturn:
+    """End with one line."""
+    sys.exit(f"nlpkernels: {told}")
+
+
+def check_folder() -> None:
+    """Can files be put here?"""
+    try:
+        tempfile.TemporaryFile(dir=".").close()
+    except OSError:
+        stop(f"{Path.cwd()} cannot be written to, and is where the build puts its files: install from a copy of it")
+
+
+def check_tools() -> None:
+    """Is all there that pip does not bring?"""
+    if not shutil.which(CXX[0]):
+        stop(f"no C++ compiler ({CXX[0]} not found): {GXX}, or set CXX")
     if not Path(sysconfig.get_path("include"), "Python.h").exists():
-        sys.exit(
-            f"nlpkernels: no Python.h for {sys.executable}: "
-            "install python3-dev (Debian, Ubuntu) or python3-devel (Fedora)"
-        )
+        stop(f"no Python.h for {sys.executable}: install {PYTHON}-dev (Debian, Ubuntu) or {PYTHON}-devel (Fedora)")
+    if OPENMP and not knows(OPENMP, "#include <omp.h>"):
+        stop(f"{CXX[0]} has no OpenMP (omp.h): {GXX} and set CXX=g++")
+    if not INSTRUCTION_SETS:
+        stop(f"NLPKERNELS_BUILD_CPU is {only!r}, which names no instruction set of this machine: {platform.machine()}")
+
+
+def check_packages() -> None:
+    """Are setuptools and torch there, and new enough, and is ninja?"""
+    for module, oldest in ((setuptools, OLDEST_SETUPTOOLS), (torch, OLDEST_TORCH)):
+        if tuple(map(int, module.__version__.split(".")[:2])) < oldest:
+            stop(f"{module.__name__} {module.__version__} is too old: {HOW_TO_INSTALL}")
+    if not is_ninja_available():
+        print(f"nlpkernels: no ninja, so one file is compiled at a time: {PIP} install ninja", file=sys.stderr)
+
+
+def check_openmp() -> None:
+    """Does the compiler bring the OpenMP that torch has? Two in one process are a fault, and each starts threads."""
+    maps = Path("/proc/self/maps")
+    torch_has_gnu = maps.exists() and "/libgomp" in maps.read_text()
+    if OPENMP and torch_has_gnu and not knows([], "#ifdef __clang__\n#error\n#endif"):
+        stop(f"{CXX[0]} is Clang, whose OpenMP would be a second one beside torch's, GCC's: {GXX} and set CXX=g++")
 
 
 IS_SDIST = "sdist" in sys.argv or sys.argv[1:2] == ["egg_info"]  # which need neither torch nor a compiler
+check_folder()
 if not IS_SDIST:
-    check_toolchain()
-if sys.argv[1:] == ["check_toolchain"]:  # the Makefile asks, before it downloads anything
+    check_tools()
+if sys.argv[1:] == ["check_tools"]:  # the Makefile asks, before it downloads anything
     sys.exit()
-
-VERSION = "0.1.0"
-OLDEST_TORCH, OLDEST_SETUPTOOLS = (2, 11), (77, 0)
-HOW_TO_INSTALL = "pip install 'torch>=2.11' ninja 'setuptools>=77' && pip install --no-build-isolation ."
 try:
     import setuptools
 
@@ -83,14 +122,13 @@ try:
         setuptools.setup(version=VERSION, install_requires=["torch>={}.{}".format(*OLDEST_TORCH), "numpy"])
         sys.exit()
     import torch
-except ImportError:
-    sys.exit(
-        f"nlpkernels: building needs the torch that it will run with, which build isolation hides: {HOW_TO_INSTALL}"
-    )
-for module, oldest in ((setuptools, OLDEST_SETUPTOOLS), (torch, OLDEST_TORCH)):
-    if tuple(map(int, module.__version__.split(".")[:2])) < oldest:
-        sys.exit(f"nlpkernels: {module.__name__} {module.__version__} is too old: {HOW_TO_INSTALL}")
+    from torch.utils.cpp_extension import is_ninja_available
+except ModuleNotFoundError as missing:
+    stop(f"no {missing.name} here, and the build needs the torch that the package will run with: {HOW_TO_INSTALL}")
+check_packages()
+check_openmp()
 
+from setuptools.errors import CompileError, LinkError  # noqa: E402
 from torch.utils.cpp_extension import CUDA_HOME, BuildExtension, CppExtension, CUDAExtension  # noqa: E402
 
 
@@ -105,7 +143,7 @@ def cuda_wanted() -> tuple[bool, str]:
     elif CUDA_HOME is None or not Path(CUDA_HOME, "bin", "nvcc").exists():
         missing = "no CUDA toolkit was found; CUDA_HOME names one"
     if missing and force == "1":
-        sys.exit(f"nlpkernels: FORCE_CUDA=1, but {missing}")
+        stop(f"FORCE_CUDA=1, but {missing}")
     if missing:
         return False, missing
     if force == "1":
@@ -199,7 +237,11 @@ class BuildLibraries(BuildExtension):
 
     def run(self) -> None:
         """Build all, and write beside them for which torch."""
-        super().run()
+        try:
+            super().run()
+        except (RuntimeError, CompileError, LinkError) as error:
+            what = " ".join(str(error).split()) or "a compiler failed"
+            stop(f"{what}: see above; where one was killed, memory was short: set MAX_JOBS=1, for one file at a time")
         told = (
             f'"""Written by setup.py: what the libraries here were compiled with."""\n\nTORCH = "{torch.__version__}"\n'
         )
@@ -212,6 +254,9 @@ class BuildLibraries(BuildExtension):
         the same source compiled for another; and an editable install takes a temporary one, so that nothing is reused.
         Each torch has its own, too: environments may stand side by side in one tree.
         """
+        files = ", ".join(Path(source).name for source in ext.sources)
+        number = f"library {self.extensions.index(ext) + 1} of {len(self.extensions)}"
+        print(f"nlpkernels: {number}, {ext.name.split('.')[1]}: {files}", file=sys.stderr, flush=True)
         command = copy.copy(self)  # the others are being built with theirs
         of = f"{sys.implementation.cache_tag}-torch-{torch.__version__}{'-flags' if LAST else ''}"
         command.build_temp = str(Path("build", of, ext.name))

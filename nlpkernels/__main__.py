@@ -22,6 +22,8 @@ def main() -> None:
     """Print it."""
     built = [name for name in _ops.INSTRUCTION_SETS if _ops._library(f"_cpu_{name}")]
     built_for = f"kernels built for {_ops.CUDA_ARCHS}" if _ops.CUDA_ARCHS else "no kernels built"
+    is_neon = _ops.INSTRUCTION_SET == "default" and platform.machine().lower() in ("aarch64", "arm64")  # always there
+    picked = f"{_ops.INSTRUCTION_SET}{' (NEON)' if is_neon else ''}: {_ops.INSTRUCTION_SET_REASON}"
     others = "torch's layers and ATen ops" if _ops.LEFT_TO_TORCH else "ATen ops"
     used = "in use: NLPKERNELS_CUDA=1" if _ops.USES_CUDA_KERNELS else f"not in use: {others} serve CUDA tensors"
     cuda = f"{built_for}, {used}"
@@ -32,7 +34,7 @@ def main() -> None:
         "python": sys.version.split()[0],
         "platform": platform.platform(),
         "compiler": _ops.COMPILER,
-        "CPU kernels": f"{_ops.INSTRUCTION_SET}: {_ops.INSTRUCTION_SET_REASON} (built: {', '.join(built)})",
+        "CPU kernels": f"{picked} (built: {', '.join(built)})",
         "threads": str(torch.get_num_threads()),
         "CUDA": cuda,
         "GPU": gpu,

@@ -8,26 +8,35 @@ from __future__ import annotations
 import json
 import sys
 from importlib.metadata import PackageNotFoundError, distribution
+from pathlib import Path
+from shlex import quote
+from urllib.parse import unquote
 
 import torch
 
 
-def _source() -> str:
-    """Where pip has this package from."""
+def _how_installed() -> tuple[str, str]:
+    """The installer that brought this package, and from where."""
+    tree = Path(__file__).parents[1]
+    source = str(tree) if (tree / "pyproject.toml").exists() else "nlpkernels"
     try:
-        text = distribution("nlpkernels").read_text("direct_url.json")
+        found = distribution("nlpkernels")
     except PackageNotFoundError:
-        text = None
-    if text is None:
-        return "nlpkernels"
-    told = json.loads(text)
-    commit = told.get("vcs_info", {}).get("commit_id")
-    return f"git+{told['url']}@{commit}" if commit else str(told["url"]).removeprefix("file://")
+        return "pip", quote(source)
+    installer = "uv pip" if (found.read_text("INSTALLER") or "").strip() == "uv" else "pip"
+    if text := found.read_text("direct_url.json"):
+        told = json.loads(text)
+        commit = told.get("vcs_info", {}).get("commit_id")
+        source = f"git+{told['url']}@{commit}" if commit else unquote(told["url"].removeprefix("file://"))
+        if told.get("dir_info", {}).get("editable"):
+            return installer, f"--editable {quote(source)}"
+    return installer, quote(source)
 
 
 def problem() -> str | None:
     """What is the matter and the command that helps, in one line; None if nothing is."""
-    again = f"pip install --force-reinstall --no-cache-dir --no-deps --no-build-isolation {_source()}"
+    installer, source = _how_installed()
+    again = f"{installer} install --force-reinstall --no-cache-dir --no-deps --no-build-isolation {source}"
     try:
         from nlpkernels import _built
     except ImportError:

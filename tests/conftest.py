@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shlex
+import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -39,6 +40,8 @@ OF_CPU_KERNELS = (
     "test_memory_goes_with_the_table",
 )
 
+# ninja may be installed beside a Python whose environment is not activated.
+os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
 os.environ.setdefault("NLPKERNELS_CUDA_CHECK", "now")  # tests of errors expect them at once
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # or poisoned memory, below, makes torch's products warn
 # Tests compare float32 with exact arithmetic; that TF32 follows its flag has its own.

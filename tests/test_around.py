@@ -461,7 +461,11 @@ def test_forward_mode_over_backward_of_a_graph(kind: str, create_graph: bool) ->
     torch.testing.assert_close(results[1], results[0])
 
 
-@pytest.mark.parametrize("transform", ["jvp", "vmap"])
+IS_2_10 = torch.__version__ < (2, 11)
+EXPORTED_SINCE_2_11 = pytest.mark.skipif(IS_2_10, reason="torch 2.10 exports no forward mode, of torch.nn neither")
+
+
+@pytest.mark.parametrize("transform", [pytest.param("jvp", marks=EXPORTED_SINCE_2_11), "vmap"])
 @pytest.mark.parametrize("kind", ["embedding", "GRUCell"])
 def test_export_of_transforms(kind: str, transform: str) -> None:
     theirs, ours, x = to_transform(kind)
@@ -481,6 +485,8 @@ def test_traced_forward_mode(kind: str) -> None:
     theirs, ours, x = to_transform(kind)
     expected = tangent(theirs)(x)
     for mode in ("real", "fake", "symbolic"):
+        if mode == "symbolic" and kind == "embedding" and IS_2_10:
+            continue  # which ends in an assertion of torch's own
         graph = make_fx(tangent(ours), tracing_mode=mode, _allow_non_fake_inputs=True)(x)
         torch.testing.assert_close(graph(x), expected)
     torch.testing.assert_close(make_fx(torch.func.functionalize(tangent(ours)))(x)(x), expected)

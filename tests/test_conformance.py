@@ -113,6 +113,8 @@ def test_derivatives(name: str, device: str, count_conformance: Any, pytestconfi
 def test_error_inputs(name: str, device: str, count_conformance: Any) -> None:
     """The same type of error with the same message, but for the differences that are deliberate."""
     make = ENTRIES[name].module_error_inputs_func
+    if make is None:  # of embeddings, before 2.11
+        pytest.skip(f"torch {torch.__version__} has none for {name}")
     for dtype in (torch.float32, torch.float64):
         for case in make(ENTRIES[name], device=device, dtype=dtype, requires_grad=False, training=True):
             made, given = case.module_error_input.constructor_input, case.module_error_input.forward_input

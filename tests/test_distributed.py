@@ -295,7 +295,8 @@ def test_two_processes() -> None:
 @needs_distributed
 @pytest.mark.parametrize("processes", [2, 3])
 def test_tables_that_processes_update_together(processes: int) -> None:
-    assert run("worker_with_tables", processes).splitlines() == [
+    printed = [line for line in run("worker_with_tables", processes).splitlines() if not line.startswith("[Gloo]")]
+    assert printed == [
         "together agrees",
         "alone without a word raises",
         "alone agrees",

@@ -19,6 +19,7 @@
 #include "../checks.h"
 #include "bfloat16.h"
 #include "dots.h"
+#include "threads.h"
 #include "tiles.h"
 
 namespace nlpkernels {
@@ -88,11 +89,7 @@ class Company {
 };
 
 // Whether all that parallel_for starts runs at once, so that it may wait for each other.
-#if AT_PARALLEL_OPENMP
-constexpr bool kCanWait = true;
-#else
-constexpr bool kCanWait = false;
-#endif
+constexpr bool kCanWait = NLPKERNELS_OPENMP != 0;
 
 // What one thread does: all steps of some sequences of a direction, for some panels of hidden units.
 class Share {

@@ -3,10 +3,14 @@
 
 #include <ATen/Parallel.h>
 
-#if AT_PARALLEL_OPENMP
+// Without OpenMP in the compiler (macOS), at::parallel_for is a loop, whatever torch has.
+#if AT_PARALLEL_OPENMP && defined(_OPENMP)
+#define NLPKERNELS_OPENMP 1
 #include <omp.h>
+#else
+#define NLPKERNELS_OPENMP 0
 #endif
-#if AT_PARALLEL_OPENMP && defined(__linux__)
+#if NLPKERNELS_OPENMP && defined(__linux__)
 #include <dirent.h>
 #include <pthread.h>
 #endif
@@ -24,7 +28,7 @@ class Forked {
   static bool has_lost_threads() { return has_lost_; }
 
  private:
-#if AT_PARALLEL_OPENMP && defined(__linux__)
+#if NLPKERNELS_OPENMP && defined(__linux__)
   static void before() {
     int tasks = 0;
     if (DIR* all = opendir("/proc/self/task")) {
@@ -46,11 +50,15 @@ class Forked {
 inline int64_t threads_of_call() {
   at::internal::lazy_init_num_threads();
   if (at::in_parallel_region()) return 1;
-#if AT_PARALLEL_OPENMP
+#if NLPKERNELS_OPENMP
   if (Forked::has_lost_threads())
     omp_set_num_threads(1);  // of this thread, whatever is to come: torch's layers hang too
 #endif
+#ifdef INTRA_OP_PARALLEL
   return at::get_num_threads();
+#else
+  return 1;
+#endif
 }
 
 }  // namespace CPU_CAPABILITY
