@@ -1,7 +1,7 @@
 # Every target sets up all that it needs in .venv, once; a second run goes straight to work.
 
 PYTHON ?= python3
-TORCH ?= torch==2.14.1
+TORCH ?= torch==2.13.0
 ARGS ?=
 
 VENV := .venv
@@ -45,7 +45,7 @@ help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/make \1\t\2/p' Makefile | expand -t 21
 	@echo
 	@echo 'ARGS="..." goes to the command; PYTHON=python3.12 picks the interpreter; for a torch without CUDA,'
-	@echo 'TORCH="torch==2.14.1 --index-url https://download.pytorch.org/whl/cpu"'
+	@echo 'TORCH="torch==2.13.0 --index-url https://download.pytorch.org/whl/cpu"'
 
 demo: $(VENV)/.demo  ## train and time a sentiment model, torch.nn against nlpkernels
 	@$(BIN)/python examples/sentiment.py $(ARGS)
