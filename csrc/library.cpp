@@ -217,9 +217,10 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
         "One step of a cell by it; None where shapes do not fit, or something is not a plain tensor.");
   m.def("recurrent_layers", nlpkernels::of_plain_tensors(&nlpkernels::recurrent_layers),
         "All layers by it; None where shapes or dtypes do not fit, or something is not a plain tensor.");
-  m.def("frozen_layers", nlpkernels::of_plain_tensors(&nlpkernels::frozen_layers),
-        "All layers, or one step of a cell, by the op frozen; None where shapes or dtypes do not fit, something requires "
-        "a gradient, or is not a plain tensor.");
+  m.def(
+      "frozen_layers", nlpkernels::of_plain_tensors(&nlpkernels::frozen_layers),
+      "All layers, or one step of a cell, by the op frozen; None where shapes or dtypes do not fit, something requires "
+      "a gradient, or is not a plain tensor.");
   m.def("embedding_bag", &nlpkernels::embedding_bag, pybind11::call_guard<pybind11::gil_scoped_release>(),
         "The first output of the op of this name, with derivatives for eager calls; indices of a lookup may have any "
         "shape, before which goes no reshape.");

@@ -1,8 +1,8 @@
 // What has been made of tensors, kept for the next call with the same ones: packed weights of frozen layers.
 //
 // A tensor is the same as long as it lives, lies where it lay and has not been written to since, as far as torch counts
-// that: what `.data` or a raw pointer writes, it does not see, and of a tensor made in inference mode it keeps no count,
-// so that nothing is kept either.
+// that: what `.data` or a raw pointer writes, it does not see, and of a tensor made in inference mode it keeps no
+// count, so that nothing is kept either.
 #pragma once
 
 #include <ATen/core/Tensor.h>
