@@ -35,6 +35,7 @@ MODES = {
     "sparse-adam": "sparse gradient and torch's SparseAdam",
     "sparse-adagrad": "sparse gradient and torch's Adagrad",
 }
+OVERVIEW = {"inference", "train", "update", "dense-sgd", "sparse-sgd"}  # what a page has room for
 # Each summarised on its own: of whole layers, not of what is too little work to tell, nor of grids around one point.
 SUMMARISED = {
     "RNN": ("recurrent", "rnn"),
@@ -226,7 +227,7 @@ def kind_name(row: pd.Series) -> str:
 
 
 def overview(frame: pd.DataFrame) -> str:
-    """One line for each layer and mode: against torch.nn and against the fastest peer, on each kind of machine."""
+    """One line for each layer and mode of OVERVIEW: against torch.nn and the fastest peer, on each kind of machine."""
     good = _peers(frame[frame["dtype"] == "float32"])
     kinds = list(good.groupby(KIND, sort=False))
     newest = set(kinds[0][1]["mode"]) if kinds else set()  # older runs had others
@@ -236,7 +237,7 @@ def overview(frame: pd.DataFrame) -> str:
     lines = []
     for name, (subject, cell) in ALL_ROWS.items():
         cases = good[(good.subject == subject) & good.cell.str.startswith(cell)]
-        for mode in _modes(cases[cases["mode"].isin(newest)]):
+        for mode in _modes(cases[cases["mode"].isin(newest & OVERVIEW)]):
             line = [name, MODES.get(mode, mode)]
             for _, rows in kinds:
                 own = rows[(rows.subject == subject) & rows.cell.str.startswith(cell) & (rows["mode"] == mode)]
@@ -250,10 +251,30 @@ def overview(frame: pd.DataFrame) -> str:
 
 
 def _mean_and_worst(peers: pd.DataFrame) -> str:
-    if not len(peers):
+    return _mean_and_least(peers.ratio)
+
+
+def _mean_and_least(ratios: pd.Series) -> str:
+    if not len(ratios):
         return ""
-    worst = f"{peers.ratio.min():.2f}"
-    return f"{_mean(peers.ratio):.2f} ({f'**{worst}**' if peers.ratio.min() < 1 else worst})"
+    worst = f"{ratios.min():.2f}"
+    return f"{_mean(ratios):.2f} ({f'**{worst}**' if ratios.min() < 1 else worst})"
+
+
+def frozen_overview(frame: pd.DataFrame) -> str:
+    """For each dtype of frozen weights how many times as fast deployed programs are as with others, by machine."""
+    good = frame[(frame.subject == "deployed") & (frame.status == "ok")]
+    lines = [["machine", "weights", "nlpkernels, not frozen", "torch.nn", "fastest float32 peer", "fastest int8 peer"]]
+    for _, rows in good.groupby(KIND, sort=False):
+        seconds = rows.pivot_table(index=CASE, columns="provider", values="median_s")
+        others = [name for name in seconds if not name.startswith(OURS)]
+        eight = [name for name in others if name in WEIGHTS]
+        whole = [name for name in others if name not in WEIGHTS]
+        against = [seconds[OURS], seconds["torch"], seconds[whole].min(axis=1), seconds[eight].min(axis=1)]
+        for name in (name for name in WEIGHTS if name in seconds and name.startswith(OURS)):
+            ratios = [_mean_and_least((peer / seconds[name]).dropna()) for peer in against]
+            lines.append([kind_name(rows.iloc[-1]), str(WEIGHTS[name]).removeprefix("torch."), *ratios])
+    return _table(lines) + "\n"
 
 
 def _fastest(peers: pd.DataFrame) -> pd.DataFrame:
@@ -504,7 +525,7 @@ def _draw_scaling(panel: Axes, rows: pd.DataFrame, axis: str, names: Sequence[st
 def report(paths: Sequence[Path], folder: Path, root: Path | None) -> int:
     """Draws plots into `folder`, and prints an overview and the tables of each kind of machine.
 
-    With `root`, the project's, they also go into README.md and docs/performance.md, between their marks.
+    With `root`, the project's, they also go into README.md and pages of docs, between their marks.
     """
     frame = read(paths).drop_duplicates([*KIND, *CASE, "provider"], keep="last")
     frame = frame.sort_values("date", ascending=False, kind="stable")  # the newest kind first
@@ -525,9 +546,15 @@ def report(paths: Sequence[Path], folder: Path, root: Path | None) -> int:
                 written.append(folder / f"{name}-{tag}.png")
                 figure.savefig(written[-1], dpi=110)
                 plots.setdefault(kind, []).append(f"../bench/results/{written[-1].name}")
-    parts = {"overview": overview(frame), "tables": pages(frame, plots)}
+    parts = {"overview": overview(frame), "frozen": frozen_overview(frame), "tables": pages(frame, plots)}
     print("\n".join(parts.values()))
-    for name, place in (("overview", "README.md"), ("tables", "docs/performance.md")) if root is not None else ():
+    places = (
+        ("overview", "README.md"),
+        ("frozen", "README.md"),
+        ("frozen", "docs/frozen.md"),
+        ("tables", "docs/performance.md"),
+    )
+    for name, place in places if root is not None else ():
         path = root / place
         content = path.read_text(encoding="utf-8")
         begin, end = f"<!-- bench {name}: begin -->", f"<!-- bench {name}: end -->"
