@@ -227,7 +227,10 @@ def kind_name(row: pd.Series) -> str:
 
 
 def overview(frame: pd.DataFrame) -> str:
-    """One line for each layer and mode of OVERVIEW: against torch.nn and the fastest peer, on each kind of machine."""
+    """One line for each layer and mode of OVERVIEW: against torch.nn and the fastest peer, on each kind of machine.
+
+    The last line counts all rows.
+    """
     good = _peers(frame[frame["dtype"] == "float32"])
     kinds = list(good.groupby(KIND, sort=False))
     newest = set(kinds[0][1]["mode"]) if kinds else set()  # older runs had others
@@ -235,7 +238,7 @@ def overview(frame: pd.DataFrame) -> str:
     for _, rows in kinds:
         head += [f"{kind_name(rows.iloc[-1])}: torch.nn", "fastest peer"]
     lines = []
-    for name, (subject, cell) in ALL_ROWS.items():
+    for name, (subject, cell) in SUMMARISED.items():
         cases = good[(good.subject == subject) & good.cell.str.startswith(cell)]
         for mode in _modes(cases[cases["mode"].isin(newest & OVERVIEW)]):
             line = [name, MODES.get(mode, mode)]

@@ -282,9 +282,12 @@ def test_csv_round_trip(tmp_path: Path, made_up: list[measure.Row]) -> None:
 def test_report_shows_losses_first(tmp_path: Path, made_up: list[measure.Row], capsys: pytest.CaptureFixture) -> None:
     measure.append_rows(tmp_path / "run.csv", made_up)
     (tmp_path / "docs").mkdir()
-    files = {"overview": tmp_path / "README.md", "tables": tmp_path / "docs" / "performance.md"}
+    docs = tmp_path / "docs"
+    files = {"overview": tmp_path / "README.md", "frozen": docs / "frozen.md", "tables": docs / "performance.md"}
     for name, path in files.items():
         path.write_text(f"before\n<!-- bench {name}: begin -->\nold\n<!-- bench {name}: end -->\nafter\n")
+    with files["overview"].open("a") as readme:  # has that, too
+        readme.write("<!-- bench frozen: begin -->\n<!-- bench frozen: end -->\nafter\n")
     assert report.report([tmp_path / "run.csv"], tmp_path, tmp_path) == 0
     said = capsys.readouterr().out
     for name, path in files.items():
@@ -320,6 +323,20 @@ def test_several_kinds_of_machine(tmp_path: Path, made_up: list[measure.Row], ca
     assert said.count("\n## ") == 2
     assert said.count("| wrong one,") == 2
     assert len(list(tmp_path.glob("recurrent-*.png"))) == 2
+
+
+def test_frozen_overview(tmp_path: Path, made_up: list[measure.Row]) -> None:
+    """Deployed programs alone; each of the two cases against the fastest peer with weights of its kind."""
+    seconds = {"nlpkernels": 4.0, "nlpkernels-frozen-int8": 2.0, "torch": 8.0, "compile": 6.0, "torch-int8": 1.0}
+    some = next(row for row in made_up if row.status == "ok")
+    rows = [
+        dataclasses.replace(some, subject="deployed", workload=name, provider=provider, median_s=factor * taken)
+        for name, factor in (("one", 1.0), ("two", 3.0))
+        for provider, taken in seconds.items()
+    ]
+    measure.append_rows(tmp_path / "run.csv", [*rows, dataclasses.replace(rows[1], subject="recurrent")])
+    last = report.frozen_overview(report.read([tmp_path / "run.csv"])).splitlines()[-1]
+    assert last.endswith("| int8 | 2.00 (2.00) | 4.00 (4.00) | 3.00 (3.00) | 0.50 (**0.50**) |")
 
 
 def test_summary_against_the_best_peer(tmp_path: Path, made_up: list[measure.Row]) -> None:
