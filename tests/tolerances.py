@@ -52,6 +52,13 @@ WORDS_SPOKEN_ANOTHER_WAY = 0.005
 CLEAR = 0.045
 
 
+# Of frozen layers of bfloat16 and int8, relative difference in norm from reference.frozen, for each layer: where a state
+# differs in its last bit, it may be rounded to the next step there.
+FROZEN = {torch.bfloat16: 1e-3, torch.int8: 1e-3}
+# And from the layer before it was frozen, of random weights.
+FROZEN_DEQUANTISED = {torch.bfloat16: 0.02, torch.int8: 0.03}
+
+
 def relative_error(got: Tensor, expected: Tensor, least_scale: float = 0.0) -> float:
     """|got - expected| / max(|expected|, least_scale), in float64; |got| where that is 0."""
     assert got.shape == expected.shape, f"shape {tuple(got.shape)}, expected {tuple(expected.shape)}"
