@@ -264,16 +264,16 @@ Call = Callable[[Any, bool], Any]
 
 def forms(layer: Any) -> dict[str, Callable[[Any], Any]]:
     """Calls of a layer like this one in every form, on data that are the same at each."""
-    first, steps, batch = layer.batch_first, 6, 5
+    first, steps, batch = layer.batch_first, 4, 5
     x = torch.randn(batch, steps, 7) if first else torch.randn(steps, batch, 7)
     hx, hx1 = states_of(layer, batch), states_of(layer, None)
-    lengths = torch.tensor([3, 6, 1, 4, 6])
+    lengths = torch.tensor([3, 4, 1, 2, 4])
     falling = lengths.sort(descending=True).values
     real = torch.arange(steps) < lengths.unsqueeze(1)
     mask = real if first else real.T
     packed = pack_padded_sequence(x, falling, batch_first=first)
     unsorted = pack_padded_sequence(x, lengths, batch_first=first, enforce_sorted=False)
-    with_empty = torch.tensor([3, 0, 6, 0, 2])
+    with_empty = torch.tensor([3, 0, 4, 0, 2])
     strided = torch.randn(*x.shape[:-1], 14)[..., ::2]
     return {
         "plain": lambda f: f(x),
@@ -422,9 +422,10 @@ def test_sizes(kind: str, dtype: torch.dtype, hidden: int) -> None:
     """Around vectors, panels and groups of them; of inputs around words; of sequences around tiles of rows."""
     options = {"proj_size": hidden // 2} if "projection" in kind and hidden > 1 else {}
     kind = kind.removesuffix(" with projection")
-    for batch in range(1, 10):
-        layer = layer_of(kind, random.choice((1, 3, 4, 5)), hidden, bidirectional=batch % 3 == 0, **options)
-        mine, x = frozen_copy(layer, dtype), torch.randn(random.choice((1, 2, 5)), batch, layer.input_size)
+    for inputs in (1, 3, 4, 5):
+        layer = layer_of(kind, inputs, hidden, bidirectional=inputs == 3, **options)
+        mine, batch = frozen_copy(layer, dtype), random.randint(1, 9)
+        x = torch.randn(random.choice((1, 2, 4)), batch, inputs)
         hx = states_of(layer, batch)
         got = mine(x, hx)
         with by_reference():
@@ -973,9 +974,10 @@ def test_onnx() -> None:
     file = io.BytesIO()
     torch.onnx.export(mine, (x,), file, dynamo=True, verbose=False)
     session = onnxruntime.InferenceSession(file.getvalue(), providers=["CPUExecutionProvider"])
+    assert b"GRU" in file.getvalue()  # the op, of which there is one for any length
     (y, *_) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
     torch.testing.assert_close(torch.from_numpy(y), mine(x)[0], rtol=1e-4, atol=1e-5)
-    with pytest.raises(Exception, match="torch has no layers with weights of torch.int8"):
+    with pytest.raises(Exception, match="torch has no layers|No ONNX function found for .*frozen"):
         torch.onnx.export(frozen_copy(layer_of("gru"), torch.int8), (x,), io.BytesIO(), dynamo=True, verbose=False)
 
 
@@ -1155,7 +1157,7 @@ def test_ops_agree_with_the_reference() -> None:
 def test_opcheck() -> None:
     torch.use_deterministic_algorithms(False)  # poison would be the same in both calls
     tests = ["test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic"]
-    for name, args in samples()[::4]:
+    for name, args in samples()[::5]:
         torch.library.opcheck(getattr(torch.ops.nlpkernels, name).default, args, test_utils=tests)
 
 
@@ -1256,7 +1258,7 @@ def test_hostile_calls_of_recurrent_frozen() -> None:
 
 @by_layer
 def test_memory(kind: str) -> None:
-    for hidden in (128, 200, 512):
+    for hidden in (128, 200):
         layer = layer_of(kind, hidden, hidden, num_layers=2, bidirectional=True)
         of_floats = sum(parameter.nbytes for parameter in layer.parameters())
         for dtype, share in ((torch.bfloat16, 0.55), (torch.int8, 0.3)):

@@ -169,7 +169,7 @@ struct Int8 {
   template <bool native>
   static NLPKERNELS_INLINE void multiply_add(Sums& sums, const Words& weights, const Left<native>& a) {
     if constexpr (native) {
-      asm("{vex} vpdpbusd %2, %1, %0" : "+x"(sums) : "x"(weights), "x"(a.of[0]));
+      asm("%{vex%} vpdpbusd %2, %1, %0" : "+x"(sums) : "x"(weights), "x"(a.of[0]));
     } else {
       const Words even = _mm256_and_si256(weights, _mm256_set1_epi16(255)), odd = _mm256_srli_epi16(weights, 8);
       sums = _mm256_add_epi32(
