@@ -23,7 +23,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_ops import error_of
+from test_ops import HARMLESS, bits, error_of, strange_values
 from test_threads import LIMIT, run_python
 from tolerances import FROZEN, FROZEN_DEQUANTISED, FROZEN_MOSTLY, relative_error
 from torch import Tensor, nn
@@ -1246,6 +1246,33 @@ def test_hostile_calls() -> None:
         for strided in (x.transpose(0, 1).contiguous().transpose(0, 1), torch.randn(4, 3, 10)[..., ::2], x[:, :1].expand(4, 3, 5)):
             assert_same_bits(op(strided, None, h0, c0, weights, "lstm", 2, True),
                              op(strided.clone(memory_format=torch.contiguous_format), None, h0, c0, weights, "lstm", 2, True))  # fmt: skip
+
+
+@pytest.mark.filterwarnings("ignore")  # of torch, about the tensors that are made here
+def test_strange_arguments() -> None:
+    """Whatever one argument is, both ops raise and leave all tensors as they were, or it is a call like any other."""
+    torch.use_deterministic_algorithms(False)  # or memory of any size would be filled with NaN
+    raised = returned = 0
+    for name, args in samples()[::6]:
+        op = getattr(torch.ops.nlpkernels, name)
+        for place, argument in enumerate(op.default._schema.arguments):
+            for what, make in strange_values(args[place], str(argument.type)).items():
+                try:
+                    changed = (*args[:place], make(), *args[place + 1 :])
+                except (RuntimeError, TypeError, IndexError, ValueError, NotImplementedError, OverflowError):
+                    continue  # torch has no such tensor
+                if "derivative" in what:
+                    continue
+                before = bits(changed)
+                result, error = error_of(lambda: op(*changed))  # noqa: B023
+                raised, returned = raised + (error is not None), returned + (error is None)
+                assert all(map(torch.equal, before, bits(changed))), f"{name}, {argument.name}: {what}: {error!r}"
+                is_weight = argument.name == "weights" and name == "frozen"  # which has to be contiguous
+                if HARMLESS in what and not is_weight:
+                    assert error is None, f"{name}, {argument.name}: {what}: {error!r}"
+                    for one, other in zip(result, op(*args), strict=True):
+                        torch.testing.assert_close(one, other)
+    assert raised > 500 and returned > 50
 
 
 def shrunk(tensor: Tensor) -> Tensor:
