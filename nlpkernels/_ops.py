@@ -458,6 +458,7 @@ def _differentiable(
     backward: Callable[..., Any],
     constant_outputs: Callable[[tuple[Any, ...]], tuple[int, ...]] = lambda inputs: (),
     in_torch: Callable[..., Any] | None = None,
+    has_forward_mode: bool = True,
 ) -> Callable[..., Any]:
     """Registers the derivatives of an op, and returns it.
 
@@ -513,6 +514,8 @@ def _differentiable(
 
         @staticmethod
         def jvp(ctx: Any, *tangents: Any) -> Any:
+            if not has_forward_mode:
+                raise NotImplementedError(f"{name}: it rounds what it is given: expected no tangents")
             tensors = iter(ctx.saved_tensors)
             inputs = [next(tensors) if value is None else value[0] for value in ctx.inputs]
             pushed = _push_forward(call_reference, inputs, tangents)
@@ -627,7 +630,7 @@ def _refuse_to_train(ctx: Any, *gradients: Any) -> Any:
 
 recurrent_frozen = _differentiable("recurrent_frozen", _save_nothing, _refuse_to_train)
 """One layer whose packed weights are kept, `reference.recurrent_frozen`."""
-frozen = _differentiable("frozen", _save_nothing, _refuse_to_train)
+frozen = _differentiable("frozen", _save_nothing, _refuse_to_train, has_forward_mode=False)
 """All layers with packed weights, `reference.frozen`."""
 
 

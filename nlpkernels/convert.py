@@ -15,7 +15,7 @@ from torch.nn.utils import parametrize
 
 from nlpkernels import frozen
 from nlpkernels.embedding import Embedding, EmbeddingBag
-from nlpkernels.recurrent import GRU, LSTM, RNN, GRUCell, LSTMCell, RNNCell, _Layers
+from nlpkernels.recurrent import GRU, LSTM, RNN, GRUCell, LSTMCell, RNNCell
 
 __all__ = ["Swaps", "convert", "freeze", "revert"]
 
@@ -28,15 +28,18 @@ _FROZEN: dict[type[nn.Module], type[nn.Module]] = {
 }
 
 
+_OURS = frozenset([*(ours for _, ours in _PAIRS), *_FROZEN.values()])
+
+
 @dataclass
 class Swaps:
-    """What `convert` or `revert` did: `str()` of it is a list to read."""
+    """What `convert`, `freeze` or `revert` did: `str()` of it is a list to read."""
 
     swapped: dict[str, str] = field(default_factory=dict)
     """Names of the modules that were swapped, with their new class."""
     left: dict[str, str] = field(default_factory=dict)
-    """Layers that were left alone, with the reason: subclasses, which may do things of their own, and on the way back
-    layers with recurrent dropout, which torch.nn has not."""
+    """Layers that were left alone, with the reason: subclasses, which may do things of their own, those that are frozen
+    already, and on the way back layers with recurrent dropout, which torch.nn has not."""
 
     def __str__(self) -> str:
         lines = [f"{name or '(the model)'}: now {new}" for name, new in self.swapped.items()]
@@ -53,6 +56,7 @@ def _swap(
     classes: dict[type[nn.Module], type[nn.Module]],
     predicate: Callable[[str, nn.Module], bool] | None,
     swap: Callable[[nn.Module, type[nn.Module]], None],
+    obstacle: Callable[[nn.Module, type[nn.Module]], str | None],
 ) -> Swaps:
     done = Swaps()
     for name, module in model.named_modules():
@@ -61,12 +65,14 @@ def _swap(
             why = f"a subclass: {_qualified_name(type(module))}"
             if parametrize.is_parametrized(module):
                 why = "parametrized, remove_parametrizations before and register them after"
-            if isinstance(module, tuple(classes)) and type(module) not in classes.values():
+            if type(module) in _FROZEN.values() and any(new in _FROZEN.values() for new in classes.values()):
+                done.left[name] = f"frozen as {module.frozen_dtype} already, revert it before"
+            elif isinstance(module, tuple(classes)) and type(module) not in _OURS:
                 done.left[name] = why
         elif predicate is not None and not predicate(name, module):
             continue
-        elif not issubclass(new, _Layers) and getattr(module, "recurrent_dropout", 0) != 0:
-            done.left[name] = "torch.nn has no recurrent_dropout, set it to 0 before"
+        elif (why_not := obstacle(module, new)) is not None:
+            done.left[name] = why_not
         else:
             swap(module, new)
             done.swapped[name] = _qualified_name(new)
@@ -96,7 +102,7 @@ def convert(model: nn.Module, predicate: Callable[[str, nn.Module], bool] | None
         >>> print(nlpkernels.convert(model))
         0: now nlpkernels.embedding.EmbeddingBag
     """
-    return _swap(model, dict(_PAIRS), predicate, _change_class)
+    return _swap(model, dict(_PAIRS), predicate, _change_class, lambda module, new: None)
 
 
 def freeze(
@@ -118,7 +124,8 @@ def freeze(
         predicate: called with a layer's name and the layer; it is left as it is where this returns False.
 
     Returns:
-        What was swapped, and which subclasses were left alone, as `convert` does.
+        What was swapped, and which layers were left alone: subclasses, as `convert` does, those whose weights something
+        makes anew in each call, and those that are frozen already.
 
     Raises:
         ValueError: dtype is another one.
@@ -140,10 +147,23 @@ def freeze(
     pairs = {layer: new for ours, new in _FROZEN.items() for layer in (ours, ours._torchs)}  # type: ignore[attr-defined]
 
     def swap(module: nn.Module, new: type[nn.Module]) -> None:
+        before = type(module)
         module.__class__ = new
-        module._freeze(dtype)  # type: ignore[operator]
+        try:
+            module._freeze(dtype)  # type: ignore[operator]
+        except BaseException:  # of memory that ran out, say: nothing has changed yet
+            module.__class__ = before
+            raise
 
-    return _swap(model, pairs, predicate, swap)
+    def obstacle(module: nn.Module, new: type[nn.Module]) -> str | None:
+        names = [name for name in module.__dict__ if name.startswith(("weight_", "bias_"))]
+        if any(isinstance(module.__dict__[name], torch.Tensor) for name in names):
+            return f"something makes its {names[0]} anew (weight_norm, pruning?), remove that before"
+        if dtype != torch.float32 and module.hidden_size == 0:
+            return f"no hidden units to freeze as {dtype}"
+        return None
+
+    return _swap(model, pairs, predicate, swap, obstacle)
 
 
 def revert(model: nn.Module, predicate: Callable[[str, nn.Module], bool] | None = None) -> Swaps:
@@ -154,4 +174,9 @@ def revert(model: nn.Module, predicate: Callable[[str, nn.Module], bool] | None 
     """
     theirs = {ours: theirs for theirs, ours in _PAIRS}
     theirs |= {new: ours._torchs for ours, new in _FROZEN.items()}  # type: ignore[attr-defined]
-    return _swap(model, theirs, predicate, _change_class)
+
+    def obstacle(module: nn.Module, new: type[nn.Module]) -> str | None:
+        has_dropout = getattr(module, "recurrent_dropout", 0) != 0
+        return "torch.nn has no recurrent_dropout, set it to 0 before" if has_dropout else None
+
+    return _swap(model, theirs, predicate, _change_class, obstacle)

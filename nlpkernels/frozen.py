@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
 from nlpkernels import _ops, reference
-from nlpkernels._giving_way import leaves
+from nlpkernels._giving_way import exports_to_onnx, in_graph, is_torchs, leaves
 from nlpkernels.recurrent import GRU, LSTM, RNN, GRUCell, LSTMCell, RNNCell, _Cell, _Layers
 
 __all__ = ["FrozenGRU", "FrozenGRUCell", "FrozenLSTM", "FrozenLSTMCell", "FrozenRNN", "FrozenRNNCell"]
@@ -71,6 +71,29 @@ class _Frozen(nn.Module):
                 "(detach() them, or run under torch.no_grad()), or nlpkernels.revert(model) to train it"
             )
 
+    def _left_to_torch(self, input: Any, hx: Any, **options: Any) -> Any:
+        """Of weights that only our kernels multiply: a node of a graph, and an error in the place of torch's own way.
+
+        See `_giving_way.py`. None where the call is ours.
+        """
+        if self.frozen_dtype == torch.float32:
+            return None
+        data = input.data if isinstance(input, PackedSequence) else input
+        if is_torchs(data, *leaves(hx), *options.values()):
+            if (node := in_graph(self, input, hx, **options)) is not None:
+                return node
+            raise NotImplementedError(
+                f"{type(self).__name__}: torch has no layers with weights of {self.frozen_dtype}, and this call is "
+                "left to torch's own function, as one with a subclass of Tensor, or under torch.jit.trace or "
+                "torch.onnx.export: expected a layer frozen as torch.float32, or nlpkernels.revert(model)"
+            )
+        if isinstance(data, Tensor) and data.dtype not in reference.DTYPES:
+            raise ValueError(
+                f"{type(self).__name__}: expected input of dtype float32, float64, bfloat16 or float16, "
+                f"got {data.dtype}"
+            )
+        return None
+
     def _packed(self) -> list[Tensor]:
         """Packed weights and factors of each layer and direction, in turns: the first buffers."""
         return list(self._buffers.values())[: self._number_of_packed]  # type: ignore[return-value]
@@ -80,46 +103,55 @@ class _Frozen(nn.Module):
     def _freeze(self, dtype: torch.dtype) -> None:
         """Have what were parameters as buffers of that dtype."""
         self.frozen_dtype = dtype
-        self.training = False
         self._cell = "lstm" if isinstance(self, (LSTM, LSTMCell)) else "gru"
         if isinstance(self, (RNN, RNNCell)):
             self._cell = f"rnn_{self.nonlinearity}"
         features: int = getattr(self, "proj_size", 0) or self.hidden_size
         self._sizes = (self.input_size, self.hidden_size, features)
         plain = {name: value.detach() for name, value in self._plain_parameters().items()}
+        made: dict[str, Tensor | None] = dict(plain)
+        if dtype != torch.float32:
+            made = {}
+            for suffix, _, _ in self._names():
+                made |= zip((f"{kind}{suffix}" for kind in _PACKED), self._pack(suffix, plain), strict=True)
+            self._number_of_packed = len(made)
+        elif isinstance(self, _Cell):  # which has None where it has no bias
+            made |= {name: None for name in _KINDS[2:4] if name not in plain}
+        for name in self._own_names():
+            self._parameters.pop(name, None)
         others = {name: self._buffers.pop(name) for name in list(self._buffers)}  # a user's
-        self._parameters.clear()
-        if "_flat_weights" in self.__dict__:  # a layer's list of them
-            self.__dict__["_flat_weights"] = [None] * len(self.__dict__["_flat_weights"])
-        if dtype == torch.float32:
-            for name, value in plain.items():
-                self.register_buffer(name, value)
-            self._buffers |= others
-            return
-        for suffix, _, _ in self._names():
-            for kind, value in zip(_PACKED, self._pack(suffix, plain), strict=True):
-                self.register_buffer(f"{kind}{suffix}", value, persistent=False)
-        self._number_of_packed = len(self._buffers)
+        for name, value in made.items():
+            self.register_buffer(name, value, persistent=dtype == torch.float32)
         self._buffers |= others
+        self.training = False
+        if isinstance(self, _Layers):
+            self._init_flat_weights()
 
     def _thaw(self) -> None:
         """Have parameters again, in the place of buffers."""
         plain = self._float_parameters()
-        for name in [*self._plain_parameters(), *(f"{kind}{s}" for s, _, _ in self._names() for kind in _PACKED)]:
+        for name in [*self._own_names(), *(f"{kind}{s}" for s, _, _ in self._names() for kind in _PACKED)]:
             self._buffers.pop(name, None)
             self._non_persistent_buffers_set.discard(name)
         del self.frozen_dtype
+        others = dict(self._parameters)  # a user's
+        self._parameters.clear()
         for name, value in plain.items():
             self.register_parameter(name, nn.Parameter(value))
         if isinstance(self, _Layers):
             self._init_flat_weights()
-        elif not self.bias:
-            self.register_parameter("bias_ih", None)
-            self.register_parameter("bias_hh", None)
+        else:
+            for name in _KINDS[2:4]:
+                if name not in plain:
+                    self.register_parameter(name, None)
+        self._parameters |= others
+
+    def _own_names(self) -> list[str]:
+        return [f"{kind}{suffix}" for suffix, _, _ in self._names() for kind in _KINDS]
 
     def _plain_parameters(self) -> dict[str, Tensor]:
-        names = (f"{kind}{suffix}" for suffix, _, _ in self._names() for kind in _KINDS)
-        return {name: value for name in names if isinstance(value := getattr(self, name, None), Tensor)}
+        found = ((name, getattr(self, name, None)) for name in self._own_names())
+        return {name: value for name, value in found if isinstance(value, Tensor)}
 
     def _pack(self, suffix: str, plain: dict[str, Tensor]) -> list[Tensor]:
         """Packed weights and factors of a direction, of weights that are plain, or floating and to be rounded."""
@@ -190,36 +222,52 @@ class _Frozen(nn.Module):
         error_msgs: list[str],
     ) -> None:
         """Plain weights as they were saved, or those of a layer that has not been frozen, which are rounded."""
-        rest = (local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
         if self.frozen_dtype == torch.float32:
-            super()._load_from_state_dict(state_dict, prefix, *rest)
+            super()._load_from_state_dict(
+                state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+            )
             return
+        strange: list[str] = []  # to torch, which sees what a user has put here beside the weights
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing_keys, strange, error_msgs)
         expected: dict[str, Tensor] = {}
         for where in self._names():
             expected |= self._unpack(*where)
-        given = {name: state_dict[prefix + name] for name in expected if prefix + name in state_dict}
-        is_scale = {name for name in expected if name.endswith("_scale")}
+        unexpected_keys += [key for key in strange if key.removeprefix(prefix) not in expected]
+        given: dict[str, Tensor] = {}
         for name, value in expected.items():
-            is_needed = name not in is_scale or not given.get(name[: -len("_scale")], value).is_floating_point()
-            if name not in given and is_needed:
-                missing_keys.append(prefix + name)
-            elif name in given and given[name].shape != value.shape:
+            if (key := prefix + name) not in state_dict:
+                continue
+            if not isinstance(new := state_dict[key], Tensor):
                 error_msgs.append(
-                    f"size mismatch for {prefix}{name}: copying a param with shape {given[name].shape} from "
-                    f"checkpoint, the shape in current model is {value.shape}."
+                    f'While copying the parameter named "{key}", expected torch.Tensor or Tensor-like object from '
+                    f"checkpoint but received {type(new)}"
                 )
-                return
-        if strict:
-            own = [key for key in state_dict if key.startswith(prefix) and "." not in key[len(prefix) :]]
-            unexpected_keys += [key for key in own if key[len(prefix) :] not in expected]
+            elif new.shape != value.shape:
+                error_msgs.append(
+                    f"size mismatch for {key}: copying a param with shape {new.shape} from checkpoint, the shape in "
+                    f"current model is {value.shape}."
+                )
+            else:
+                given[name] = new
+        for name in expected:
+            # A matrix that is to be rounded has no scale yet.
+            matrix = given.get(name.removesuffix("_scale"))
+            is_needed = not name.endswith("_scale") or matrix is None or not matrix.is_floating_point()
+            if strict and is_needed and prefix + name not in state_dict:
+                missing_keys.append(prefix + name)
+        assigns = local_metadata.get("assign_to_params_buffers", False)
         for suffix, _, _ in self._names():
             names = [name for name in expected if name.removesuffix("_scale").endswith(suffix)]
-            if any(name in given for name in names):
-                plain = {name: given.get(name, expected[name]) for name in names}
-                for name in names:  # a matrix that is to be rounded has no scale yet
-                    if name in is_scale and given.get(name[: -len("_scale")], expected[name[:-6]]).is_floating_point():
-                        del plain[name]
-                for kind, value in zip(_PACKED, self._pack(suffix, plain), strict=True):
+            if not any(name in given for name in names):
+                continue
+            plain = {name: given.get(name, expected[name]) for name in names}
+            for name in names:
+                if name.endswith("_scale") and plain[name.removesuffix("_scale")].is_floating_point():
+                    del plain[name]
+            for kind, value in zip(_PACKED, self._pack(suffix, plain), strict=True):
+                if assigns:
+                    self._buffers[f"{kind}{suffix}"] = value
+                else:
                     buffer = self._buffers[f"{kind}{suffix}"]
                     assert buffer is not None
                     buffer.copy_(value)
@@ -262,6 +310,9 @@ class _FrozenLayers(_Frozen, _Layers):
             if found is not None:
                 return found[0], (found[1], found[2]) if has_c else found[1]
         self._refuse_to_train(input.data if isinstance(input, PackedSequence) else input, hx)
+        options = {"lengths": lengths, "return_state_sequence": return_state_sequence, "mask": mask}
+        if (node := self._left_to_torch(input, hx, **options)) is not None:
+            return node
         return self._run(input, hx, lengths, return_state_sequence, mask)
 
     def _check_x(self, x: Tensor, weight: Tensor, is_packed: bool) -> None:
@@ -281,7 +332,8 @@ class _FrozenLayers(_Frozen, _Layers):
             return _run_frozen(
                 x, states, weights, self._cell, directions, transposed, batch_sizes, return_state_sequence
             )
-        if return_state_sequence or _ops.autocast_dtype(x.device.type) is not None or _ops.is_left_to_torch(x):
+        is_left = _ops.is_left_to_torch(x) or exports_to_onnx()
+        if return_state_sequence or _ops.autocast_dtype(x.device.type) is not None or is_left:
             return super()._run_layers(x, states, weights, batch_sizes, return_state_sequence)
         per_layer, y, finals = len(weights) // self.num_layers, x.transpose(0, 1) if transposed else x, []
         for layer in range(self.num_layers):
@@ -354,6 +406,8 @@ class _FrozenCell(_Frozen, _Cell):
             if found is not None:
                 return tuple(found) if has_c else found[0]
         self._refuse_to_train(input, hx)
+        if (node := self._left_to_torch(input, hx)) is not None:
+            return node
         return self._step(self._cell, input, hx)
 
     def _weights_of_call(self) -> list[Tensor]:

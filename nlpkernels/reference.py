@@ -467,6 +467,7 @@ def frozen(
     keep: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """All layers, of int8 or bfloat16: y, h_n [L D, B, P], c_n [L D, B, H] or [0], c of all steps or [0]."""
+    _check_frozen(x, h0, c0, weights, cell, directions, keep)
     hidden = h0.shape[2] if c0 is None else c0.shape[2]
     dtype = torch.int8 if weights[0].dtype == torch.uint8 else torch.bfloat16
     h_ns, c_ns, c = [], [], x.new_empty(0)
@@ -484,6 +485,39 @@ def frozen(
         if keep and c0 is not None:
             c = workspace[:, :, 4].contiguous()
     return x, torch.cat(h_ns), torch.cat(c_ns) if c0 is not None else x.new_empty(0), c
+
+
+def _check_frozen(
+    x: Tensor, h0: Tensor, c0: Tensor | None, weights: list[Tensor], cell: str, directions: int, keep: bool
+) -> None:
+    """What csrc/cpu/frozen.cpp checks for its kernels."""
+    if directions not in (1, 2):
+        raise ValueError(f"frozen: expected 1 or 2 directions, got {directions}")
+    if h0.dim() != 3 or h0.shape[0] == 0 or h0.shape[0] % directions:
+        raise RuntimeError(
+            f"frozen: expected h0 of shape [layers * {directions}, batch, features], got {list(h0.shape)}"
+        )
+    if (c0 is not None) != facts_of(cell).has_c or (c0 is not None and (c0.dim() != 3 or c0.shape[0] != h0.shape[0])):
+        raise RuntimeError("frozen: expected c0 of as many layers as h0 for an LSTM, and else none")
+    if len(weights) != 2 * h0.shape[0]:
+        raise RuntimeError(
+            f"frozen: expected packed weights and their factors for each of {h0.shape[0]} layers and directions, got "
+            f"{len(weights)} tensors"
+        )
+    if keep and h0.shape[0] != directions:
+        raise ValueError(f"frozen: expected one layer where all states are kept, got {h0.shape[0] // directions}")
+    packed, factors = {w.dtype for w in weights[::2]}, {w.dtype for w in weights[1::2]}
+    if len(packed) > 1 or not packed <= _VALUES_OF_WORD.keys() or factors != {torch.int32}:
+        raise RuntimeError(
+            "frozen: expected packed weights of one dtype, uint8 (int8) or int16 (bfloat16), and factors of int32, got "
+            f"{', '.join(map(str, packed))} and {', '.join(map(str, factors))}"
+        )
+    if any(w.dim() != 1 or w.layout != torch.strided for w in weights):
+        raise RuntimeError("frozen: expected packed weights and factors to be plain vectors")
+    if x.dtype != torch.float32:
+        raise RuntimeError(f"frozen: expected x of dtype float32, got {x.dtype}")
+    for i, weight in enumerate(weights):
+        refuse_shrunk("frozen", f"weights[{i}]", weight)
 
 
 def _padded(count: int, whole: int) -> int:

@@ -14,8 +14,10 @@ Cases run in worker processes. One that dies or hangs is reported like any other
 from __future__ import annotations
 
 import argparse
+import copy
 import math
 import os
+import pickle
 import random
 import subprocess
 import sys
@@ -30,12 +32,21 @@ from typing import Any
 import pytest
 import torch
 from rounding import NearestKink, Rounded
-from tolerances import FUZZED_DRAWS, FUZZED_KINK, assert_each_close, assert_summed, rounding_devices
+from tolerances import (
+    FROZEN_TIMES,
+    FUZZED_DRAWS,
+    FUZZED_KINK,
+    assert_each_close,
+    assert_frozen_close,
+    assert_summed,
+    rounding_devices,
+)
 from torch import Tensor
 from torch.nn.utils.rnn import pack_padded_sequence
+from torch.utils._pytree import tree_leaves, tree_map
 
 import nlpkernels as K
-from nlpkernels import functional, reference
+from nlpkernels import _ops, functional, reference
 
 Case = dict[str, Any]
 DTYPES = {"float32": 8, "float64": 5, "bfloat16": 3, "float16": 2}  # and how often
@@ -149,6 +160,21 @@ def draw_cells(rng: random.Random) -> Case:
         "needs": often(rng, "xhcw", "", "x", "h", "c", "w", "1", share=0.5), "gets": often(rng, "hc", "h", "c"),
     }  # fmt: skip
     fit_recurrent(rng, case)
+    return case
+
+
+def draw_frozen(rng: random.Random) -> Case:
+    case = draw_layers(rng) | {
+        "weights": rng.choice(("float32", "bfloat16", "bfloat16", "int8", "int8")),
+        "is_cell": rng.random() < 0.2,
+        "mask": rng.random() < 0.3,  # in the place of lengths
+        "copied": often(rng, "", "pickle", "state_dict", "plain state_dict", "deepcopy"),
+        "alone": rng.random() < 0.2,  # a sequence by itself, for the same bits
+        "place": rng.choice("xhcw"),
+        "function": False, "needs": "", "gets": "y",
+    }  # fmt: skip
+    if case["is_cell"]:
+        case |= {"layers": 1, "directions": 1, "proj": 0, "sequence": False, "form": often(rng, "padded", "unbatched")}
     return case
 
 
@@ -627,6 +653,99 @@ def check_cells(c: SimpleNamespace) -> None:
     r.compare(got, exact_results(), exact_results, len(results))
 
 
+def check_frozen(c: SimpleNamespace) -> None:
+    """Weights of float32 stay in the dtype of the case, for the bits of the layer as it was."""
+    if c.form == "unbatched":
+        c.batch = 1
+    if c.form in ("packed", "unsorted"):
+        c.steps, c.batch = max(1, c.steps), max(1, c.batch)
+    unbatched, first = c.form == "unbatched", c.batch_first and c.form != "unbatched" and not c.is_cell
+    lead = () if c.is_cell else (c.layers * c.directions,)
+    lead = lead if unbatched else (*lead, c.batch)
+    shape = (c.batch, c.steps) if first else (c.steps, c.batch)
+    shape = () if c.is_cell else (c.steps,) if unbatched else shape
+    r = Recurrent(c, c.batch, (*shape, c.inputs) if not c.is_cell else (*lead, c.inputs), lead)
+    x, weights, dtype = r.ours[0], r.ours[3:], getattr(torch, c.weights)
+    states = r.states(r.ours)
+    hx = None if states is None else states if r.has_c else states[0]
+
+    is_rnn = c.cell.startswith("rnn")
+    options: Any = {"nonlinearity": c.cell[4:]} if is_rnn else {"proj_size": c.proj} if c.proj else {}
+    name = ("RNN" if is_rnn else c.cell.upper()) + "Cell" * c.is_cell
+    if not c.is_cell:
+        options |= {"num_layers": c.layers, "batch_first": c.batch_first, "bidirectional": c.directions == 2}
+        options["dropout"] = c.dropout if c.layers > 1 else 0.0
+    kind = getattr(K if c.data % 2 else torch.nn, name)
+    layer = kind(c.inputs, c.hidden, bias=c.bias, device="meta", dtype=r.data.dtype, **options)
+    for own, weight in zip(list(layer._parameters), weights, strict=not c.is_cell):
+        layer._parameters[own] = torch.nn.Parameter(weight, requires_grad=False)
+    layer.eval()
+    before = copy.deepcopy(layer)
+    K.convert(before)
+    assert K.freeze(layer, dtype).swapped, "it is left alone"
+
+    call: Any = {"return_state_sequence": True} if c.sequence else {}
+    if c.form in ("packed", "unsorted", "lengths"):
+        least = 0 if c.form == "lengths" else 1
+        lengths = torch.tensor([r.data.rng.randint(least, c.steps) for _ in range(c.batch)], dtype=torch.long)
+        lengths = lengths.sort(descending=True).values if c.form == "packed" else lengths
+        real = torch.arange(c.steps) < lengths.unsqueeze(1)
+        real = real if first else real.T
+        if c.form != "lengths":
+            x = pack_padded_sequence(x, lengths, c.batch_first, enforce_sorted=c.form == "packed")
+        else:
+            if c.layout != "expanded":
+                x = x.masked_fill(~real.unsqueeze(-1), math.nan)  # which is not read
+            call |= {"mask": real} if c.mask else {"lengths": lengths}
+
+    def run(layer: torch.nn.Module, x: Any = x, hx: Any = hx) -> list[Tensor]:
+        return [leaf for leaf in tree_leaves(layer(x, hx, **call)) if isinstance(leaf, Tensor)]
+
+    got = run(layer)
+    if dtype == torch.float32:
+        assert_same_bits(got, run(before), [f"result {i}" for i in range(len(got))])
+    else:
+        kernels = _ops.frozen, _ops.frozen_layers
+        _ops.frozen, _ops.frozen_layers = reference.frozen, lambda *args: None
+        try:
+            expected = run(layer)
+        finally:
+            _ops.frozen, _ops.frozen_layers = kernels
+        for i, (one, other) in enumerate(zip(got, expected, strict=True)):
+            if one.is_floating_point():
+                assert_frozen_close(one, other, dtype, c.layers * FROZEN_TIMES, f"result {i}")
+            else:
+                assert torch.equal(one, other), f"result {i}"
+    names = [f"result {i}" for i in range(len(got))]
+    if c.copied:
+        if c.copied == "pickle":
+            other = pickle.loads(pickle.dumps(layer))
+        elif c.copied == "deepcopy":
+            other = copy.deepcopy(layer)
+        else:
+            other = copy.deepcopy(before)
+            for parameter in other.parameters():
+                torch.nn.init.ones_(parameter)
+            K.freeze(other, dtype)
+            other.load_state_dict((layer if c.copied == "state_dict" else before).state_dict())
+        assert_same_bits(got, run(other), names)
+    if c.alone and c.form == "padded" and c.batch > 0:
+        one = r.data.rng.randrange(c.batch)
+        at = 0 if c.is_cell else 1
+
+        def part(value: Any, at: int) -> Any:
+            return tree_map(lambda t: None if t is None else t.narrow(at, one, 1), value)
+
+        own = run(layer, part(x, 0 if first or c.is_cell else 1), part(hx, at))
+        batch_of_y = 0 if first or c.is_cell else 1
+        batch_of_states = at + (c.sequence and not first)
+        theirs = [part(got[0], batch_of_y), *(part(state, batch_of_states) for state in got[1:])]
+        assert_same_bits(own, theirs, names)
+    if c.again:
+        torch.set_num_threads(c.threads % 4 + 1)
+        assert_same_bits(got, run(layer), names)
+
+
 def check_raw_recurrent(c: SimpleNamespace) -> None:
     lead = (c.directions, c.batch)
     sizes = None
@@ -1063,6 +1182,7 @@ def check_dots(c: SimpleNamespace) -> None:
 FAMILIES: dict[str, tuple[float, Callable[[random.Random], Case], Callable[[SimpleNamespace], None]]] = {
     "layers": (30, draw_layers, check_layers),
     "cells": (10, draw_cells, check_cells),
+    "frozen": (15, draw_frozen, check_frozen),
     "raw_recurrent": (15, draw_raw_recurrent, check_raw_recurrent),
     "bags": (25, draw_bags, check_bags),
     "optimizers": (8, draw_optimizers, check_optimizers),
@@ -1094,6 +1214,7 @@ SIMPLER: Case = {
     "needs": "", "gets": "y", "again": False, "mask": False, "freq": False, "weighted": False, "padding": "none",
     "include_last": False, "tail": 0, "max_norm": 0.0, "norm_type": 2.0, "sparse": False, "ids": "int64",
     "offsets": "int64", "spread": "one", "values": "eighths", "dtype": "float32", "calls": 1, "passes": 1, "scale": 0.7,
+    "copied": "", "alone": False, "is_cell": False,
 }  # fmt: skip
 SIZES = ("steps", "batch", "inputs", "hidden", "rows", "columns", "uses", "bags", "length")
 

@@ -136,7 +136,8 @@ def test_every_op_is_listed() -> None:
     }
     # The first changes its arguments: see test_optim.py. The last two are what ops of these names call for bfloat16.
     others = {"embedding_bag_update", "_keep_memory", "_recurrent_bfloat16", "_recurrent_bfloat16_backward"}
-    assert registered == {*ALL_OPS, *others}
+    of_frozen_layers = {"recurrent_frozen", "frozen"}  # see test_frozen.py
+    assert registered == {*ALL_OPS, *others, *of_frozen_layers}
 
 
 @pytest.mark.skipif(_ops.INSTRUCTION_SET not in _ops.OF_BFLOAT16, reason="this machine does not multiply bfloat16")
@@ -615,7 +616,7 @@ def test_report() -> None:
 def test_public_names() -> None:
     assert set(nlpkernels.__all__) == {
         "RNN", "LSTM", "GRU", "RNNCell", "LSTMCell", "GRUCell", "Embedding", "EmbeddingBag", "functional", "convert",
-        "revert", "optim", "NegativeSampling",
+        "revert", "freeze", "optim", "NegativeSampling",
     }  # fmt: skip
 
 

@@ -2,10 +2,11 @@
 //
 // A tensor is the same as long as it lives, lies where it lay and has not been written to since, as far as torch counts
 // that: what `.data` or a raw pointer writes, it does not see, and of a tensor made in inference mode it keeps no
-// count, so that nothing is kept either.
+// count, so that nothing is kept either. Of tensors that have changed, what was made before goes.
 #pragma once
 
 #include <ATen/core/Tensor.h>
+#include <c10/core/StorageImpl.h>
 
 #include <algorithm>
 #include <memory>
@@ -35,8 +36,8 @@ class Kept {
     if (made) return made;
     made = make();
     with_entries([&](std::vector<Entry>& entries) {
-      // Of tensors that are gone or have changed; and of these, if another thread was faster.
-      const auto is_over = [&](const Entry& entry) { return entry.is_over() || entry.is_of(tensors); };
+      // Of tensors that are gone; and of these, before they changed or by another thread that was faster.
+      const auto is_over = [&](const Entry& entry) { return entry.is_over() || entry.was_of(tensors); };
       entries.erase(std::remove_if(entries.begin(), entries.end(), is_over), entries.end());
       entries.emplace_back(tensors, made);
     });
@@ -46,12 +47,21 @@ class Kept {
  private:
   struct Source {
     explicit Source(const at::Tensor& tensor)
-        : tensor(tensor.getIntrusivePtr()), data(tensor.const_data_ptr()), version(tensor._version()) {}
+        : tensor(tensor.getIntrusivePtr()),
+          storage(tensor.storage().getWeakStorageImpl()),
+          data(tensor.const_data_ptr()),
+          version(tensor._version()) {}
+    bool was(const at::Tensor& other) const {
+      return !tensor.expired() && tensor._unsafe_get_target() == other.unsafeGetTensorImpl();
+    }
+    // What `.data` is set to is counted nowhere, and may lie where something lay before that is gone.
     bool is(const at::Tensor& other) const {
-      return !tensor.expired() && tensor._unsafe_get_target() == other.unsafeGetTensorImpl() &&
-             data == other.const_data_ptr() && version == other._version();
+      return was(other) && !storage.expired() &&
+             storage._unsafe_get_target() == other.storage().unsafeGetStorageImpl() && data == other.const_data_ptr() &&
+             version == other._version();
     }
     c10::weak_intrusive_ptr<at::TensorImpl, at::UndefinedTensorImpl> tensor;
+    c10::weak_intrusive_ptr<c10::StorageImpl> storage;
     const void* data;
     int64_t version;
   };
@@ -63,8 +73,13 @@ class Kept {
       return std::equal(sources.begin(), sources.end(), tensors.begin(), tensors.end(),
                         [](const Source& source, const at::Tensor& tensor) { return source.is(tensor); });
     }
+    bool was_of(at::TensorList tensors) const {
+      return std::equal(sources.begin(), sources.end(), tensors.begin(), tensors.end(),
+                        [](const Source& source, const at::Tensor& tensor) { return source.was(tensor); });
+    }
     bool is_over() const {
-      return std::any_of(sources.begin(), sources.end(), [](const Source& source) { return source.tensor.expired(); });
+      return std::any_of(sources.begin(), sources.end(),
+                         [](const Source& source) { return source.tensor.expired() || source.storage.expired(); });
     }
     std::vector<Source> sources;
     std::shared_ptr<Made> made;
