@@ -142,7 +142,7 @@ class _Pass:
     def __init__(self, task: int) -> None:
         self.task = task
         self.uses: dict[_InBackward, _Uses] = {}
-        self.is_nested = False
+        self.come_through: _ComeThrough | None = None
 
     def add(self, optimizer: _InBackward, table: Tensor, uses: list[_Found]) -> None:
         tables = self.uses.setdefault(optimizer, {})
@@ -154,22 +154,32 @@ class _Pass:
 
     def end(self) -> None:
         """What the engine calls when the pass has come through."""
+        _passes.pop(self.task, None)
         if torch._C._current_autograd_node() is None:
             _apply(self.uses, sorted(self.uses, key=id))
-        else:
-            self.is_nested = True  # in a node of another pass, which can still fail
+        else:  # in a node of another pass, which can still fail
+            self.come_through = _ComeThrough(self.uses)
+
+
+class _ComeThrough:
+    """The uses of a pass that has come through within another. It goes with it, where the other one goes on.
+
+    What a signal's handler raises while this is at work, Python has no place for: it is reported and passed over. So
+    no other pass has a destructor.
+    """
+
+    def __init__(self, uses: dict[_InBackward, _Uses]) -> None:
+        self.uses = uses
 
     def __del__(self) -> None:
-        _passes.pop(self.task, None)
-        # The engine lets go of a nested pass that has come through where the one around it goes on.
-        if self.is_nested and torch._C._current_graph_task_id() < 0:
+        if torch._C._current_graph_task_id() < 0:
             _apply(self.uses, sorted(self.uses, key=id))
-        elif self.is_nested:
-            with _lock:
-                outer = _current_pass()
-                for optimizer, tables in self.uses.items():
-                    for table, uses in tables.values():
-                        outer.add(optimizer, table, uses)
+            return
+        with _lock:
+            outer = _current_pass()
+            for optimizer, tables in self.uses.items():
+                for table, uses in tables.values():
+                    outer.add(optimizer, table, uses)
 
 
 _lock = threading.RLock()  # of _passes and what is in them
@@ -181,6 +191,8 @@ def _current_pass() -> _Pass:
     reference = _passes.get(task)
     found = None if reference is None else reference()
     if found is None:
+        for failed in [number for number, one in list(_passes.items()) if one() is None]:
+            _passes.pop(failed, None)
         found = _Pass(task)
         _queue_callback(found.end)
         _passes[task] = weakref.ref(found)

@@ -258,9 +258,17 @@ def _lengths_of(mask: Tensor, x: Tensor, batch_first: bool) -> Tensor:
             f"got shape {list(mask.shape)} of {mask.dtype}"
         )
     step = 1 if batch_first else 0
-    if not torch.compiler.is_compiling() and bool((mask.int().diff(dim=step) > 0).any()):
-        raise ValueError("expected mask to be true for the first steps of each sequence, got steps after a gap")
+    has_gap = (mask.int().diff(dim=step) > 0).any()
+    _refuse(has_gap, "expected mask to be true for the first steps of each sequence, got steps after a gap")
     return mask.sum(step)
+
+
+def _refuse(is_wrong: Tensor, message: str) -> None:
+    """Raise a ValueError if so; in compiled code, which asks when it runs, a RuntimeError."""
+    if torch.compiler.is_compiling():
+        torch._assert_async(~is_wrong, message)
+    elif bool(is_wrong):
+        raise ValueError(message)
 
 
 class _Padding(NamedTuple):
@@ -295,8 +303,12 @@ class _Padding(NamedTuple):
                 f"got shape {list(lengths.shape)} of {lengths.dtype}"
             )
         lengths = lengths.cpu().long()
-        if not torch.compiler.is_compiling() and bool(((lengths < 0) | (lengths > steps)).any()):
-            raise ValueError(f"expected lengths from 0 to {steps}, the steps of input, got {lengths.tolist()}")
+        is_wrong = ((lengths < 0) | (lengths > steps)).any()
+        if torch.compiler.is_compiling():
+            message = "expected lengths from 0 to the steps of input"
+        else:
+            message = f"expected lengths from 0 to {steps}, the steps of input, got {lengths.tolist()}"
+        _refuse(is_wrong, message)
         ordered, order = lengths.sort(descending=True, stable=True)
         step = torch.arange(steps, device=lengths.device).unsqueeze(1)  # [T, 1]
         is_real = step < ordered  # [T, B]

@@ -142,6 +142,8 @@ class NegativeSampling(torch.nn.Module):
             raise RuntimeError(
                 f"NegativeSampling: expected h of shape {[targets.shape[0], self.embedding_dim]}, got {list(h.shape)}"
             )
+        if h.dtype != self.weight.dtype and _ops.autocast_dtype(h.device.type) is None:
+            raise RuntimeError(f"NegativeSampling: expected h of dtype {self.weight.dtype} like weight, got {h.dtype}")
         targets = targets.long()
         own, negatives = targets.unsqueeze(1), self.draw(targets)
         if self.shared:

@@ -178,7 +178,11 @@ def test_all_of_the_options() -> None:
     """Layers, directions, biases, batch_first: values and shapes, of every kind and dtype."""
     for kind in LAYERS:
         for dtype in DTYPES:
-            for layers, bidirectional, bias, first in ((1, True, False, False), (3, True, True, True), (2, False, False, True)):
+            for layers, bidirectional, bias, first in (
+                (1, True, False, False),
+                (3, True, True, True),
+                (2, False, False, True),
+            ):
                 layer = layer_of(kind, num_layers=layers, bidirectional=bidirectional, bias=bias, batch_first=first)
                 mine, x = frozen_copy(layer, dtype), torch.randn(3, 4, 7)
                 hx = states_of(layer, 3 if first else 4)
@@ -570,7 +574,9 @@ def test_gradients_are_refused(dtype: torch.dtype) -> None:
                 lambda: mine(pack_padded_sequence(wants, [3, 2])),  # noqa: B023
             ]
         for call in calls:
-            with pytest.raises(RuntimeError, match=r"a frozen layer only runs: expected inputs and states that require"):
+            with pytest.raises(
+                RuntimeError, match=r"a frozen layer only runs: expected inputs and states that require"
+            ):
                 call()
             with torch.no_grad():
                 call()
@@ -627,7 +633,9 @@ def test_state_dict(dtype: torch.dtype) -> None:
         assert set(state) == {*module.state_dict(), *scales}
         assert {state[name].dtype for name in weights} == {dtype}
         assert all(value.dtype == torch.float32 for name, value in state.items() if name not in weights)
-        assert all(value.shape == module.state_dict()[name].shape for name, value in state.items() if name not in scales)
+        assert all(
+            value.shape == module.state_dict()[name].shape for name, value in state.items() if name not in scales
+        )
         fresh = copy.deepcopy(module)
         for parameter in fresh.parameters():
             nn.init.normal_(parameter)
@@ -749,7 +757,9 @@ def test_copies_and_moves(dtype: torch.dtype) -> None:
         if dtype == torch.float32:
             assert names == {name for name, _ in module.named_parameters()}
         else:
-            assert len(names) == 2 * len({name.split("_", 2)[2] if "_l" in name else "" for name in module.state_dict()})
+            assert len(names) == 2 * len(
+                {name.split("_", 2)[2] if "_l" in name else "" for name in module.state_dict()}
+            )
 
 
 def test_meta_layers_are_loaded() -> None:
@@ -1088,7 +1098,9 @@ def test_specials_stay_in_their_sequence(kind: str, dtype: torch.dtype, value: f
         (special_x[2] if place == "x" else state[0])[3, 1] = value
         got, got_final = mine(special_x, special_hx)
         others = [0, 1, 2, 4, 5]
-        assert_same_bits(tree_map(lambda t: t[:, others], (got, got_final)), tree_map(lambda t: t[:, others], (y, final)))  # noqa: B023
+        assert_same_bits(
+            tree_map(lambda t: t[:, others], (got, got_final)), tree_map(lambda t: t[:, others], (y, final))
+        )  # noqa: B023
         with by_reference():
             expected, _ = mine(special_x, special_hx)
         if dtype != torch.float32:
@@ -1154,7 +1166,11 @@ def samples() -> list[tuple[str, tuple[Any, ...]]]:
         hx = states_of(layer, 3)
         h0, c0 = hx if isinstance(hx, tuple) else (hx, None)
         cell = "rnn_relu" if kind == "rnn_relu" else {"RNN_TANH": "rnn_tanh"}.get(layer.mode, layer.mode.lower())
-        inputs = [(torch.randn(4, 3, 5), None), (torch.randn(7, 5), torch.tensor([3, 2, 1, 1])), (torch.randn(3, 5), None)]
+        inputs = [
+            (torch.randn(4, 3, 5), None),
+            (torch.randn(7, 5), torch.tensor([3, 2, 1, 1])),
+            (torch.randn(3, 5), None),
+        ]
         for x, sizes in inputs:
             one = (h0[:2], None if c0 is None else c0[:2])
             plain = [getattr(layer, name).detach() for name in layer._flat_weights_names if "_l0" in name]
@@ -1240,7 +1256,11 @@ def test_hostile_calls() -> None:
             op(x, None, torch.zeros(1, 3, 6), torch.zeros(1, 3, 6), gru._packed(), "gru", 1, False)
         error_of(lambda: op(*{**good, "h0": h0[..., :2]}.values()))  # noqa: B023 (as many words of int8 as 4 features have)
         # Strides are all the same to it.
-        for strided in (x.transpose(0, 1).contiguous().transpose(0, 1), torch.randn(4, 3, 10)[..., ::2], x[:, :1].expand(4, 3, 5)):
+        for strided in (
+            x.transpose(0, 1).contiguous().transpose(0, 1),
+            torch.randn(4, 3, 10)[..., ::2],
+            x[:, :1].expand(4, 3, 5),
+        ):
             assert_same_bits(op(strided, None, h0, c0, weights, "lstm", 2, True),
                              op(strided.clone(memory_format=torch.contiguous_format), None, h0, c0, weights, "lstm", 2, True))  # fmt: skip
 

@@ -220,3 +220,36 @@ def test_lengths_under_a_default_device(given: Any) -> None:
     with torch.device("meta"):
         got = layer(x, lengths=given)
     assert all(map(torch.equal, got, expected))
+
+
+@pytest.mark.parametrize("way", ["compile", "export"])
+def test_wrong_lengths_and_masks_are_refused_by_compiled_code(way: str) -> None:
+    """When it runs: they are data. And right ones are taken."""
+    gru, x = nlpkernels.GRU(4, 6).eval(), torch.randn(5, 2, 4)
+
+    class Model(torch.nn.Module):
+        def __init__(self, name: str) -> None:
+            super().__init__()
+            self.gru, self.name = gru, name
+
+        def forward(self, x: Tensor, given: Tensor) -> Tensor:
+            return self.gru(x, **{self.name: given})[0]
+
+    full = torch.tensor([[1, 1], [1, 1], [1, 1], [1, 0], [0, 0]]).bool()
+    gap = torch.tensor([[1, 1], [0, 1], [1, 1], [1, 1], [0, 1]]).bool()
+    cases = [
+        ("lengths", torch.tensor([4, 3]), (torch.tensor([9, 2]), torch.tensor([-1, 2]))),
+        ("mask", full, (gap,)),
+    ]
+    for name, right, wrong in cases:
+        model = Model(name)
+        if way == "compile":
+            torch._dynamo.reset()
+            compiled: Any = torch.compile(model, backend="eager", fullgraph=True)
+        else:
+            compiled = torch.export.export(model, (x, right)).module()
+        with torch.no_grad():
+            torch.testing.assert_close(compiled(x, right), model(x, right))
+            for given in wrong:
+                with pytest.raises(RuntimeError, match=r"expected (lengths from 0|mask to be true)"):
+                    compiled(x, given)

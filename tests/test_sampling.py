@@ -503,3 +503,11 @@ def test_lines_that_are_none_are_refused(line: list[int]) -> None:
         torch.ops.nlpkernels.draw_negatives(seed, torch.tensor(line), guide, targets, 3)
     with pytest.raises(IndexError, match=r"targets\[0\] is 2, expected a row from 0 to 1"):
         torch.ops.nlpkernels.draw_negatives(seed, torch.tensor([0, 2**53]), guide, torch.tensor([2]), 3)
+
+
+@pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.int64, torch.complex64])
+def test_h_of_another_dtype_is_refused(shared: bool, dtype: torch.dtype) -> None:
+    module = nlpkernels.NegativeSampling(5, 4, torch.ones(5), negatives=2, shared=shared)
+    with pytest.raises(RuntimeError, match=r"expected h of dtype torch.float32 like weight, got torch\."):
+        module(torch.ones(2, 4, dtype=dtype), torch.tensor([0, 1]))
