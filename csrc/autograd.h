@@ -233,8 +233,8 @@ inline std::optional<variable_list> recurrent_frozen(const Tensor& x, const Tens
 }
 
 // All layers over input [T, B, I], or [B, T, I] if batch_first, from states (h_0,) or (h_0, c_0), or nothing for zeros:
-// output, h_n and, if there is one, c_n. Nothing where shapes are others, or dtypes differ, or what is frozen would need
-// a gradient.
+// output, h_n and, if there is one, c_n. Nothing where shapes are others, or dtypes differ, or what is frozen would
+// need a gradient.
 inline std::optional<variable_list> recurrent_layers(const Tensor& input, std::optional<variable_list> given,
                                                      const variable_list& weights, const std::string& cell,
                                                      int64_t layers, int64_t directions, bool batch_first,

@@ -15,7 +15,7 @@ from torch.nn.utils import parametrize
 
 from nlpkernels import frozen
 from nlpkernels.embedding import Embedding, EmbeddingBag
-from nlpkernels.recurrent import GRU, LSTM, RNN, GRUCell, LSTMCell, RNNCell, _Layers
+from nlpkernels.recurrent import GRU, LSTM, RNN, GRUCell, LSTMCell, RNNCell
 
 __all__ = ["Swaps", "convert", "freeze", "revert"]
 
@@ -169,8 +169,8 @@ def freeze(
 def revert(model: nn.Module, predicate: Callable[[str, nn.Module], bool] | None = None) -> Swaps:
     """Swap nlpkernels' layers in `model` for torch.nn's, in place: the inverse of `convert`, same arguments.
 
-    A layer with recurrent dropout is left alone and reported, as torch.nn's would train without. One that was frozen gets
-    parameters again: with the values that it had, of torch.float32, and else with those that it was frozen to.
+    A layer with recurrent dropout is left alone and reported, as torch.nn's would train without. One that was frozen
+    gets parameters again: with the values that it had, of torch.float32, and else with those that it was frozen to.
     """
     theirs = {ours: theirs for theirs, ours in _PAIRS}
     theirs |= {new: ours._torchs for ours, new in _FROZEN.items()}  # type: ignore[attr-defined]

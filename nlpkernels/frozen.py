@@ -3,9 +3,9 @@
 `nlpkernels.freeze` makes them of layers that there are. They are called as the layers were.
 
 Weights of bfloat16 and int8 lie packed in two buffers for each layer and direction, in an order that is the same on
-every machine, so that a pickle, a copy or shared memory holds them once. A state_dict holds them plain: of `weight_ih_l0`
-and its kin the matrix in int8 or bfloat16, of int8 with the scale of each row as `weight_ih_l0_scale`, and the biases in
-float32. Rows of x and h are rounded likewise before they are multiplied: see csrc/cpu/narrow.h.
+every machine, so that a pickle, a copy or shared memory holds them once. A state_dict holds them plain: of
+`weight_ih_l0` and its kin the matrix in int8 or bfloat16, of int8 with the scale of each row as `weight_ih_l0_scale`,
+and the biases in float32. Rows of x and h are rounded likewise before they are multiplied: see csrc/cpu/narrow.h.
 """
 
 from __future__ import annotations
@@ -38,6 +38,12 @@ class _Frozen(nn.Module):
     frozen_dtype: torch.dtype
     """What the weights are frozen in; of torch.float32 they may have any dtype."""
     _number_of_packed: int
+    bias: bool
+    hidden_size: int
+    input_size: int
+    num_layers: int
+    proj_size: int
+    bidirectional: bool
 
     def _names(self) -> Iterator[tuple[str, int, int]]:
         """For each layer and direction the suffix of its weights' names, its inputs, and features of h."""
@@ -88,13 +94,15 @@ class _Frozen(nn.Module):
             )
         if isinstance(data, Tensor) and data.dtype not in reference.DTYPES:
             raise ValueError(
-                f"{type(self).__name__}: expected input of dtype float32, float64, bfloat16 or float16, got {data.dtype}"
+                f"{type(self).__name__}: expected input of dtype float32, float64, bfloat16 or float16, "
+                f"got {data.dtype}"
             )
         return None
 
     def _packed(self) -> list[Tensor]:
         """Packed weights and factors of each layer and direction, in turns: the first buffers."""
-        return list(self._buffers.values())[: self._number_of_packed]  # type: ignore[arg-type]
+        buffers: list[Any] = list(self._buffers.values())
+        return buffers[: self._number_of_packed]
 
     # --- Plain weights, and back ---
 
@@ -112,13 +120,14 @@ class _Frozen(nn.Module):
             made |= {name: None for name in _KINDS[2:4] if name not in plain}
         for name in self._own_names():
             self._parameters.pop(name, None)
+            self._buffers.pop(name, None)
         others = {name: self._buffers.pop(name) for name in list(self._buffers)}  # a user's
         for name, value in made.items():
             self.register_buffer(name, value, persistent=dtype == torch.float32)
         self._buffers |= others
         self.training = False
         if isinstance(self, _Layers):
-            self._init_flat_weights()  # type: ignore[no-untyped-call]
+            self._init_flat_weights()
 
     def _thaw(self) -> None:
         """Have parameters again, in the place of buffers."""
@@ -132,7 +141,7 @@ class _Frozen(nn.Module):
         for name, value in plain.items():
             self.register_parameter(name, nn.Parameter(value))
         if isinstance(self, _Layers):
-            self._init_flat_weights()  # type: ignore[no-untyped-call]
+            self._init_flat_weights()
         else:
             for name in _KINDS[2:4]:
                 if name not in plain:
@@ -148,7 +157,8 @@ class _Frozen(nn.Module):
 
     def _pack(self, suffix: str, plain: dict[str, Tensor]) -> list[Tensor]:
         """Packed weights and factors of a direction, of weights that are plain, or floating and to be rounded."""
-        matrices, scales = [], []
+        matrices: list[Tensor | None] = []
+        scales = []
         for kind in _KINDS[:2] + _KINDS[4:]:
             matrix = plain.get(f"{kind}{suffix}")
             scale = plain.get(f"{kind}{suffix}_scale")
@@ -198,7 +208,7 @@ class _Frozen(nn.Module):
         return found
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
-        super()._save_to_state_dict(destination, prefix, keep_vars)  # type: ignore[no-untyped-call]
+        super()._save_to_state_dict(destination, prefix, keep_vars)
         if self.frozen_dtype != torch.float32:
             for where in self._names():
                 destination |= {prefix + name: value for name, value in self._unpack(*where).items()}
@@ -217,10 +227,10 @@ class _Frozen(nn.Module):
         if self.frozen_dtype == torch.float32:
             super()._load_from_state_dict(
                 state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
-            )  # type: ignore[no-untyped-call]
+            )
             return
         strange: list[str] = []  # to torch, which sees what a user has put here beside the weights
-        super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing_keys, strange, error_msgs)  # type: ignore[no-untyped-call]
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing_keys, strange, error_msgs)
         expected: dict[str, Tensor] = {}
         for where in self._names():
             expected |= self._unpack(*where)

@@ -424,9 +424,7 @@ def pack_frozen(weights: FrozenWeights, cell: str) -> list[Tensor]:
     return [packed, torch.cat(factors).view(torch.int32)]
 
 
-def unpack_frozen(
-    packed: Tensor, factors: Tensor, cell: str, inputs: int, hidden: int, features: int
-) -> FrozenWeights:
+def unpack_frozen(packed: Tensor, factors: Tensor, cell: str, inputs: int, hidden: int, features: int) -> FrozenWeights:
     """What `pack_frozen` was given, for x of `inputs` features, H units and P features of h."""
     facts, values = facts_of(cell), _VALUES_OF_WORD[packed.dtype]
     gates, slots = facts.gates, 4 if cell == "gru" else facts.gates
@@ -507,9 +505,7 @@ def _check_frozen(
             f"{len(weights)} tensors"
         )
     if keep and h0.shape[0] != directions:
-        raise ValueError(
-            f"frozen: expected one layer where all states are kept, got {h0.shape[0] // directions}"
-        )
+        raise ValueError(f"frozen: expected one layer where all states are kept, got {h0.shape[0] // directions}")
     packed, factors = {w.dtype for w in weights[::2]}, {w.dtype for w in weights[1::2]}
     if len(packed) > 1 or not packed <= _VALUES_OF_WORD.keys() or factors != {torch.int32}:
         raise RuntimeError(

@@ -28,14 +28,17 @@ from test_threads import LIMIT, run_python
 from tolerances import FROZEN, FROZEN_DEQUANTISED, FROZEN_MOSTLY, assert_frozen_close, relative_error
 from torch import Tensor, nn
 from torch.nn.utils import parametrize, prune
-from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
+from torch.nn.utils.rnn import pack_padded_sequence
 from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils.flop_counter import FlopCounterMode
 
 import nlpkernels
 from nlpkernels import _ops, frozen, reference
 
 DTYPES = [torch.float32, torch.bfloat16, torch.int8]
 NARROW = DTYPES[1:]
+pytestmark = pytest.mark.skipif("config.getoption('emulated_cuda')", reason="these are the kernels of csrc/cpu")
+without_sanitisers = pytest.mark.skipif("asan" in os.environ.get("LD_PRELOAD", ""), reason="sanitisers are at work")
 LAYERS: dict[str, tuple[str, dict[str, Any]]] = {
     "rnn_tanh": ("RNN", {}),
     "rnn_relu": ("RNN", {"nonlinearity": "relu"}),
@@ -178,7 +181,11 @@ def test_all_of_the_options() -> None:
     """Layers, directions, biases, batch_first: values and shapes, of every kind and dtype."""
     for kind in LAYERS:
         for dtype in DTYPES:
-            for layers, bidirectional, bias, first in ((1, True, False, False), (3, True, True, True), (2, False, False, True)):
+            for layers, bidirectional, bias, first in (
+                (1, True, False, False),
+                (3, True, True, True),
+                (2, False, False, True),
+            ):
                 layer = layer_of(kind, num_layers=layers, bidirectional=bidirectional, bias=bias, batch_first=first)
                 mine, x = frozen_copy(layer, dtype), torch.randn(3, 4, 7)
                 hx = states_of(layer, 3 if first else 4)
@@ -225,7 +232,7 @@ def test_wrong_dtype_changes_nothing() -> None:
     model = Tagger()
     before = {name: type(module) for name, module in model.named_modules()}
     for dtype in (torch.float16, torch.uint8, torch.float64, "int8", None):
-        with pytest.raises(ValueError, match="expected dtype to be torch.float32, torch.bfloat16 or torch.int8, got"):
+        with pytest.raises(ValueError, match=r"expected dtype to be torch.float32, torch.bfloat16 or torch.int8, got"):
             nlpkernels.freeze(model, dtype)  # type: ignore[arg-type]
     assert {name: type(module) for name, module in model.named_modules()} == before
 
@@ -534,11 +541,11 @@ def test_bits_of_other_instruction_sets(tmp_path: Path) -> None:
         hashes = [hashlib.sha256(leaf.contiguous().numpy()).hexdigest() for leaf in expected]
         for way, environment in ways.items():
             found = run_python(BITS.format(file=str(tmp_path / name)), **environment).splitlines()
-            for line, leaf, bits in zip(found, expected, hashes, strict=True):
+            for line, leaf, own_bits in zip(found, expected, hashes, strict=True):
                 norm, other_bits = line.split()
                 assert float(norm) == pytest.approx(leaf.double().norm().item(), rel=20 * FROZEN[torch.int8]), way
                 if way != "default" and _ops.INSTRUCTION_SET != "default" and name == "cases":
-                    assert other_bits == bits, way
+                    assert other_bits == own_bits, way
     if len(usable) < 3:
         pytest.skip(f"libraries here: {', '.join(usable)}")
 
@@ -570,7 +577,9 @@ def test_gradients_are_refused(dtype: torch.dtype) -> None:
                 lambda: mine(pack_padded_sequence(wants, [3, 2])),  # noqa: B023
             ]
         for call in calls:
-            with pytest.raises(RuntimeError, match=r"a frozen layer only runs: expected inputs and states that require"):
+            with pytest.raises(
+                RuntimeError, match=r"a frozen layer only runs: expected inputs and states that require"
+            ):
                 call()
             with torch.no_grad():
                 call()
@@ -627,7 +636,9 @@ def test_state_dict(dtype: torch.dtype) -> None:
         assert set(state) == {*module.state_dict(), *scales}
         assert {state[name].dtype for name in weights} == {dtype}
         assert all(value.dtype == torch.float32 for name, value in state.items() if name not in weights)
-        assert all(value.shape == module.state_dict()[name].shape for name, value in state.items() if name not in scales)
+        assert all(
+            value.shape == module.state_dict()[name].shape for name, value in state.items() if name not in scales
+        )
         fresh = copy.deepcopy(module)
         for parameter in fresh.parameters():
             nn.init.normal_(parameter)
@@ -714,7 +725,7 @@ def test_what_users_put_beside_the_weights(dtype: torch.dtype) -> None:
     with pytest.raises(RuntimeError, match=r'Missing key\(s\) in state_dict: "extra", "mine"'):
         frozen_layer.load_state_dict({n: v for n, v in state.items() if n not in ("mine", "extra")})
     nlpkernels.revert(frozen_layer)
-    assert [n for n, _ in frozen_layer.named_parameters()] == [n for n, _ in layer.named_parameters()][:0] + [
+    assert [n for n, _ in frozen_layer.named_parameters()] == [
         "weight_ih_l0", "weight_hh_l0", "bias_ih_l0", "bias_hh_l0", "extra",
     ]  # fmt: skip
     assert torch.equal(frozen_layer.extra, expected) and [n for n, _ in frozen_layer.named_buffers()] == ["mine"]
@@ -749,7 +760,9 @@ def test_copies_and_moves(dtype: torch.dtype) -> None:
         if dtype == torch.float32:
             assert names == {name for name, _ in module.named_parameters()}
         else:
-            assert len(names) == 2 * len({name.split("_", 2)[2] if "_l" in name else "" for name in module.state_dict()})
+            assert len(names) == 2 * len(
+                {name.split("_", 2)[2] if "_l" in name else "" for name in module.state_dict()}
+            )
 
 
 def test_meta_layers_are_loaded() -> None:
@@ -836,6 +849,7 @@ def test_no_weights_of_before(how: str) -> None:
     assert len(addresses) < 40  # or this would show nothing
 
 
+@without_sanitisers
 def test_packed_copies_do_not_pile_up() -> None:
     """Of weights that change there is one, and none of those that are gone once another layer is packed."""
     run_python(
@@ -934,6 +948,7 @@ def test_compile(dtype: torch.dtype) -> None:
             assert_same_bits(compiled(x, hx), mine(x, hx))
 
 
+@without_sanitisers
 @by_dtype
 def test_compiled_by_inductor(dtype: torch.dtype) -> None:
     torch.compiler.reset()
@@ -985,6 +1000,7 @@ def test_what_is_left_to_torch() -> None:
                         call()
 
 
+@without_sanitisers
 @pytest.mark.filterwarnings("ignore")
 def test_onnx() -> None:
     onnxruntime = pytest.importorskip("onnxruntime")
@@ -997,7 +1013,7 @@ def test_onnx() -> None:
     assert b"GRU" in file.getvalue()  # the op, of which there is one for any length
     (y, *_) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
     torch.testing.assert_close(torch.from_numpy(y), mine(x)[0], rtol=1e-4, atol=1e-5)
-    with pytest.raises(Exception, match="torch has no layers|No ONNX function found for .*frozen"):
+    with pytest.raises(Exception, match=r"torch has no layers|No ONNX function found for .*frozen"):
         torch.onnx.export(frozen_copy(layer_of("gru"), torch.int8), (x,), io.BytesIO(), dynamo=True, verbose=False)
 
 
@@ -1031,6 +1047,7 @@ def test_many_threads(dtype: torch.dtype, restored_threads: None) -> None:
         raise failures[0]
 
 
+@without_sanitisers
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
 @by_dtype
 def test_fork(dtype: torch.dtype) -> None:
@@ -1087,8 +1104,11 @@ def test_specials_stay_in_their_sequence(kind: str, dtype: torch.dtype, value: f
         state = special_hx[0 if place == "h" else 1] if isinstance(special_hx, tuple) else special_hx
         (special_x[2] if place == "x" else state[0])[3, 1] = value
         got, got_final = mine(special_x, special_hx)
-        others = [0, 1, 2, 4, 5]
-        assert_same_bits(tree_map(lambda t: t[:, others], (got, got_final)), tree_map(lambda t: t[:, others], (y, final)))  # noqa: B023
+
+        def but_for_3(results: Any) -> Any:
+            return tree_map(lambda t: t[:, [0, 1, 2, 4, 5]], results)
+
+        assert_same_bits(but_for_3((got, got_final)), but_for_3((y, final)))
         with by_reference():
             expected, _ = mine(special_x, special_hx)
         if dtype != torch.float32:
@@ -1143,7 +1163,7 @@ def test_zeros_denormals_and_huge_values(dtype: torch.dtype) -> None:
     assert bool(frozen_copy(tiny_weights, dtype)(torch.randn(3, 2, 4))[0].abs().max() < 1e-30)
 
 
-# --- The ops -----------------------------------------------------------------------------------------------------------
+# --- The ops ---------------------------------------------------------------------------------------------------------
 
 
 def samples() -> list[tuple[str, tuple[Any, ...]]]:
@@ -1154,7 +1174,11 @@ def samples() -> list[tuple[str, tuple[Any, ...]]]:
         hx = states_of(layer, 3)
         h0, c0 = hx if isinstance(hx, tuple) else (hx, None)
         cell = "rnn_relu" if kind == "rnn_relu" else {"RNN_TANH": "rnn_tanh"}.get(layer.mode, layer.mode.lower())
-        inputs = [(torch.randn(4, 3, 5), None), (torch.randn(7, 5), torch.tensor([3, 2, 1, 1])), (torch.randn(3, 5), None)]
+        inputs = [
+            (torch.randn(4, 3, 5), None),
+            (torch.randn(7, 5), torch.tensor([3, 2, 1, 1])),
+            (torch.randn(3, 5), None),
+        ]
         for x, sizes in inputs:
             one = (h0[:2], None if c0 is None else c0[:2])
             plain = [getattr(layer, name).detach() for name in layer._flat_weights_names if "_l0" in name]
@@ -1200,8 +1224,8 @@ def test_hostile_calls() -> None:
         changed: list[dict[str, Any]] = [
             {"c0": None}, {"c0": c0[:1]}, {"c0": c0[..., :3]}, {"c0": c0[0]}, {"c0": c0.double()}, {"c0": c0[:, :2]},
             {"c0": c0.new_zeros(2, 3, 0)}, {"c0": torch.empty(1).expand(2, 3, 2**40)},
-            {"h0": h0[:1]}, {"h0": h0[0]}, {"h0": h0[:0]}, {"h0": h0.half()}, {"h0": h0.repeat(1, 1, 5)}, {"h0": h0[:, :2]},
-            {"h0": h0.new_zeros(2, 3, 0)}, {"h0": torch.cat([h0, h0]), "c0": torch.cat([c0, c0])},
+            {"h0": h0[:1]}, {"h0": h0[0]}, {"h0": h0[:0]}, {"h0": h0.half()}, {"h0": h0.repeat(1, 1, 5)},
+            {"h0": h0[:, :2]}, {"h0": h0.new_zeros(2, 3, 0)}, {"h0": torch.cat([h0, h0]), "c0": torch.cat([c0, c0])},
             {"h0": torch.empty(1).expand(2, 3, 2**40)}, {"h0": torch.empty(1).expand(2**40, 3, 4)},
             {"x": x.double()}, {"x": x.bfloat16()}, {"x": x.long()}, {"x": x[..., :3]}, {"x": x[0, 0]}, {"x": x[None]},
             {"x": huge}, {"x": torch.empty(1).expand(4, 3, 2**50)}, {"x": x.to("meta")}, {"x": x.to_sparse()},
@@ -1227,9 +1251,8 @@ def test_hostile_calls() -> None:
         changed += [{"h0": shrunk(h0)}, {"x": shrunk(x)}, {"c0": shrunk(c0)}]
         before = [t.clone() for t in (x, h0, c0, *weights)]
         for change in changed:
-            with pytest.raises((RuntimeError, ValueError, TypeError, NotImplementedError)):
-                op(*{**good, **change}.values())
-                raise AssertionError(f"accepted {list(change)}: {[describe(v) for v in change.values()]}")
+            _, error = error_of(lambda: op(*{**good, **change}.values()))  # noqa: B023
+            assert error is not None, f"accepted {list(change)}: {[describe(v) for v in change.values()]}"
         assert all(map(torch.equal, before, (x, h0, c0, *weights)))
         two = frozen_copy(nn.LSTM(5, 6, 2, bidirectional=True), dtype)
         h2, c2 = states_of(two, 3)
@@ -1238,11 +1261,12 @@ def test_hostile_calls() -> None:
         gru = frozen_copy(nn.GRU(5, 6), dtype)
         with pytest.raises(RuntimeError, match="no c0"):
             op(x, None, torch.zeros(1, 3, 6), torch.zeros(1, 3, 6), gru._packed(), "gru", 1, False)
-        error_of(lambda: op(*{**good, "h0": h0[..., :2]}.values()))  # noqa: B023 (as many words of int8 as 4 features have)
+        # As many words of int8 as 4 features have: it reads what is there.
+        error_of(lambda: op(*{**good, "h0": h0[..., :2]}.values()))  # noqa: B023
         # Strides are all the same to it.
-        for strided in (x.transpose(0, 1).contiguous().transpose(0, 1), torch.randn(4, 3, 10)[..., ::2], x[:, :1].expand(4, 3, 5)):
-            assert_same_bits(op(strided, None, h0, c0, weights, "lstm", 2, True),
-                             op(strided.clone(memory_format=torch.contiguous_format), None, h0, c0, weights, "lstm", 2, True))  # fmt: skip
+        for strided in (x.transpose(0, 1).contiguous().transpose(0, 1), torch.randn(4, 3, 10)[..., ::2]):
+            rest = (None, h0, c0, weights, "lstm", 2, True)
+            assert_same_bits(op(strided, *rest), op(strided.clone(memory_format=torch.contiguous_format), *rest))
 
 
 @pytest.mark.filterwarnings("ignore")  # of torch, about the tensors that are made here
@@ -1313,6 +1337,18 @@ def test_memory(kind: str) -> None:
             assert sum(buffer.nbytes for buffer in mine.buffers()) <= share * of_floats
         frozen_float = frozen_copy(layer, torch.float32)
         assert sum(buffer.nbytes for buffer in frozen_float.buffers()) == of_floats
+
+
+@by_dtype
+def test_operations_are_counted(dtype: torch.dtype) -> None:
+    for kind in LAYERS:
+        layer = layer_of(kind, num_layers=2, bidirectional=True)
+        x, counts = torch.randn(4, 3, 7), []
+        for module in (converted(layer), frozen_copy(layer, dtype)):
+            with FlopCounterMode(display=False) as counter:
+                module(x)
+            counts.append(counter.get_total_flops())
+        assert counts[0] == counts[1] > 0
 
 
 def test_parameters_are_let_go() -> None:

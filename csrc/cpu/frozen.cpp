@@ -44,7 +44,8 @@ template <typename Cell, typename Numbers>
 struct FrozenWeights {
   FrozenWeights(const RecurrentArguments& args, const Tensor& packed, const Tensor& factors)
       : w_ih{static_cast<const char*>(packed.const_data_ptr()), args.hidden, args.inputs, Cell::gates},
-        w_hh{w_ih.data + 4 * w_ih.words(args.hidden, args.inputs, Cell::gates), args.hidden, args.features, Cell::gates},
+        w_hh{w_ih.data + 4 * w_ih.words(args.hidden, args.inputs, Cell::gates), args.hidden, args.features,
+             Cell::gates},
         w_hr{w_hh.data + 4 * w_hh.words(args.hidden, args.features, Cell::gates), args.features, args.hidden, 1},
         bias(reinterpret_cast<const float*>(factors.const_data_ptr<int32_t>())),
         scale_ih(bias + w_ih.panels() * kPanel * Cell::slots),
@@ -95,8 +96,8 @@ class Frozen {
                   r_depth = layer_.has_projection ? words_of<Numbers>(layer_.hidden) : 0;
     // One piece of memory: several take a good part of a small step's time.
     const int64_t unprojected_stride = layer_.has_projection ? c_stride_ : 0;
-    const Scratch<float> scratch(block_rows * (gate_stride + x_depth + 2) + batch * (kDigits * (h_depth + 2) + r_depth + 2) +
-                                 batch * unprojected_stride);
+    const Scratch<float> scratch(block_rows * (gate_stride + x_depth + 2) +
+                                 batch * (kDigits * (h_depth + 2) + r_depth + 2) + batch * unprojected_stride);
     float* next = scratch.data();
     const auto take = [&](int64_t count) { return std::exchange(next, next + count); };
     const auto take_rows = [&](int64_t rows, int64_t depth) {
@@ -113,7 +114,8 @@ class Frozen {
     float* const states = states_.data() + (d * layer_.batch + begin) * (2 * h_stride_ + (Cell::has_c ? c_stride_ : 0));
     float *h = states, *h_next = h + batch * h_stride_, *const c = h_next + batch * h_stride_;
     for (const auto r : c10::irange(batch)) {
-      for (float* to : {h, h_next}) begin_row(to + r * h_stride_, layer_.h0_row(d, begin + r), features, layer_.features);
+      for (float* to : {h, h_next})
+        begin_row(to + r * h_stride_, layer_.h0_row(d, begin + r), features, layer_.features);
       if (Cell::has_c) begin_row(c + r * c_stride_, layer_.c0_row(d, begin + r), units, layer_.hidden);
     }
 
@@ -221,7 +223,8 @@ class Frozen {
             for (int64_t g = 0; g < kGates; ++g) {
               const int64_t slot = Cell::input_slot(g) * kPanel;
               for_each_lanes([&](int64_t j) {
-                scaled(V::loadu(product + g * kPanel + j), scale + g * kPanel + j, V::loadu(bias + slot + j)).store(out + slot + j);
+                scaled(V::loadu(product + g * kPanel + j), scale + g * kPanel + j, V::loadu(bias + slot + j))
+                    .store(out + slot + j);
               });
             }
           }
@@ -327,10 +330,11 @@ RecurrentArguments check_frozen(const Tensor& x, const OptionalTensor& batch_siz
                         Matrix::words(args.hidden, args.features, Cell::gates) +
                         (args.has_projection ? Matrix::words(args.features, args.hidden, 1) : 0);
   const int64_t padded = ceil_div(args.hidden, kPanel) * kPanel;
-  const int64_t factors = padded * Cell::slots +
-                          (!Numbers::has_scales ? 0
-                                                : 2 * padded * Cell::gates +
-                                                      (args.has_projection ? ceil_div(args.features, kPanel) * kPanel : 0));
+  const int64_t factors =
+      padded * Cell::slots +
+      (!Numbers::has_scales
+           ? 0
+           : 2 * padded * Cell::gates + (args.has_projection ? ceil_div(args.features, kPanel) * kPanel : 0));
   for (const auto d : c10::irange(args.directions)) {
     const Tensor &packed = weights[2 * d], &of = weights[2 * d + 1];
     check_shape(op, "packed weights", packed, {words * Numbers::values});
@@ -353,7 +357,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> run_frozen(const Tensor& x, const Opt
                                                       int64_t threads) {
   const int64_t layers = h0.size(0) / directions;
   const auto options = x.options();
-  const Tensor h_n = at::empty(h0.sizes(), options), c_n = c0 ? at::empty(c0->sizes(), options) : at::empty({0}, options);
+  const Tensor h_n = at::empty(h0.sizes(), options),
+               c_n = c0 ? at::empty(c0->sizes(), options) : at::empty({0}, options);
   Tensor y = x, c_steps = at::empty({0}, options);
   for (const auto layer : c10::irange(layers)) {
     const auto part = [&](const Tensor& states) {
@@ -383,8 +388,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> frozen(const Tensor& x, const Optiona
   const char* op = "frozen";
   const int64_t threads = threads_of_call();
   TORCH_CHECK_VALUE(directions == 1 || directions == 2, op, ": expected 1 or 2 directions, got ", directions);
-  TORCH_CHECK(h0.dim() == 3 && h0.size(0) > 0 && h0.size(0) % directions == 0, op,
-              ": expected h0 of shape [layers * ", directions, ", batch, features], got ", h0.sizes());
+  TORCH_CHECK(h0.dim() == 3 && h0.size(0) > 0 && h0.size(0) % directions == 0, op, ": expected h0 of shape [layers * ",
+              directions, ", batch, features], got ", h0.sizes());
   TORCH_CHECK(!c0 || (c0->dim() == 3 && c0->size(0) == h0.size(0)), op, ": expected c0 of as many layers as h0");
   TORCH_CHECK(static_cast<int64_t>(weights.size()) == 2 * h0.size(0), op,
               ": expected packed weights and their factors for each of ", h0.size(0), " layers and directions, got ",

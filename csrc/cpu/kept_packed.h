@@ -1,8 +1,8 @@
 // What has been made of tensors, kept for the next call with the same ones: packed weights of frozen layers.
 //
 // A tensor is the same as long as it lives, lies where it lay and has not been written to since, as far as torch counts
-// that: what `.data` or a raw pointer writes, it does not see, and of a tensor made in inference mode it keeps no count,
-// so that nothing is kept either. Of tensors that have changed, what was made before goes.
+// that: what `.data` or a raw pointer writes, it does not see, and of a tensor made in inference mode it keeps no
+// count, so that nothing is kept either. Of tensors that have changed, what was made before goes.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -57,8 +57,8 @@ class Kept {
     // What `.data` is set to is counted nowhere, and may lie where something lay before that is gone.
     bool is(const at::Tensor& other) const {
       return was(other) && !storage.expired() &&
-             storage._unsafe_get_target() == other.storage().unsafeGetStorageImpl() &&
-             data == other.const_data_ptr() && version == other._version();
+             storage._unsafe_get_target() == other.storage().unsafeGetStorageImpl() && data == other.const_data_ptr() &&
+             version == other._version();
     }
     c10::weak_intrusive_ptr<at::TensorImpl, at::UndefinedTensorImpl> tensor;
     c10::weak_intrusive_ptr<c10::StorageImpl> storage;

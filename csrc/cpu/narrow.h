@@ -12,8 +12,8 @@
 // taken off again. Weights are -127 to 127 times a scale of their row; so is a row of the left operand, of its largest
 // magnitude. A row may have two digits: it is then two rows, the second one of 128ths of the first one's steps. States
 // have two: with one, a GRU that spells words out said 12 of 2,000 in another way, with two 7, as with states that are
-// not rounded; and the weights, which are what takes time, are read but once. Sums of int8 are exact, and so the same on
-// every machine.
+// not rounded; and the weights, which are what takes time, are read but once. Sums of int8 are exact, and so the same
+// on every machine.
 #pragma once
 
 #include <c10/util/BFloat16.h>
@@ -148,8 +148,8 @@ struct Int8 {
       asm("vpdpbusd %2, %1, %0" : "+v"(sums) : "v"(weights), "v"(a.of[0]));
     } else {
       const Words even = _mm512_and_si512(weights, _mm512_set1_epi16(255)), odd = _mm512_srli_epi16(weights, 8);
-      sums = _mm512_add_epi32(
-          sums, _mm512_add_epi32(_mm512_madd_epi16(even, a.of[0]), _mm512_madd_epi16(odd, a.of[1])));
+      sums =
+          _mm512_add_epi32(sums, _mm512_add_epi32(_mm512_madd_epi16(even, a.of[0]), _mm512_madd_epi16(odd, a.of[1])));
     }
   }
   static NLPKERNELS_INLINE void store(float* out, const Sums& sums, int32_t offset, float scale) {
@@ -172,8 +172,8 @@ struct Int8 {
       asm("%{vex%} vpdpbusd %2, %1, %0" : "+x"(sums) : "x"(weights), "x"(a.of[0]));
     } else {
       const Words even = _mm256_and_si256(weights, _mm256_set1_epi16(255)), odd = _mm256_srli_epi16(weights, 8);
-      sums = _mm256_add_epi32(
-          sums, _mm256_add_epi32(_mm256_madd_epi16(even, a.of[0]), _mm256_madd_epi16(odd, a.of[1])));
+      sums =
+          _mm256_add_epi32(sums, _mm256_add_epi32(_mm256_madd_epi16(even, a.of[0]), _mm256_madd_epi16(odd, a.of[1])));
     }
   }
   static NLPKERNELS_INLINE void store(float* out, const Sums& sums, int32_t offset, float scale) {
@@ -355,9 +355,7 @@ struct Brain {
   template <int64_t digits>
   static void put_row(const NarrowRows& rows, int64_t r, const float* row, int64_t k) {
     auto* const out = reinterpret_cast<at::BFloat16*>(rows.row(r));
-    for_each_vector<float>(k, [&](int64_t i, int64_t n) {
-      store_vector(out + i, load_vector(row + i, n), n);
-    });
+    for_each_vector<float>(k, [&](int64_t i, int64_t n) { store_vector(out + i, load_vector(row + i, n), n); });
     if (k % 2 != 0) out[k] = at::BFloat16(0.f);
   }
 };
@@ -442,9 +440,9 @@ void multiply_group_by(const NarrowRows& a, int64_t count, const NarrowMatrix<Nu
     for (int64_t c = 0; c < vectors; c += most) {
       const int64_t here = std::min<int64_t>(most, vectors - c);
       const auto run_width = [&]<int... C>(std::integer_sequence<int, C...>) {
-        ((here == C + 1 ? narrow_tile<Numbers, native, R, C + 1>(a, weights + c * sizeof(Words), step,
-                                                                 out + c * kLanes, ldo)
-                        : void()),
+        ((here == C + 1
+              ? narrow_tile<Numbers, native, R, C + 1>(a, weights + c * sizeof(Words), step, out + c * kLanes, ldo)
+              : void()),
          ...);
       };
       run_width(std::make_integer_sequence<int, most>());

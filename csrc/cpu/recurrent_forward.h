@@ -9,8 +9,8 @@
 // There are two of h, as h_t is written while h_{t-1} is still a product's operand. With a mask of h, W_hh multiplies a
 // masked copy of h_{t-1}, which is made anew at each step.
 //
-// Weights are packed once a call (gemm.h) and shared, or once for all calls if they are frozen (kept_packed.h); those that a call uses once only are packed as they are read, and
-// a sequence of one step reads them as they lie (dots.h).
+// Weights are packed once a call (gemm.h) and shared, or once for all calls if they are frozen (kept_packed.h); those
+// that a call uses once only are packed as they are read, and a sequence of one step reads them as they lie (dots.h).
 //
 // One Zen 4 core, an LSTM of 256 over 32 sequences: the products run at 95 % of the peak and take 91 % of the time,
 // activations 5 %. Multiplying x panel by panel too, so that gates never leave the first-level cache, was no faster.
