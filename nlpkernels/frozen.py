@@ -25,6 +25,8 @@ __all__ = ["FrozenGRU", "FrozenGRUCell", "FrozenLSTM", "FrozenLSTMCell", "Frozen
 
 DTYPES = (torch.float32, torch.bfloat16, torch.int8)
 """What weights may be frozen in."""
+MOST = 65_536
+"""Inputs and hidden units that kernels of bfloat16 and int8 take: sums of 32 bits have room for so many products."""
 
 
 # Names of plain weights, before the suffix of a layer and direction, and of the buffers that hold them packed.
