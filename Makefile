@@ -20,7 +20,7 @@ UNDEFINED := shift,integer-divide-by-zero,signed-integer-overflow,bounds,unreach
 SANITIZERS := -O1 -g1 -fno-omit-frame-pointer -fno-wrapv -fsanitize=address,$(UNDEFINED) -fno-sanitize-recover=all
 SANITIZED := $(CURDIR)/build/sanitized
 SANITIZED_TESTS := $(addprefix test_,$(addsuffix .py,recurrent recurrent_dropout lengths_and_states embedding \
-  sorted_uses kept_memory optim ops sampling special_values))
+  sorted_uses kept_memory optim ops sampling special_values frozen))
 SANITIZED_QUICKLY := test_sorted_uses.py test_ops.py -k "not instruction_set"
 SANITIZED_ENV = NLPKERNELS_CXXFLAGS='$(SANITIZERS)' PYTHONPATH='$(SANITIZED)' UBSAN_OPTIONS=print_stacktrace=1 \
   ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1:redzone=256:malloc_fill_byte=255:max_malloc_fill_size=99999999 \

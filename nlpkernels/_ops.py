@@ -340,6 +340,30 @@ def _(x: _Shape, batch_sizes: object, h0: _Shape, c0: object, weights: Sequence[
     return 2 * prod(x[:-1]) * sum(_matrices(weights, h0))
 
 
+@register_flop_formula(_ops.recurrent_frozen)
+def _(x: _Shape, batch_sizes: object, h0: _Shape, c0: object, weights: Sequence[_Shape], *_: Any, **__: Any) -> int:
+    return 2 * prod(x[:-1]) * sum(_matrices(weights, h0))
+
+
+@register_flop_formula(_ops.frozen)
+def _(
+    x: _Shape,
+    batch_sizes: object,
+    h0: _Shape,
+    c0: _Shape | None,
+    weights: object,
+    cell: str,
+    directions: int,
+    *_: Any,
+    **__: Any,
+) -> int:
+    features, hidden = h0[2], h0[2] if c0 is None else c0[2]
+    inputs = [x[-1]] + [directions * features] * (h0[0] // directions - 1)
+    entries = [reference.facts_of(cell).gates * hidden * (i + features) for i in inputs]
+    of_projections = h0[0] * features * hidden if features != hidden else 0
+    return 2 * prod(x[:-1]) * (directions * sum(entries) + of_projections)
+
+
 @register_flop_formula(_ops.recurrent_backward)
 def _(
     dy: object,

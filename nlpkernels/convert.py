@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import nn
@@ -155,12 +156,17 @@ def freeze(
             module.__class__ = before
             raise
 
-    def obstacle(module: nn.Module, new: type[nn.Module]) -> str | None:
+    def obstacle(module: Any, new: type[nn.Module]) -> str | None:
         names = [name for name in module.__dict__ if name.startswith(("weight_", "bias_"))]
         if any(isinstance(module.__dict__[name], torch.Tensor) for name in names):
             return f"something makes its {names[0]} anew (weight_norm, pruning?), remove that before"
-        if dtype != torch.float32 and module.hidden_size == 0:
+        if dtype == torch.float32:
+            return None
+        if module.hidden_size == 0:
             return f"no hidden units to freeze as {dtype}"
+        directions = 2 if getattr(module, "bidirectional", False) else 1
+        if max(module.input_size, directions * module.hidden_size) > frozen.MOST:
+            return f"more than {frozen.MOST:,} inputs or hidden units, for which there is no kernel of {dtype}"
         return None
 
     return _swap(model, pairs, predicate, swap, obstacle)

@@ -3,9 +3,9 @@
 `nlpkernels.freeze` makes them of layers that there are. They are called as the layers were.
 
 Weights of bfloat16 and int8 lie packed in two buffers for each layer and direction, in an order that is the same on
-every machine, so that a pickle, a copy or shared memory holds them once. A state_dict holds them plain: `weight_ih_l0`
-and its kin in int8 or bfloat16, of int8 with the scale of each row as `weight_ih_l0_scale`, and the biases in float32.
-Rows of x and h are rounded likewise before they are multiplied: see csrc/cpu/narrow.h.
+every machine, so that a pickle, a copy or shared memory holds them once. A state_dict holds them plain: of
+`weight_ih_l0` and its kin the matrix in int8 or bfloat16, of int8 with the scale of each row as `weight_ih_l0_scale`,
+and the biases in float32. Rows of x and h are rounded likewise before they are multiplied: see csrc/cpu/narrow.h.
 """
 
 from __future__ import annotations
@@ -25,6 +25,8 @@ __all__ = ["FrozenGRU", "FrozenGRUCell", "FrozenLSTM", "FrozenLSTMCell", "Frozen
 
 DTYPES = (torch.float32, torch.bfloat16, torch.int8)
 """What weights may be frozen in."""
+MOST = 65_536
+"""Inputs and hidden units that kernels of bfloat16 and int8 take: sums of 32 bits have room for so many products."""
 
 
 # Names of plain weights, before the suffix of a layer and direction, and of the buffers that hold them packed.
@@ -35,15 +37,18 @@ _PACKED = ("packed", "factors")
 class _Frozen(nn.Module):
     """What frozen layers and cells share: their weights, and how they are saved."""
 
-    input_size: int
-    hidden_size: int
-    bias: bool
     frozen_dtype: torch.dtype
     """What the weights are frozen in; of torch.float32 they may have any dtype."""
     _cell: str
     _sizes: tuple[int, int, int]
     """I, H and P."""
     _number_of_packed: int
+    bias: bool
+    hidden_size: int
+    input_size: int
+    num_layers: int
+    proj_size: int
+    bidirectional: bool
 
     def _names(self) -> Iterator[tuple[str, int, int]]:
         """For each layer and direction the suffix of its weights' names, its inputs, and features of h."""
@@ -96,7 +101,8 @@ class _Frozen(nn.Module):
 
     def _packed(self) -> list[Tensor]:
         """Packed weights and factors of each layer and direction, in turns: the first buffers."""
-        return list(self._buffers.values())[: self._number_of_packed]  # type: ignore[return-value]
+        buffers: list[Any] = list(self._buffers.values())
+        return buffers[: self._number_of_packed]
 
     # --- Plain weights, and back ---
 
@@ -119,6 +125,7 @@ class _Frozen(nn.Module):
             made |= {name: None for name in _KINDS[2:4] if name not in plain}
         for name in self._own_names():
             self._parameters.pop(name, None)
+            self._buffers.pop(name, None)
         others = {name: self._buffers.pop(name) for name in list(self._buffers)}  # a user's
         for name, value in made.items():
             self.register_buffer(name, value, persistent=dtype == torch.float32)

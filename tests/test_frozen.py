@@ -13,6 +13,7 @@ import io
 import os
 import pickle
 import random
+import sys
 import threading
 import warnings
 import weakref
@@ -28,14 +29,17 @@ from test_threads import LIMIT, run_python
 from tolerances import FROZEN, FROZEN_DEQUANTISED, FROZEN_MOSTLY, assert_frozen_close, relative_error
 from torch import Tensor, nn
 from torch.nn.utils import parametrize, prune
-from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
+from torch.nn.utils.rnn import pack_padded_sequence
 from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils.flop_counter import FlopCounterMode
 
 import nlpkernels
 from nlpkernels import _ops, frozen, reference
 
 DTYPES = [torch.float32, torch.bfloat16, torch.int8]
 NARROW = DTYPES[1:]
+pytestmark = pytest.mark.skipif("config.getoption('emulated_cuda')", reason="these are the kernels of csrc/cpu")
+without_sanitisers = pytest.mark.skipif("asan" in os.environ.get("LD_PRELOAD", ""), reason="sanitisers are at work")
 LAYERS: dict[str, tuple[str, dict[str, Any]]] = {
     "rnn_tanh": ("RNN", {}),
     "rnn_relu": ("RNN", {"nonlinearity": "relu"}),
@@ -229,7 +233,7 @@ def test_wrong_dtype_changes_nothing() -> None:
     model = Tagger()
     before = {name: type(module) for name, module in model.named_modules()}
     for dtype in (torch.float16, torch.uint8, torch.float64, "int8", None):
-        with pytest.raises(ValueError, match="expected dtype to be torch.float32, torch.bfloat16 or torch.int8, got"):
+        with pytest.raises(ValueError, match=r"expected dtype to be torch.float32, torch.bfloat16 or torch.int8, got"):
             nlpkernels.freeze(model, dtype)  # type: ignore[arg-type]
     assert {name: type(module) for name, module in model.named_modules()} == before
 
@@ -305,7 +309,7 @@ def forms(layer: Any) -> dict[str, Callable[[Any], Any]]:
 @by_dtype
 @pytest.mark.parametrize("first", [False, True], ids=["", "batch_first"])
 def test_forms(kind: str, dtype: torch.dtype, first: bool) -> None:
-    layer = layer_of(kind, num_layers=2, bidirectional=True, batch_first=first)
+    layer = layer_of(kind, num_layers=1 + first, bidirectional=not first, batch_first=first)
     mine, other = frozen_copy(layer, dtype), converted(layer)
     for name, call in forms(layer).items():
         got = call(mine)
@@ -460,6 +464,23 @@ def test_blocks_of_steps(dtype: torch.dtype, hidden: int, batch: int, steps: int
         assert_close(y[-20:], layer(x)[0][-20:], dtype, 3)
 
 
+def test_widest_rows() -> None:
+    """Sums of int8 have room for as many products as there may be; of more, layers are left alone."""
+    for sign in (1, -1):
+        layer = nn.RNN(frozen.MOST, 3, nonlinearity="relu", bias=False)
+        with torch.no_grad():
+            layer.weight_ih_l0.fill_(1.0)[1].neg_()
+            layer.weight_ih_l0[2, ::2] = -1.0
+        x = torch.full((1, 1, frozen.MOST), float(sign))
+        y = frozen_copy(layer, torch.int8)(x)[0]
+        expected = torch.tensor([frozen.MOST * sign, -frozen.MOST * sign, 0.0]).relu()
+        torch.testing.assert_close(y[0, 0], expected, rtol=1e-6, atol=0)
+    for wide in (nn.RNN(frozen.MOST + 1, 1), nn.RNNCell(frozen.MOST + 1, 1)):
+        for dtype in NARROW:
+            swaps = nlpkernels.freeze(wide, dtype)
+            assert not swaps.swapped and "more than 65,536 inputs or hidden units" in swaps.left[""]
+
+
 def test_oracle_is_what_weights_say() -> None:
     """reference.frozen rounds to the weights of quantise() and no others, and is close to the layer that was frozen."""
     for dtype in NARROW:
@@ -520,29 +541,26 @@ def test_bits_of_other_instruction_sets(tmp_path: Path) -> None:
     """
     if os.environ.get("NLPKERNELS_CPU"):
         pytest.skip("an instruction set is forced already")
-    cases, bfloat16 = [], []
+    cases = []
     for kind in LAYERS:
         for inputs, hidden, batch in ((5, 9, 1), (64, 128, 5), (33, 50, 3)):
             layer, x = layer_of(kind, inputs, hidden, num_layers=2, bidirectional=True), torch.randn(6, batch, inputs)
-            cases.append((frozen_copy(layer, torch.int8), x))
-            bfloat16.append((frozen_copy(layer, torch.bfloat16), x))
+            cases += [(frozen_copy(layer, dtype), x) for dtype in NARROW]
     torch.save(cases, tmp_path / "cases")
-    torch.save(bfloat16, tmp_path / "bfloat16")
     best = _ops.INSTRUCTION_SETS.index(_ops.INSTRUCTION_SET)
     usable = [n for n in _ops.INSTRUCTION_SETS[: best + 1] if _ops._library(f"_cpu_{n}") and n not in _ops.OF_BFLOAT16]
     ways: dict[str, dict[str, str]] = {name: {"NLPKERNELS_CPU": name} for name in usable}
     if "avx2" in usable:  # which multiplies int8 by one instruction where there is one, unless it is forced
         ways["as on a machine with AVX2"] = {"ATEN_CPU_CAPABILITY": "avx2"}
-    for name, many in (("cases", cases), ("bfloat16", bfloat16)):
-        expected = [leaf for layer, x in many for leaf in tree_leaves(layer(x))]
-        hashes = [hashlib.sha256(leaf.contiguous().numpy()).hexdigest() for leaf in expected]
-        for way, environment in ways.items():
-            found = run_python(BITS.format(file=str(tmp_path / name)), **environment).splitlines()
-            for line, leaf, bits in zip(found, expected, hashes, strict=True):
-                norm, other_bits = line.split()
-                assert float(norm) == pytest.approx(leaf.double().norm().item(), rel=20 * FROZEN[torch.int8]), way
-                if way != "default" and _ops.INSTRUCTION_SET != "default" and name == "cases":
-                    assert other_bits == bits, way
+    expected = [(layer.frozen_dtype, leaf) for layer, x in cases for leaf in tree_leaves(layer(x))]
+    hashes = [hashlib.sha256(leaf.contiguous().numpy()).hexdigest() for _, leaf in expected]
+    for way, environment in ways.items():
+        found = run_python(BITS.format(file=str(tmp_path / "cases")), **environment).splitlines()
+        for line, (dtype, leaf), own_bits in zip(found, expected, hashes, strict=True):
+            norm, other_bits = line.split()
+            assert float(norm) == pytest.approx(leaf.double().norm().item(), rel=20 * FROZEN[dtype]), way
+            if way != "default" and _ops.INSTRUCTION_SET != "default" and dtype == torch.int8:
+                assert other_bits == own_bits, way
     if len(usable) < 3:
         pytest.skip(f"libraries here: {', '.join(usable)}")
 
@@ -722,7 +740,7 @@ def test_what_users_put_beside_the_weights(dtype: torch.dtype) -> None:
     with pytest.raises(RuntimeError, match=r'Missing key\(s\) in state_dict: "extra", "mine"'):
         frozen_layer.load_state_dict({n: v for n, v in state.items() if n not in ("mine", "extra")})
     nlpkernels.revert(frozen_layer)
-    assert [n for n, _ in frozen_layer.named_parameters()] == [n for n, _ in layer.named_parameters()][:0] + [
+    assert [n for n, _ in frozen_layer.named_parameters()] == [
         "weight_ih_l0", "weight_hh_l0", "bias_ih_l0", "bias_hh_l0", "extra",
     ]  # fmt: skip
     assert torch.equal(frozen_layer.extra, expected) and [n for n, _ in frozen_layer.named_buffers()] == ["mine"]
@@ -846,6 +864,7 @@ def test_no_weights_of_before(how: str) -> None:
     assert len(addresses) < 40  # or this would show nothing
 
 
+@without_sanitisers
 def test_packed_copies_do_not_pile_up() -> None:
     """Of weights that change there is one, and none of those that are gone once another layer is packed."""
     run_python(
@@ -944,6 +963,7 @@ def test_compile(dtype: torch.dtype) -> None:
             assert_same_bits(compiled(x, hx), mine(x, hx))
 
 
+@without_sanitisers
 @by_dtype
 def test_compiled_by_inductor(dtype: torch.dtype) -> None:
     torch.compiler.reset()
@@ -995,6 +1015,7 @@ def test_what_is_left_to_torch() -> None:
                         call()
 
 
+@without_sanitisers
 @pytest.mark.filterwarnings("ignore")
 def test_onnx() -> None:
     onnxruntime = pytest.importorskip("onnxruntime")
@@ -1007,7 +1028,7 @@ def test_onnx() -> None:
     assert b"GRU" in file.getvalue()  # the op, of which there is one for any length
     (y, *_) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
     torch.testing.assert_close(torch.from_numpy(y), mine(x)[0], rtol=1e-4, atol=1e-5)
-    with pytest.raises(Exception, match="torch has no layers|No ONNX function found for .*frozen"):
+    with pytest.raises(Exception, match=r"torch has no layers|No ONNX function found for .*frozen"):
         torch.onnx.export(frozen_copy(layer_of("gru"), torch.int8), (x,), io.BytesIO(), dynamo=True, verbose=False)
 
 
@@ -1041,6 +1062,38 @@ def test_many_threads(dtype: torch.dtype, restored_threads: None) -> None:
         raise failures[0]
 
 
+@without_sanitisers
+@pytest.mark.skipif(sys.platform != "linux", reason="RLIMIT_AS limits memory on Linux")
+@by_dtype
+def test_memory_runs_out(dtype: torch.dtype) -> None:
+    """An error, also where it is a thread of a parallel region that asked; the next call is as ever."""
+    run_python(
+        f"""
+        import resource
+        torch.set_num_threads(2)
+        made = [(torch.nn.LSTM(256, 256, 2, bidirectional=True, proj_size=64), torch.randn(40, 128, 256)),
+                (torch.nn.GRU(512, 512), torch.randn(200, 1, 512))]
+        for layer, _ in made:
+            nlpkernels.freeze(layer, {dtype})
+        expected = [layer(x)[0] for layer, x in made]
+        with open("/proc/self/statm") as statm:
+            now = int(statm.read().split()[0]) * resource.getpagesize()
+        failures = 0
+        for megabytes in (0, 1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48):
+            resource.setrlimit(resource.RLIMIT_AS, (now + (megabytes << 20), resource.RLIM_INFINITY))
+            for layer, x in made:
+                try:
+                    layer(x)
+                except (MemoryError, RuntimeError):
+                    failures += 1
+        resource.setrlimit(resource.RLIMIT_AS, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+        assert failures > 0
+        assert all(torch.equal(layer(x)[0], right) for (layer, x), right in zip(made, expected))
+        """
+    )
+
+
+@without_sanitisers
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
 @by_dtype
 def test_fork(dtype: torch.dtype) -> None:
@@ -1097,10 +1150,11 @@ def test_specials_stay_in_their_sequence(kind: str, dtype: torch.dtype, value: f
         state = special_hx[0 if place == "h" else 1] if isinstance(special_hx, tuple) else special_hx
         (special_x[2] if place == "x" else state[0])[3, 1] = value
         got, got_final = mine(special_x, special_hx)
-        others = [0, 1, 2, 4, 5]
-        assert_same_bits(
-            tree_map(lambda t: t[:, others], (got, got_final)), tree_map(lambda t: t[:, others], (y, final))
-        )  # noqa: B023
+
+        def but_for_3(results: Any) -> Any:
+            return tree_map(lambda t: t[:, [0, 1, 2, 4, 5]], results)
+
+        assert_same_bits(but_for_3((got, got_final)), but_for_3((y, final)))
         with by_reference():
             expected, _ = mine(special_x, special_hx)
         if dtype != torch.float32:
@@ -1155,7 +1209,7 @@ def test_zeros_denormals_and_huge_values(dtype: torch.dtype) -> None:
     assert bool(frozen_copy(tiny_weights, dtype)(torch.randn(3, 2, 4))[0].abs().max() < 1e-30)
 
 
-# --- The ops -----------------------------------------------------------------------------------------------------------
+# --- The ops ---------------------------------------------------------------------------------------------------------
 
 
 def samples() -> list[tuple[str, tuple[Any, ...]]]:
@@ -1216,8 +1270,8 @@ def test_hostile_calls() -> None:
         changed: list[dict[str, Any]] = [
             {"c0": None}, {"c0": c0[:1]}, {"c0": c0[..., :3]}, {"c0": c0[0]}, {"c0": c0.double()}, {"c0": c0[:, :2]},
             {"c0": c0.new_zeros(2, 3, 0)}, {"c0": torch.empty(1).expand(2, 3, 2**40)},
-            {"h0": h0[:1]}, {"h0": h0[0]}, {"h0": h0[:0]}, {"h0": h0.half()}, {"h0": h0.repeat(1, 1, 5)}, {"h0": h0[:, :2]},
-            {"h0": h0.new_zeros(2, 3, 0)}, {"h0": torch.cat([h0, h0]), "c0": torch.cat([c0, c0])},
+            {"h0": h0[:1]}, {"h0": h0[0]}, {"h0": h0[:0]}, {"h0": h0.half()}, {"h0": h0.repeat(1, 1, 5)},
+            {"h0": h0[:, :2]}, {"h0": h0.new_zeros(2, 3, 0)}, {"h0": torch.cat([h0, h0]), "c0": torch.cat([c0, c0])},
             {"h0": torch.empty(1).expand(2, 3, 2**40)}, {"h0": torch.empty(1).expand(2**40, 3, 4)},
             {"x": x.double()}, {"x": x.bfloat16()}, {"x": x.long()}, {"x": x[..., :3]}, {"x": x[0, 0]}, {"x": x[None]},
             {"x": huge}, {"x": torch.empty(1).expand(4, 3, 2**50)}, {"x": x.to("meta")}, {"x": x.to_sparse()},
@@ -1243,9 +1297,8 @@ def test_hostile_calls() -> None:
         changed += [{"h0": shrunk(h0)}, {"x": shrunk(x)}, {"c0": shrunk(c0)}]
         before = [t.clone() for t in (x, h0, c0, *weights)]
         for change in changed:
-            with pytest.raises((RuntimeError, ValueError, TypeError, NotImplementedError)):
-                op(*{**good, **change}.values())
-                raise AssertionError(f"accepted {list(change)}: {[describe(v) for v in change.values()]}")
+            _, error = error_of(lambda: op(*{**good, **change}.values()))  # noqa: B023
+            assert error is not None, f"accepted {list(change)}: {[describe(v) for v in change.values()]}"
         assert all(map(torch.equal, before, (x, h0, c0, *weights)))
         two = frozen_copy(nn.LSTM(5, 6, 2, bidirectional=True), dtype)
         h2, c2 = states_of(two, 3)
@@ -1254,15 +1307,12 @@ def test_hostile_calls() -> None:
         gru = frozen_copy(nn.GRU(5, 6), dtype)
         with pytest.raises(RuntimeError, match="no c0"):
             op(x, None, torch.zeros(1, 3, 6), torch.zeros(1, 3, 6), gru._packed(), "gru", 1, False)
-        error_of(lambda: op(*{**good, "h0": h0[..., :2]}.values()))  # noqa: B023 (as many words of int8 as 4 features have)
+        # As many words of int8 as 4 features have: it reads what is there.
+        error_of(lambda: op(*{**good, "h0": h0[..., :2]}.values()))  # noqa: B023
         # Strides are all the same to it.
-        for strided in (
-            x.transpose(0, 1).contiguous().transpose(0, 1),
-            torch.randn(4, 3, 10)[..., ::2],
-            x[:, :1].expand(4, 3, 5),
-        ):
-            assert_same_bits(op(strided, None, h0, c0, weights, "lstm", 2, True),
-                             op(strided.clone(memory_format=torch.contiguous_format), None, h0, c0, weights, "lstm", 2, True))  # fmt: skip
+        for strided in (x.transpose(0, 1).contiguous().transpose(0, 1), torch.randn(4, 3, 10)[..., ::2]):
+            rest = (None, h0, c0, weights, "lstm", 2, True)
+            assert_same_bits(op(strided, *rest), op(strided.clone(memory_format=torch.contiguous_format), *rest))
 
 
 @pytest.mark.filterwarnings("ignore")  # of torch, about the tensors that are made here
@@ -1270,7 +1320,7 @@ def test_strange_arguments() -> None:
     """Whatever one argument is, both ops raise and leave all tensors as they were, or it is a call like any other."""
     torch.use_deterministic_algorithms(False)  # or memory of any size would be filled with NaN
     raised = returned = 0
-    for name, args in samples()[::6]:
+    for name, args in samples()[::9]:
         op = getattr(torch.ops.nlpkernels, name)
         for place, argument in enumerate(op.default._schema.arguments):
             for what, make in strange_values(args[place], str(argument.type)).items():
@@ -1326,13 +1376,25 @@ def test_hostile_calls_of_recurrent_frozen() -> None:
 @by_layer
 def test_memory(kind: str) -> None:
     for hidden in (128, 200):
-        layer = layer_of(kind, hidden, hidden, num_layers=2, bidirectional=True)
+        layer = layer_of(kind, hidden, hidden, num_layers=2)
         of_floats = sum(parameter.nbytes for parameter in layer.parameters())
         for dtype, share in ((torch.bfloat16, 0.55), (torch.int8, 0.3)):
             mine = frozen_copy(layer, dtype)
             assert sum(buffer.nbytes for buffer in mine.buffers()) <= share * of_floats
         frozen_float = frozen_copy(layer, torch.float32)
         assert sum(buffer.nbytes for buffer in frozen_float.buffers()) == of_floats
+
+
+@by_dtype
+def test_operations_are_counted(dtype: torch.dtype) -> None:
+    for kind in LAYERS:
+        layer = layer_of(kind, num_layers=2, bidirectional=True)
+        x, counts = torch.randn(4, 3, 7), []
+        for module in (converted(layer), frozen_copy(layer, dtype)):
+            with FlopCounterMode(display=False) as counter:
+                module(x)
+            counts.append(counter.get_total_flops())
+        assert counts[0] == counts[1] > 0
 
 
 def test_parameters_are_let_go() -> None:

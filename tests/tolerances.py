@@ -52,8 +52,8 @@ WORDS_SPOKEN_ANOTHER_WAY = 0.005
 CLEAR = 0.045
 
 
-# Of frozen layers of bfloat16 and int8, relative difference in norm from reference.frozen, for each layer: where a state
-# differs in its last bit, it may be rounded to the next step, 1 / 256 of a value of bfloat16. That is seldom: the
+# Of frozen layers of bfloat16 and int8, relative difference in norm from reference.frozen, for each layer: where a
+# state differs in its last bit, it may be rounded to the next step, 1 / 256 of a value of bfloat16. That is seldom: the
 # second is kept in three of four calls.
 FROZEN = {torch.bfloat16: 4e-3, torch.int8: 4e-3}
 FROZEN_MOSTLY = 2e-6
