@@ -994,7 +994,8 @@ def check_bags(c: SimpleNamespace) -> None:
         name = "gradient of weight" if i == 0 and "w" in c.needs else "gradient of per_sample_weights"
         if one.is_sparse:
             assert one.is_coalesced() or c.mode == "lookup", f"{name}: not coalesced"
-            one = exact(one).coalesce()  # a lookup's may be torch's own
+            if not one.is_coalesced():  # torch's own, of which nothing has been summed yet
+                one = exact(one).coalesce().to(one.dtype)
             rows = one.indices()[0]
             assert torch.equal(rows, t.counted.unique()), f"{name}: rows {rows.tolist()[:20]}"
             one = one.to_dense()
