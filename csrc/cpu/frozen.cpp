@@ -368,7 +368,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> run_frozen(const Tensor& x, const Opt
     const OptionalTensor c = c0 ? OptionalTensor(part(*c0)) : std::nullopt;
     const at::TensorList own = weights.slice(2 * layer * directions, 2 * directions);
     const RecurrentArguments args = check_frozen<Cell, Numbers>(y, batch_sizes, h, c, own);
-    const FrozenLayer<Cell> plan(args, y, h, c, std::nullopt, threads);
+    // Of narrow numbers a multiply-add takes less time, and so is worth fewer threads.
+    const int64_t work = args.rows * Cell::gates * args.hidden * (args.inputs + args.features);
+    const FrozenLayer<Cell> plan(args, y, h, c, std::nullopt, threads_for(work / Numbers::values, threads));
     const Tensor out = at::empty(sizes_of_y(args, y), options);
     if (keep && Cell::has_c) c_steps = at::empty({directions, args.rows, args.hidden}, options);
     const int64_t before = layer * directions * args.batch;
