@@ -631,12 +631,13 @@ inline Tensor embedding_dot(const Tensor& h, const Tensor& weight, const Tensor&
 inline bool is_torchs_to_differentiate(const Tensor& weight, const Tensor& indices, bool scale_grad_by_freq,
                                        bool sparse) {
   constexpr int64_t kFew = 128;
+  constexpr size_t kSmall = 2 * kKeptBytes;
   if (!weight.is_cpu() || !indices.is_cpu() || !weight.requires_grad() || !at::GradMode::is_enabled() ||
       scale_grad_by_freq)
     return false;
   // At these torch fails.
   if (indices.dim() == 0 || indices.numel() == 0 || weight.size(1) == 0) return false;
-  return sparse || (weight.nbytes() < kKeptBytes && indices.numel() <= kFew &&
+  return sparse || (weight.nbytes() < kSmall && indices.numel() <= kFew &&
                     (weight.scalar_type() == at::kFloat || weight.scalar_type() == at::kDouble));
 }
 

@@ -611,10 +611,10 @@ def test_accumulated_gradients_stay_coalesced(module: nn.Module) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
-@pytest.mark.parametrize("rows", [2**18 // 16 - 1, 2**18 // 16], ids=["small table", "kept memory"])
+@pytest.mark.parametrize("rows", [2**19 // 16 - 1, 2**19 // 16], ids=["small table", "larger table"])
 @pytest.mark.parametrize("count", [0, 1, 127, 128, 129])
 def test_lookups_of_a_few_rows_of_small_tables(count: int, rows: int, dtype: torch.dtype) -> None:
-    """Which torch's own ops differentiate, up to 128 of a table below a megabyte (of float32)."""
+    """Which torch's own ops differentiate, up to 128 of a table below two megabytes (of float32)."""
     weight = nn.Parameter(torch.randn(rows, 16, dtype=dtype))
     ids = torch.randint(20, (count,))
     cotangent = torch.randn(count, 16, dtype=dtype, requires_grad=True)
