@@ -28,7 +28,6 @@ DTYPES = (torch.float32, torch.bfloat16, torch.int8)
 MOST = 65_536
 """Inputs and hidden units that kernels of bfloat16 and int8 take: sums of 32 bits have room for so many products."""
 
-
 # Names of plain weights, before the suffix of a layer and direction, and of the buffers that hold them packed.
 _KINDS = ("weight_ih", "weight_hh", "bias_ih", "bias_hh", "weight_hr")
 _PACKED = ("packed", "factors")
@@ -140,7 +139,8 @@ class _Frozen(nn.Module):
         for name in [*self._own_names(), *(f"{kind}{s}" for s, _, _ in self._names() for kind in _PACKED)]:
             self._buffers.pop(name, None)
             self._non_persistent_buffers_set.discard(name)
-        del self.frozen_dtype
+        for name in ("frozen_dtype", "_cell", "_sizes", "_number_of_packed"):
+            self.__dict__.pop(name, None)
         others = dict(self._parameters)  # a user's
         self._parameters.clear()
         for name, value in plain.items():
@@ -406,12 +406,15 @@ class _FrozenCell(_Frozen, _Cell):
 
     def forward(self, input: Any, hx: Any = None) -> Any:
         """Take one step, as the cell did that this one was."""
+        has_c = self._cell == "lstm"
+        given = hx if has_c or hx is None else (hx,)
+        found = None
         if self.frozen_dtype is not torch.float32:
-            has_c = self._cell == "lstm"
-            given = hx if has_c or hx is None else (hx,)
             found = _ops.frozen_layers(input, given, self._packed(), self._cell, 1, False, True, self._sizes)
-            if found is not None:
-                return tuple(found) if has_c else found[0]
+        elif not torch.is_grad_enabled() and len(weights := self._weights_of_call()) != 3:
+            found = _ops.recurrent_step(input, given, weights, self._cell)
+        if found is not None:
+            return tuple(found) if has_c else found[0]
         self._refuse_to_train(input, hx)
         if (node := self._left_to_torch(input, hx)) is not None:
             return node
