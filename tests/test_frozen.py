@@ -1209,6 +1209,32 @@ def test_zeros_denormals_and_huge_values(dtype: torch.dtype) -> None:
     assert bool(frozen_copy(tiny_weights, dtype)(torch.randn(3, 2, 4))[0].abs().max() < 1e-30)
 
 
+def test_ahead_of_time(tmp_path: Path) -> None:
+    """AOTInductor, with a batch and a length that are not those of the export."""
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = nn.ModuleList(nn.LSTM(8, 4, bidirectional=True, batch_first=True) for _ in DTYPES)
+
+        def forward(self, x: Tensor) -> Tensor:
+            for layer in self.layers:
+                x = layer(x)[0]
+            return x
+
+    model = Model().eval()
+    for layer, dtype in zip(model.layers, DTYPES, strict=True):
+        nlpkernels.freeze(layer, dtype)
+    sizes = {0: torch.export.Dim("batch", min=1, max=64), 1: torch.export.Dim("steps", min=1, max=512)}
+    with torch.no_grad():
+        exported = torch.export.export(model, (torch.randn(3, 7, 8),), dynamic_shapes={"x": sizes})
+        package = torch._inductor.aoti_compile_and_package(exported, package_path=str(tmp_path / "model.pt2"))
+        loaded = torch._inductor.aoti_load_package(package)
+        for shape in ((3, 7, 8), (1, 1, 8), (5, 20, 8)):
+            x = torch.randn(shape)
+            assert torch.equal(loaded(x), model(x))
+
+
 # --- The ops ---------------------------------------------------------------------------------------------------------
 
 
