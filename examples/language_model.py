@@ -191,7 +191,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--sample", type=between(0, 10_000), default=60, help="words to make up at the end (%(default)s)")
     add("--temperature", type=between(0.01, 100.0), default=0.7, help="below 1 for likelier words (%(default)s)")
     add("--seed", type=between(0, 2**31), default=0, help="(%(default)s)")
-    add("--threads", type=size, default=torch.get_num_threads(), help="CPU threads (%(default)s)")
+    add("--threads", type=between(1, 1024), default=torch.get_num_threads(), help="CPU threads (%(default)s)")
     options = parser.parse_args(arguments)
     options.device = "cpu"
     return options

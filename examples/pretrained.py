@@ -276,7 +276,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--batch", type=size, default=32, help="texts in a batch (%(default)s)")
     add("--rate", type=between(0.0, 10.0), default=1e-3, help="learning rate of Adam (%(default)s)")
     add("--seed", type=between(0, 2**31), default=0, help="(%(default)s)")
-    add("--threads", type=size, default=torch.get_num_threads(), help="CPU threads (%(default)s)")
+    add("--threads", type=between(1, 1024), default=torch.get_num_threads(), help="CPU threads (%(default)s)")
     add("--out", type=Path, metavar="FOLDER", default=Path("pretrained_results"), help="for the results (%(default)s)")
     options = parser.parse_args(arguments)
     options.full, options.device = False, "cpu"
