@@ -200,3 +200,18 @@ def test_hooks_of_users_go_first() -> None:
     handle.remove()
     assert torch.equal(gradient_of(table, ids), expected(table, ids))
     assert seen == [6 * 64.0] * 2
+
+
+@pytest.mark.parametrize("rows", [2**18 - 1, 2**18, 2**18 + 1, 5 * 2**16 - 1, 5 * 2**16, 5 * 2**16 + 1])
+def test_kept_memory_is_cleared_to_its_end(rows: int, restored_threads: None) -> None:
+    """In pieces of 256 KB: of 1 MB, from which on it is kept, and of five of them, with one value more and less."""
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        bag = nlpkernels.EmbeddingBag(rows, 1, mode="sum")
+        for step in range(3):
+            first = step * rows // 3
+            ids = torch.cat([torch.arange(first, first + 200), torch.tensor([rows - 1 - step])]).unsqueeze(1)
+            bag.weight.grad = None
+            bag(ids).sum().backward()
+            expected = torch.bincount(ids.flatten(), minlength=rows).float().unsqueeze(1)
+            assert torch.equal(bag.weight.grad, expected)
